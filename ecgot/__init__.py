@@ -1,0 +1,1 @@
+"""ECG encoders aligned with language models by optimal transport."""

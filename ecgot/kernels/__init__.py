@@ -1,0 +1,5 @@
+"""Triton kernels with torch paths: batched Sinkhorn optimal transport and fused ECG convolutions."""
+
+from ecgot.kernels.sinkhorn import SinkhornLoss, SinkhornOutput, sinkhorn
+
+__all__ = ["SinkhornLoss", "SinkhornOutput", "sinkhorn"]

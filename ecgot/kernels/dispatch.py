@@ -1,0 +1,22 @@
+"""Which path a kernel call takes: Triton for CUDA tensors, torch otherwise.
+
+With ``TRITON_INTERPRET=1`` in the environment when Triton is first imported, the Triton kernels also run
+for CPU tensors, in Triton's interpreter: slow, but anyone can check a kernel without a GPU.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton reads the variable once, when a kernel is decorated; so do we, so that both always agree.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def use_triton(*tensors: torch.Tensor | None) -> bool:
+    """Whether the Triton kernels serve these tensors (all on one device; ``None`` is passed over)."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if INTERPRETED:
+        return all(tensor.device.type in ("cpu", "cuda") for tensor in present)
+    return HAS_TRITON and all(tensor.device.type == "cuda" for tensor in present)
