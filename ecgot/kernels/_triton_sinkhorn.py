@@ -6,10 +6,10 @@
 until the plan P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps) has the row marginals a within tol (its column
 marginals are exact after each g update).
 
-The trick: the cost tile C [N, M] is built from x and y with matrix products and then stays in registers for
-all iterations; nothing returns to memory until the potentials do. Everything is kept in units of eps / log2(e)
-so that the loop uses exp2 and log2, one instruction each. The next f update gives the marginal error for free:
-row i of P sums to a_i exp2(f_i - f_i'), with f' the updated f.
+The trick: the cost tile C [N, M] is built from x and y with matrix products and then stays in registers
+for all iterations; nothing returns to memory until the potentials do. Everything is kept in units of
+eps / log2(e), so that the loop uses exp2 and log2, one instruction each. The next f update gives the marginal
+error for free: row i of P sums to a_i exp2(f_i - f_i'), with f' the updated f.
 
 Bytes moved per problem: forward (N + M) D reads, N + M + 3 writes; backward (N + M) D reads, twice, and as
 many writes. No problem looks at another, so a result never depends on its batch mates.
@@ -19,7 +19,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 
 # Problems whose tile is at most this, and no side of it longer than MAX_BLOCK, stay in registers.
 MAX_TILE = 128 * 128

@@ -33,7 +33,7 @@ def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
 
 
 def solve(cost: Tensor, a: Tensor, b: Tensor, eps: float, *, max_iter: int, tol: float) -> ReferenceSolution:
-    """Sinkhorn's algorithm on cost [n, m] with weights a [n], b [m]; differentiable through every iteration."""
+    """Sinkhorn's algorithm on cost [n, m] with weights a [n], b [m]; differentiable throughout."""
     log_a, log_b = a.log(), b.log()
     g = torch.zeros_like(b)
     f = -eps * torch.logsumexp(log_b[None, :] + (g[None, :] - cost) / eps, dim=1)

@@ -89,7 +89,7 @@ def sinkhorn(
     Args:
         x: [B, N, D], floating point, any strides. fp16 and bf16 are solved in fp32, fp64 in fp64.
         y: [B, M, D], on the same device.
-        eps: regularisation, > 0, in units of the cost. (geomloss: eps = blur**2 on half the squared distance.)
+        eps: regularisation, > 0, in units of the cost. (geomloss: eps = blur**2 on half the cost.)
         cost: ``"sqeuclidean"``, ||x - y||^2, or ``"cosine"``, 1 - cos(x, y); a zero vector is at cosine
             distance 1 from everything and gets no gradient.
         a, b: weights [B, N] and [B, M], non-negative, summing to 1 over the unmasked points of each problem
@@ -265,7 +265,8 @@ def _check_mass(name: str, weights: Tensor, tolerance: float) -> None:
     if bool(wrong.any()):
         index = int(wrong.nonzero()[0])
         raise ValueError(
-            f"{name}: got weights of problem {index} that sum to {mass[index].item():.6g}, accepted is a sum of 1"
+            f"{name}: got weights of problem {index} that sum to {mass[index].item():.6g}, "
+            "accepted is a sum of 1"
         )
 
 

@@ -1,0 +1,236 @@
+"""PTB-XL's tables: which records there are, their folds, reports and labels. No signal is read here.
+
+Source: Wagner et al. 2020, "PTB-XL, a large publicly available electrocardiography dataset".
+"""
+
+import ast
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ecgot.data.reports import clean_report
+from ecgot.errors import EcgotError
+
+GROUPS = ("superclass", "subclass", "form", "rhythm")
+SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")
+STATEMENT_COLUMNS = ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """classes, and whether each record has them: matrix [n, C], bool."""
+
+    classes: tuple[str, ...]
+    matrix: np.ndarray
+
+
+@dataclass(frozen=True)
+class PtbXlTable:
+    """One row a record.
+
+    Attributes:
+        ecg_id, patient_id, fold: [n] int64.
+        reports: n cleaned texts, "" where there is no usable one.
+        codes: n sets of SCP codes.
+        record_paths: n paths relative to the data set's folder, without suffix.
+        class_of: for each group, SCP code to class.
+        classes: for each group, its classes in order.
+    """
+
+    ecg_id: np.ndarray
+    patient_id: np.ndarray
+    fold: np.ndarray
+    reports: tuple[str, ...]
+    codes: tuple[frozenset[str], ...]
+    record_paths: tuple[str, ...]
+    class_of: dict[str, dict[str, str]]
+    classes: dict[str, tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.ecg_id)
+
+    def labels(self, group: str) -> Labels:
+        """The labels of "superclass", "subclass", "form" or "rhythm"; several classes a record, or none.
+
+        A code counts whatever its likelihood.
+        """
+        if group not in GROUPS:
+            raise EcgotError(f"group: got {group!r}, accepted are {', '.join(GROUPS)}")
+        classes, class_of = self.classes[group], self.class_of[group]
+        column = {name: number for number, name in enumerate(classes)}
+        matrix = np.zeros((len(self), len(classes)), dtype=bool)
+        for row, codes in enumerate(self.codes):
+            for code in codes & class_of.keys():
+                matrix[row, column[class_of[code]]] = True
+        return Labels(classes, matrix)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> "PtbXlTable":
+        """The given rows, in the given order."""
+        index = np.asarray(rows, dtype=np.int64)
+        picked = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                value = value[index]
+            elif isinstance(value, tuple):
+                value = tuple(value[row] for row in index)
+            picked[field.name] = value
+        return PtbXlTable(**picked)
+
+
+def read_table(
+    root: str | Path,
+    *,
+    reports_csv: str | Path | None = None,
+    folds: Iterable[int] | None = None,
+    fs_hz: float = 100.0,
+) -> PtbXlTable:
+    """Read ``ptbxl_database.csv`` and ``scp_statements.csv`` of ``root``.
+
+    Args:
+        reports_csv: a CSV ``ecg_id,report[,source]`` that takes the place of the report column; records
+            without a row in it have no report.
+        folds: keep these; ``None`` keeps all.
+        fs_hz: up to 100, the 100 Hz files are preferred, above it the 500 Hz files; where one of the two is
+            not there, the other is taken (and resampled later).
+
+    Raises:
+        EcgotError: a file or column is missing, a value cannot be read, or no record is left.
+    """
+    root = Path(root)
+    database = root / "ptbxl_database.csv"
+    table = _read_csv(database, ("ecg_id", "patient_id", "strat_fold", "scp_codes"))
+    if table["ecg_id"].duplicated().any():
+        raise EcgotError(
+            f"{database}: ecg_id {table['ecg_id'][table['ecg_id'].duplicated()].iloc[0]} is twice there"
+        )
+    if folds is not None:
+        table = _in_folds(table, database, tuple(folds))
+    if not len(table):
+        raise EcgotError(f"{database}: it lists no records")
+    class_of, classes = _read_statements(root / "scp_statements.csv")
+    return PtbXlTable(
+        ecg_id=_integers(table, "ecg_id", database),
+        patient_id=_integers(table, "patient_id", database),
+        fold=_integers(table, "strat_fold", database),
+        reports=_reports(table, database, reports_csv),
+        codes=tuple(
+            _codes(text, ecg_id, database)
+            for text, ecg_id in zip(table["scp_codes"], table["ecg_id"], strict=True)
+        ),
+        record_paths=_record_paths(table, database, root, fs_hz),
+        class_of=class_of,
+        classes=classes,
+    )
+
+
+def check_patient_split(first: PtbXlTable, second: PtbXlTable) -> None:
+    """Raise EcgotError if a patient has records in both."""
+    shared = np.intersect1d(first.patient_id, second.patient_id)
+    if len(shared):
+        raise EcgotError(
+            f"data: patient {shared[0]} is in training and in evaluation; folds must be by patient"
+        )
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False)
+    except FileNotFoundError as error:
+        raise EcgotError(f"data: there is no {path}") from error
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise EcgotError(f"{path}: it cannot be read as CSV ({str(error).strip()})") from error
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise EcgotError(
+            f"{path}: no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}"
+        )
+    return table
+
+
+def _in_folds(table: pd.DataFrame, path: Path, folds: tuple[int, ...]) -> pd.DataFrame:
+    fold = _integers(table, "strat_fold", path)
+    kept = table[np.isin(fold, folds)]
+    if not len(kept):
+        there = ", ".join(map(str, np.unique(fold)))
+        raise EcgotError(
+            f"folds: got {', '.join(map(str, folds))}; {path} holds folds {there or 'of no record'}"
+        )
+    return kept
+
+
+def _integers(table: pd.DataFrame, column: str, path: Path) -> np.ndarray:
+    try:
+        return (
+            table[column].astype(float).astype(np.int64).to_numpy()
+        )  # PTB-XL writes patient 15709 as 15709.0
+    except ValueError as error:
+        raise EcgotError(f"{path}: column {column} holds what is no number ({error})") from error
+
+
+def _codes(text: str, ecg_id: str, path: Path) -> frozenset[str]:
+    try:
+        return frozenset(map(str, ast.literal_eval(text)))
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise EcgotError(f"{path}: scp_codes of ecg_id {ecg_id} cannot be read: {text[:40]!r}") from error
+
+
+def _reports(table: pd.DataFrame, database: Path, reports_csv: str | Path | None) -> tuple[str, ...]:
+    if reports_csv:
+        path = Path(reports_csv)
+        rows = _read_csv(path, ("ecg_id", "report"))
+        ids = _integers(rows, "ecg_id", path)
+        if len(np.unique(ids)) < len(ids):
+            values, counts = np.unique(ids, return_counts=True)
+            raise EcgotError(f"{path}: ecg_id {values[counts > 1][0]} is twice there")
+        text = dict(zip(ids.tolist(), rows["report"], strict=True))
+        raw: Iterable[str] = (text.get(i, "") for i in _integers(table, "ecg_id", database).tolist())
+    elif "report" in table.columns:
+        raw = table["report"]
+    else:
+        raise EcgotError(f"{database}: no column report; name a CSV with ecg_id,report by --reports")
+    return tuple(clean_report(report) for report in raw)
+
+
+def _record_paths(table: pd.DataFrame, path: Path, root: Path, fs_hz: float) -> tuple[str, ...]:
+    order = ("filename_lr", "filename_hr") if fs_hz <= 100 else ("filename_hr", "filename_lr")
+    columns = [column for column in order if column in table.columns]
+    if not columns:
+        raise EcgotError(f"{path}: no column filename_lr or filename_hr")
+    paths = []
+    for row in zip(table["ecg_id"], *(table[column] for column in columns), strict=True):
+        named = [name for name in row[1:] if name]
+        if not named:
+            raise EcgotError(f"{path}: ecg_id {row[0]} names no file in {' or '.join(columns)}")
+        # A file that is nowhere keeps its preferred name: reading it will say so.
+        paths.append(next((name for name in named if (root / f"{name}.hea").exists()), named[0]))
+    return tuple(paths)
+
+
+def _read_statements(path: Path) -> tuple[dict[str, dict[str, str]], dict[str, tuple[str, ...]]]:
+    """For each group, the class of each SCP code, and the classes in order of first appearance."""
+    table = _read_csv(path, STATEMENT_COLUMNS)
+    table.index = table.iloc[:, 0]  # the first column is the code; PTB-XL gives it no name
+    class_of: dict[str, dict[str, str]] = {group: {} for group in GROUPS}
+    for code, row in table.iterrows():
+        name = str(code)
+        if _flag(row["diagnostic"]):
+            class_of["superclass"][name] = row["diagnostic_class"]
+            class_of["subclass"][name] = row["diagnostic_subclass"]
+        for group in ("form", "rhythm"):
+            if _flag(row[group]):
+                class_of[group][name] = name
+    classes = {group: tuple(dict.fromkeys(codes.values())) for group, codes in class_of.items()}
+    unknown = set(classes["superclass"]) - set(SUPERCLASSES)
+    if unknown:
+        raise EcgotError(
+            f"{path}: diagnostic_class {sorted(unknown)[0]!r}, accepted are {', '.join(SUPERCLASSES)}"
+        )
+    return class_of, classes | {"superclass": SUPERCLASSES}
+
+
+def _flag(text: str) -> bool:
+    return text.strip() in ("1", "1.0")

@@ -1,0 +1,158 @@
+"""One WFDB record as a checked array in mV: leads by name, gaps repaired, resampled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import wfdb
+from scipy.signal import resample_poly
+
+from ecgot.errors import EcgotError
+
+STANDARD_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+
+MV_PER_UNIT = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}
+BYTES_PER_SAMPLE = {"8": 1.0, "80": 1.0, "212": 1.5, "16": 2.0, "61": 2.0, "24": 3.0, "32": 4.0}
+
+
+@dataclass(frozen=True)
+class Record:
+    """An ECG.
+
+    Attributes:
+        name: path without suffix, as asked for.
+        signal_mv: [L, T] float32, in mV, without NaN.
+        fs_hz: sampling rate of ``signal_mv``.
+        leads: L names, as asked for.
+        repaired_samples: NaN samples that were filled, by lead, counted before resampling; empty when none.
+        flat_leads: leads whose signal is constant.
+    """
+
+    name: str
+    signal_mv: np.ndarray
+    fs_hz: float
+    leads: tuple[str, ...]
+    repaired_samples: dict[str, int]
+    flat_leads: tuple[str, ...]
+
+
+def read_record(
+    path: str | Path, *, leads: Sequence[str] = STANDARD_LEADS, fs_hz: float | None = None
+) -> Record:
+    """Read one WFDB record.
+
+    Args:
+        path: the record, with or without ``.hea`` or ``.dat``.
+        leads: leads to return, in this order; matched by name without regard to case, whatever the file's
+            order.
+        fs_hz: resample to this rate (polyphase, with anti-aliasing); ``None`` keeps the record's.
+
+    Raises:
+        EcgotError: one line: a missing or damaged file, a header that disagrees with its signal file, a lead
+            that is missing or all NaN, an unknown unit, or nothing but flat leads.
+    """
+    name = _without_suffix(Path(path))
+    digital = _read_digital(name)
+    rows = _lead_rows(name, digital.sig_name, leads)
+    signal = digital.dac()[:, rows].T * _mv_per_unit(name, digital.units, rows)[:, None]
+    signal, repaired = _fill_gaps(name, signal, leads)
+    flat = tuple(lead for lead, row in zip(leads, signal, strict=True) if np.ptp(row) == 0)
+    if len(flat) == len(leads):
+        raise EcgotError(f"record {name}: every lead is flat, accepted is a record with a signal")
+    if fs_hz is not None and fs_hz != digital.fs:
+        signal = resample(signal, float(digital.fs), fs_hz)
+    rate = float(digital.fs) if fs_hz is None else float(fs_hz)
+    return Record(str(name), signal.astype(np.float32), rate, tuple(leads), repaired, flat)
+
+
+def resample(signal: np.ndarray, from_hz: float, to_hz: float) -> np.ndarray:
+    """signal [L, T] at ``from_hz`` to [L, ceil(T to_hz / from_hz)] at ``to_hz``.
+
+    The ends are continued by their last value: an ECG does not start and end at 0 mV.
+    """
+    ratio = Fraction(to_hz / from_hz).limit_denominator(1000)
+    return resample_poly(signal, ratio.numerator, ratio.denominator, axis=1, padtype="edge")
+
+
+def _without_suffix(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in (".hea", ".dat", ".mat") else path
+
+
+def _read_digital(name: Path) -> wfdb.Record:
+    """The record in ADC units, once it has been checked against its own header."""
+    if not name.with_name(name.name + ".hea").is_file():
+        raise EcgotError(f"record {name}: there is no {name.name}.hea")
+    try:
+        header = wfdb.rdheader(str(name))
+    except (ValueError, IndexError, TypeError, KeyError, OSError, wfdb.io.header.HeaderSyntaxError) as error:
+        raise EcgotError(f"record {name}: {name.name}.hea cannot be parsed ({_line(error)})") from error
+    if not isinstance(header, wfdb.Record):
+        raise EcgotError(f"record {name}: it has several segments, accepted is one")
+    if not header.n_sig or header.sig_name is None or len(header.sig_name) != header.n_sig:
+        raise EcgotError(f"record {name}: {name.name}.hea does not describe the signals that it announces")
+    _check_sizes(name, header)
+    try:
+        record = wfdb.rdrecord(str(name), physical=False)
+    except (ValueError, IndexError, TypeError, KeyError, OSError) as error:
+        raise EcgotError(f"record {name}: its signals cannot be read ({_line(error)})") from error
+    expected, actual = header.checksum, record.calc_checksum()
+    for lead, left, right in zip(record.sig_name, expected or [], actual, strict=False):
+        # A checksum is 16 bits, written signed or unsigned by different tools.
+        if left is not None and (left - right) % 65536:
+            raise EcgotError(f"record {name}: the checksum of lead {lead} is {right}, its header says {left}")
+    return record
+
+
+def _check_sizes(name: Path, header: wfdb.Record) -> None:
+    """Every signal file is there and has the length that the header gives it."""
+    signals = list(zip(header.file_name, header.fmt, header.samps_per_frame, strict=True))
+    for file in dict.fromkeys(header.file_name):
+        path = name.parent / file
+        if not path.is_file():
+            raise EcgotError(f"record {name}: there is no {file}")
+        sizes = [BYTES_PER_SAMPLE.get(fmt, np.nan) * (spf or 1) for f, fmt, spf in signals if f == file]
+        offset = header.byte_offset[header.file_name.index(file)] or 0
+        if not header.sig_len or np.isnan(sum(sizes)):
+            continue  # an open-ended header, or a compressed format: wfdb's reading is the check
+        expected, actual = offset + int(np.ceil(sum(sizes) * header.sig_len)), path.stat().st_size
+        # Format 212 packs two samples in three bytes and may end with a pad.
+        if actual < expected or actual > expected + 3:
+            raise EcgotError(f"record {name}: {file} has {actual} bytes, its header accounts for {expected}")
+
+
+def _lead_rows(name: Path, available: Sequence[str], leads: Sequence[str]) -> list[int]:
+    position = {lead.strip().lower(): row for row, lead in reversed(list(enumerate(available)))}
+    missing = [lead for lead in leads if lead.lower() not in position]
+    if missing:
+        raise EcgotError(
+            f"record {name}: no lead {', '.join(missing)}; it has {', '.join(map(str, available))}"
+        )
+    return [position[lead.lower()] for lead in leads]
+
+
+def _mv_per_unit(name: Path, units: Sequence[str], rows: Sequence[int]) -> np.ndarray:
+    unknown = [units[row] for row in rows if str(units[row]).strip().lower() not in MV_PER_UNIT]
+    if unknown:
+        raise EcgotError(f"record {name}: unit {unknown[0]!r}, accepted are V, mV, uV and nV")
+    return np.array([MV_PER_UNIT[units[row].strip().lower()] for row in rows])
+
+
+def _fill_gaps(name: Path, signal: np.ndarray, leads: Sequence[str]) -> tuple[np.ndarray, dict[str, int]]:
+    """NaN gaps of signal [L, T] bridged by a straight line along time, lead by lead."""
+    repaired: dict[str, int] = {}
+    time = np.arange(signal.shape[1])
+    for lead, row in zip(leads, signal, strict=True):
+        gap = ~np.isfinite(row)
+        if not gap.any():
+            continue
+        if gap.all():
+            raise EcgotError(f"record {name}: lead {lead} holds no valid sample")
+        row[gap] = np.interp(time[gap], time[~gap], row[~gap])
+        repaired[lead] = int(gap.sum())
+    return signal, repaired
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,29 @@
+"""Report text without what no ECG shows."""
+
+import re
+
+# The diagnostic codes that an annotator appended ("Edit: NORM 80, (NORM 100)"): labels, not report text. No
+# label may reach the training, so this goes first.
+_ANNOTATION = re.compile(r"\bedit\s*:.*$", re.DOTALL)
+# The recorder's software version and its stamp, at times cut off: "4.46   unbestätigter bericht".
+_STAMP = re.compile(
+    r"(?:\b\d\.\d\d\s+)?\b(?:unbest\w*\.?\s+bericht|unconfirmed\s+report|obekräftad\s+rapport)\b\.?"
+    r"|\b\d\.\d\d\s+un(?:be|co)\w*\.?(?:\s+\w{1,7})?\s*$"
+    r"|\b4\.[34]\d\s*$"
+)
+_NO_READING = re.compile(r"\btrace only requested\b\.?")
+_PUNCTUATION_ALONE = re.compile(r"^[\W_]*$")
+
+
+def clean_report(text: str) -> str:
+    """Report text for training and reference: lower case, single spaces, no boilerplate; "" if none is left.
+
+    Gone are the annotators' "Edit: ..." tails (they hold diagnostic codes), the recorder's version and
+    "unconfirmed report" stamp in German, English and Swedish, and "trace only requested", which says that
+    nobody read the ECG. All else stays as written. Records whose text comes out empty take no part in text
+    training and in report metrics; they keep their place in every evaluation by labels.
+    """
+    text = " ".join(text.lower().split())
+    for pattern in (_ANNOTATION, _STAMP, _NO_READING):
+        text = " ".join(pattern.sub(" ", text).split())
+    return "" if _PUNCTUATION_ALONE.match(text) else text

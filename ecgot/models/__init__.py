@@ -1,0 +1,1 @@
+"""Encoder of ECGs, encoder of text, their alignment, and the report writer."""

@@ -1,0 +1,131 @@
+"""Alignment of ECG and report tokens in one space: a contrastive loss and an optimal-transport loss."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecgot.kernels import SinkhornLoss, sinkhorn
+from ecgot.models.encoder import EncoderOutput
+from ecgot.models.text import TextTokens
+
+
+@dataclass
+class Embedding:
+    """tokens [B, N, E] in the shared space, mask [B, N], pooled [B, E] of unit length."""
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+
+class AlignmentModel(nn.Module):
+    """An ECG encoder and the two projections into the shared space.
+
+    One linear map a modality serves tokens and pooled embedding alike, so that what transport teaches the
+    tokens also moves the embedding that zero-shot scores read.
+
+    Args:
+        encoder: waveform [B, L, T] to :class:`EncoderOutput`; has ``width``.
+        text_width: width of the text encoder's tokens.
+        width: E, of the shared space.
+    """
+
+    def __init__(self, encoder: nn.Module, text_width: int, width: int = 256) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.project_ecg = nn.Linear(int(encoder.width), width)  # type: ignore[arg-type]
+        self.project_text = nn.Linear(text_width, width)
+        self.log_temperature = nn.Parameter(torch.tensor(0.07).log())
+
+    def embed_ecg(self, waveform: Tensor, lengths: Tensor | None = None) -> Embedding:
+        """waveform [B, L, T] in mV, lengths [B]: see the encoder."""
+        return self.project_tokens(self.encoder(waveform, lengths))
+
+    def project_tokens(self, encoded: EncoderOutput) -> Embedding:
+        """The encoder's output into the shared space."""
+        return _embedding(self.project_ecg, encoded.tokens, encoded.mask, encoded.pooled)
+
+    def embed_text(self, text: TextTokens) -> Embedding:
+        """Text tokens into the shared space."""
+        return _embedding(self.project_text, text.tokens, text.mask, text.pooled)
+
+    @property
+    def temperature(self) -> Tensor:
+        """The contrastive loss's temperature, kept above 0.01 (as in CLIP) so that logits stay below 100."""
+        return self.log_temperature.exp().clamp_min(0.01)
+
+
+def _embedding(projection: nn.Module, tokens: Tensor, mask: Tensor, pooled: Tensor) -> Embedding:
+    return Embedding(projection(tokens), mask, F.normalize(projection(pooled), dim=-1))
+
+
+def contrastive_loss(ecg: Tensor, text: Tensor, text_id: Tensor, temperature: Tensor) -> Tensor:
+    """InfoNCE over a batch, both directions, with identical reports as positives of each other.
+
+    Args:
+        ecg, text: [B, E], unit length.
+        text_id: [B], equal where reports are the same text. An ECG's targets are spread evenly over all
+            columns that hold its report: otherwise the same words would be right and wrong at once.
+        temperature: [].
+    """
+    logits = ecg @ text.T / temperature
+    same = text_id[:, None] == text_id[None, :]
+    target = same / same.sum(1, keepdim=True)  # symmetric, so it serves both directions
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+class AlignmentLoss(nn.Module):
+    """contrastive_weight * contrastive loss + ot_weight * transport cost between matched token sets.
+
+    Args:
+        contrastive_weight, ot_weight: 0 leaves a term out (and its cost).
+        eps, max_iter, tol: of :func:`ecgot.sinkhorn`, on the cosine cost.
+    """
+
+    def __init__(
+        self,
+        *,
+        contrastive_weight: float = 1.0,
+        ot_weight: float = 1.0,
+        eps: float = 0.1,
+        max_iter: int = 50,
+        tol: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.contrastive_weight, self.ot_weight = contrastive_weight, ot_weight
+        self.transport = SinkhornLoss(eps, cost="cosine", max_iter=max_iter, tol=tol)
+
+    def forward(
+        self, ecg: Embedding, text: Embedding, text_id: Tensor, temperature: Tensor
+    ) -> dict[str, Tensor]:
+        """The terms and their weighted sum: "loss", "contrastive", "ot" (those with a weight)."""
+        terms: dict[str, Tensor] = {}
+        total = ecg.pooled.new_zeros(())
+        if self.contrastive_weight:
+            terms["contrastive"] = contrastive_loss(ecg.pooled, text.pooled, text_id, temperature)
+            total = total + self.contrastive_weight * terms["contrastive"]
+        if self.ot_weight:
+            terms["ot"] = self.transport(ecg.tokens, text.tokens, x_mask=ecg.mask, y_mask=text.mask)
+            total = total + self.ot_weight * terms["ot"]
+        return terms | {"loss": total}
+
+
+def transport_similarity(ecg: Embedding, text: Embedding, *, eps: float, max_iter: int, tol: float) -> Tensor:
+    """Minus the transport cost between each ECG and each text: [B, K]; every pair is solved alone."""
+    columns = []
+    for k in range(len(text.tokens)):
+        columns.append(
+            -sinkhorn(
+                ecg.tokens,
+                text.tokens[k].expand(len(ecg.tokens), -1, -1),
+                eps=eps,
+                cost="cosine",
+                x_mask=ecg.mask,
+                y_mask=text.mask[k].expand(len(ecg.tokens), -1),
+                max_iter=max_iter,
+                tol=tol,
+            ).value
+        )
+    return torch.stack(columns, dim=1)

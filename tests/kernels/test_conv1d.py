@@ -1,0 +1,230 @@
+"""The fused convolution against an oracle. Run with TRITON_INTERPRET=1 (or on a GPU) it tests the kernel."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ecgot.kernels import conv1d, dispatch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = dispatch.INTERPRETED or DEVICE == "cuda"
+OPTIONAL = ("bias", "scale", "shift", "residual")
+
+# (B, T, C_in, C_out, K, stride, padding, dilation): nothing is a multiple of anything.
+SHAPES = [
+    (2, 37, 12, 19, 5, 1, 2, 1),
+    (3, 50, 12, 33, 15, 2, 7, 1),
+    (1, 1, 3, 5, 1, 1, 0, 1),
+    (2, 3, 7, 2, 9, 1, 4, 1),  # K > T
+    (2, 41, 17, 70, 3, 3, 1, 2),
+    (1, 130, 1, 1, 4, 1, 0, 3),
+    (2, 9, 70, 196, 1, 2, 0, 1),
+]
+# Error allowed against fp64 on inputs of the dtype, and why.
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 2e-5,  # sums of up to 200 products of size 1
+    torch.float16: 2e-2,  # the result is rounded to 2^-11 of values up to about 20
+}
+
+
+def oracle(
+    x, weight, bias=None, scale=None, shift=None, residual=None, *, stride, padding, dilation, activation
+):
+    """Taps one after the other, in fp64: no convolution of torch's is involved."""
+    batch, length, channels = x.shape
+    k = weight.shape[2]
+    padded = torch.cat(
+        [x.new_zeros(batch, padding, channels), x, x.new_zeros(batch, padding, channels)], dim=1
+    )
+    t_out = (length + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+    y = 0
+    for tap in range(k):
+        rows = [t * stride + tap * dilation for t in range(t_out)]
+        y = y + torch.einsum("btc,oc->bto", padded[:, rows], weight[:, :, tap])
+    y = y if bias is None else y + bias
+    y = y if scale is None else y * scale
+    y = y if shift is None else y + shift
+    y = y if residual is None else y + residual
+    if activation == "relu":
+        return y.clamp_min(0)
+    if activation == "gelu":
+        return y * (1 + torch.erf(y / math.sqrt(2))) / 2
+    if activation == "silu":
+        return y / (1 + torch.exp(-y))
+    return y
+
+
+def layer(
+    shape, *, optional=OPTIONAL, dtype=torch.float32, seed=0
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    batch, length, c_in, c_out, k, stride, padding, dilation = shape
+    t_out = (length + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {
+        "x": (batch, length, c_in),
+        "weight": (c_out, c_in, k),
+        "bias": (c_out,),
+        "scale": (c_out,),
+        "shift": (c_out,),
+        "residual": (batch, t_out, c_out),
+    }
+    tensors = {
+        name: torch.randn(size, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+        for name, size in sizes.items()
+        if name in ("x", "weight", *optional)
+    }
+    tensors["weight"] /= math.sqrt(c_in * k)
+    return tensors, {"stride": stride, "padding": padding, "dilation": dilation}
+
+
+def check_against_oracle(tensors, geometry, activation, tolerance):
+    """Forward and the gradient of every tensor."""
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+    truth = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    y = conv1d(**leaves, **geometry, activation=activation)
+    expected = oracle(**truth, **geometry, activation=activation)
+    assert y.dtype == tensors["x"].dtype
+    assert y.is_contiguous()
+    torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=tolerance)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    grads = torch.autograd.grad(y, list(leaves.values()), cotangent)
+    expected_grads = torch.autograd.grad(expected, list(truth.values()), cotangent.double())
+    for name, grad, expected_grad in zip(leaves, grads, expected_grads, strict=True):
+        size = expected_grad.abs().max().item() + 1
+        torch.testing.assert_close(
+            grad.double(), expected_grad, atol=5 * tolerance * size, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN, so that an element the kernel forgot to write shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
+def test_equals_fp64_oracle(shape, activation, poisoned_empty):
+    tensors, geometry = layer(shape)
+    check_against_oracle(tensors, geometry, activation, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(
+    "optional", [(), ("bias",), ("scale",), ("shift",), ("residual",), ("scale", "shift")]
+)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_every_argument_alone(optional, activation):
+    tensors, geometry = layer(SHAPES[0], optional=optional)
+    check_against_oracle(tensors, geometry, activation, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_dtypes(dtype):
+    tensors, geometry = layer(SHAPES[0], dtype=dtype)
+    # A smooth activation: rounding to fp16 flips ReLU at values near 0, which is no error of the kernel.
+    check_against_oracle(tensors, geometry, "silu", TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_shapes(seed):
+    generator = torch.Generator().manual_seed(100 + seed)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
+    k, dilation = draw(1, 12), draw(1, 4)
+    padding = draw(0, 8)
+    length = max(1, dilation * (k - 1) + 1 - 2 * padding) + draw(0, 90)
+    shape = (draw(1, 4), length, draw(1, 50), draw(1, 80), k, draw(1, 5), padding, dilation)
+    tensors, geometry = layer(shape, seed=seed)
+    check_against_oracle(tensors, geometry, "gelu", TOLERANCE[torch.float32])
+
+
+def test_equals_torch_conv1d():
+    tensors, geometry = layer(SHAPES[1], optional=("bias",))
+    expected = torch.nn.functional.conv1d(
+        tensors["x"].transpose(1, 2), tensors["weight"], tensors["bias"], **geometry
+    )
+    torch.testing.assert_close(conv1d(**tensors, **geometry), expected.transpose(1, 2), atol=2e-5, rtol=1e-5)
+
+
+def test_strided_input():
+    tensors, geometry = layer(SHAPES[0])
+    tensors["x"] = tensors["x"].transpose(1, 2).contiguous().transpose(1, 2)  # the loader's [B, L, T], viewed
+    tensors["residual"] = torch.stack([tensors["residual"]] * 2, dim=-1)[..., 0]
+    assert not tensors["x"].is_contiguous()
+    check_against_oracle(tensors, geometry, "relu", TOLERANCE[torch.float32])
+
+
+def test_empty_batch():
+    tensors, geometry = layer((0, 20, 3, 4, 5, 1, 2, 1), optional=("bias", "scale"))
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    y = conv1d(**leaves, **geometry, activation="relu")
+    assert y.shape == (0, 20, 4)
+    y.sum().backward()
+    assert leaves["weight"].grad.abs().sum() == 0
+    assert leaves["scale"].grad.abs().sum() == 0
+
+
+def test_nan_is_not_swallowed_by_relu():
+    tensors, geometry = layer(SHAPES[0])
+    tensors["x"][1, 5] = math.nan
+    y = conv1d(**tensors, **geometry, activation="relu")
+    assert y[1, 5].isnan().all()
+    assert not y[0].isnan().any()
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_gradients_by_finite_differences(activation):
+    tensors, geometry = layer((2, 7, 3, 4, 3, 2, 1, 1), dtype=torch.float64)
+    names = list(tensors)
+
+    def apply(*values):
+        return conv1d(**dict(zip(names, values, strict=True)), **geometry, activation=activation)
+
+    assert torch.autograd.gradcheck(apply, [t.requires_grad_() for t in tensors.values()])
+
+
+@pytest.mark.skipif(not TRITON, reason="the operator runs Triton alone: set TRITON_INTERPRET=1 or use a GPU")
+@pytest.mark.parametrize("optional", [(), OPTIONAL])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_opcheck(optional, activation):
+    tensors, geometry = layer((2, 7, 3, 4, 3, 2, 1, 1), optional=optional)
+    t = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    args = (t["x"], t["weight"], t.get("bias"), *geometry.values())
+    args += (t.get("scale"), t.get("shift"), t.get("residual"), activation)
+    torch.library.opcheck(torch.ops.ecgot.conv1d_fwd.default, args)
+
+
+def test_compiles_whole():
+    tensors, geometry = layer(SHAPES[0])
+    weight = tensors["weight"].requires_grad_()
+    step = lambda: conv1d(**tensors, **geometry, activation="relu").square().mean()  # noqa: E731
+    (expected,) = torch.autograd.grad(step(), weight)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (grad,) = torch.autograd.grad(compiled(), weight)
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(5, 3)}, r"x: got shape \(5, 3\), accepted is \[B, T, C_in\]"),
+        ({"x": torch.zeros(2, 5, 3, dtype=torch.int32)}, "x: got dtype torch.int32"),
+        ({"weight": torch.zeros(4, 2, 3)}, r"weight: got shape \(4, 2, 3\), accepted is \[C_out, 3, K\]"),
+        ({"weight": torch.zeros(4, 3, 3, dtype=torch.float64)}, "weight: got dtype torch.float64"),
+        ({"weight": torch.zeros(4, 3, 9)}, "x: got T = 5, accepted is at least 9"),
+        ({"stride": 0}, "stride: got 0, accepted is an integer >= 1"),
+        ({"padding": -1}, "padding: got -1, accepted is an integer >= 0"),
+        ({"dilation": 1.5}, "dilation: got 1.5"),
+        ({"activation": "tanh"}, "activation: got 'tanh'"),
+        ({"scale": torch.zeros(3)}, r"scale: got shape \(3,\), accepted is \(4,\)"),
+        ({"residual": torch.zeros(2, 5, 4)}, r"residual: got shape \(2, 5, 4\), accepted is \(2, 3, 4\)"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(change, message):
+    arguments = {"x": torch.zeros(2, 5, 3), "weight": torch.zeros(4, 3, 3)} | change
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        conv1d(**arguments)
+    assert "\n" not in str(caught.value)
