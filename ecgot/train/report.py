@@ -48,13 +48,14 @@ def train_reporter(
         layers=settings.layers,
     ).to(device)
     save_language_model_shape(reporter, run.folder / "language_model")
+    lengths = torch.tensor([len(report) for report in train.reports])
     tokens, mask = encode(model, train, progress=progress)
     validation_tokens, validation_mask = encode(model, validation, progress=progress)
 
     def epoch(number: int, step: Callable[[Tensor], None]) -> dict[str, float]:
         reporter.train()
         total = 0.0
-        batches = epoch_order(len(train), settings.batch_size, config.seed, number)
+        batches = epoch_order(len(train), settings.batch_size, config.seed, number, lengths)
         for done, rows in enumerate(batches):
             reports = [train.reports[row] for row in rows.tolist()]
             loss = reporter(tokens[rows].to(device).float(), mask[rows].to(device), reports)

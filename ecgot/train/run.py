@@ -25,6 +25,8 @@ from ecgot.errors import EcgotError
 from ecgot.models.text import save_atomically
 from ecgot.train.config import Config, differences, from_json
 
+POOLED_BATCHES = 20
+
 
 @dataclass
 class Progress:
@@ -210,14 +212,26 @@ def train_epochs(
     run.finish(stage)
 
 
-def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+def epoch_order(
+    count: int, batch_size: int, seed: int, epoch: int, lengths: Tensor | None = None
+) -> list[Tensor]:
     """Shuffled batches of row numbers; depends on seed and epoch alone, so that a resumed run repeats it.
 
-    A last batch of one record is left out: neither batch norm nor a contrast can use it.
+    Args:
+        lengths: [count], of each row's text: batches then hold texts of like length, which pad less.
+
+    A batch of one record is left out: neither batch norm nor a contrast can use it.
     """
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    batches = list(torch.randperm(count, generator=generator).split(batch_size))
-    return batches if len(batches[-1]) > 1 else batches[:-1]
+    rows = torch.randperm(count, generator=generator)
+    if lengths is not None:
+        # Sorted within pools of some batches alone, so that a batch still is a random draw of its length.
+        pools = rows.split(POOLED_BATCHES * batch_size)
+        rows = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in pools])
+    batches = [batch for batch in rows.split(batch_size) if len(batch) > 1]
+    if lengths is None:
+        return batches
+    return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def choose_device(name: str) -> torch.device:
