@@ -127,6 +127,12 @@ def read_table(
     )
 
 
+def available_folds(root: str | Path) -> tuple[int, ...]:
+    """The folds that ``ptbxl_database.csv`` of ``root`` lists, in order."""
+    database = Path(root) / "ptbxl_database.csv"
+    return tuple(np.unique(_integers(_read_csv(database, ("strat_fold",)), "strat_fold", database)).tolist())
+
+
 def check_patient_split(first: PtbXlTable, second: PtbXlTable) -> None:
     """Raise EcgotError if a patient has records in both."""
     shared = np.intersect1d(first.patient_id, second.patient_id)

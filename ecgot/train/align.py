@@ -144,14 +144,21 @@ def validate(
     return {f"validation_recall@{k}": (rank < k).float().mean().item() for k in (1, 10)}
 
 
-def load_alignment(run: Run, text_width: int, text: TextEncoder | None = None) -> AlignmentModel:
-    """The stage-1 model of a run, in eval mode; a trained text encoder's weights go into ``text``."""
+def load_alignment(run: Run, text: TextEncoder) -> AlignmentModel:
+    """The stage-1 model of a run, in eval mode.
+
+    Args:
+        text: the run's text encoder. It moves to the model's device and, where the run trained it, gets the
+            trained weights.
+    """
     config = run.config()
-    model = build_model(config, text_width)
+    model = build_model(config, text.width)
     if config.text.train:
-        model.text = text if text is not None else TextEncoder(config.text.name)
+        model.text = text
     run.load("align", model)
-    return model.to(choose_device(config.device)).eval()
+    device = choose_device(config.device)
+    text.to(device).eval()
+    return model.to(device).eval()
 
 
 def _first_rows(ids: Tensor) -> tuple[Tensor, Tensor]:

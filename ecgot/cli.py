@@ -1,0 +1,300 @@
+"""The command line: synth, train, evaluate, report."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from ecgot.errors import EcgotError
+from ecgot.version import __version__
+
+NOT_A_DEVICE = "Research software, not a medical device: do not use it for diagnosis or treatment."
+GROUP_NAMES = {"superclass": "superclasses", "subclass": "subclasses", "form": "form", "rhythm": "rhythm"}
+METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_1", "rouge_2", "rouge_l")
+
+PATH = click.Path(path_type=Path)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+cache = click.option(
+    "--cache",
+    type=PATH,
+    help="Folder of cached signals and embeddings (default: $ECGOT_CACHE or ~/.cache/ecgot).",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=NOT_A_DEVICE)
+@click.version_option(__version__, package_name="ecgot")
+def cli() -> None:
+    """Teach language models to read electrocardiograms, aligned by optimal transport.
+
+    synth makes a data set, train trains on one, evaluate measures a trained run, report reads one record.
+    """
+
+
+@cli.command()
+@click.argument("out", type=PATH)
+@click.option("--records", type=click.IntRange(min=1), default=1000, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@as_json
+def synth(out: Path, records: int, seed: int, as_json: bool) -> None:
+    """Write a synthetic data set to OUT: WFDB files in PTB-XL's layout, ten folds."""
+    from ecgot.data.synth import write_dataset
+
+    with _progress(as_json) as (bar, _):
+        write_dataset(out, records=records, seed=seed, progress=lambda done, total: bar("synth", done, total))
+    _print(
+        {"out": str(out), "records": records, "seed": seed}, as_json, f"{records} synthetic records in {out}"
+    )
+
+
+@cli.command()
+@click.option("--data", type=PATH, help="Data set in PTB-XL's layout (sets data.root).")
+@click.option("--reports", type=PATH, help="CSV ecg_id,report that replaces the report column.")
+@click.option("--out", type=PATH, required=True, help="Folder of the run.")
+@click.option("--config", type=PATH, help="TOML or JSON file with settings, as config.json of a run.")
+@click.option(
+    "--stage",
+    type=click.Choice(["all", "align", "report"]),
+    default="all",
+    show_default=True,
+    help="align: stage 1. report: stage 2, after align.",
+)
+@click.option("--resume", is_flag=True, help="Continue a run that was interrupted.")
+@cache
+@as_json
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+def train(
+    data: Path | None,
+    reports: Path | None,
+    out: Path,
+    config: Path | None,
+    stage: str,
+    resume: bool,
+    cache: Path | None,
+    as_json: bool,
+    settings: tuple[str, ...],
+) -> None:
+    """Train a run: align ECGs with reports (stage 1), then learn to write reports (stage 2).
+
+    KEY=VALUE overrides a setting, such as align.epochs=3 or encoder.name=resnet1d. The resolved
+    configuration, metrics.jsonl and safetensors checkpoints go to the run's folder.
+    """
+    from ecgot.train.config import resolve
+    from ecgot.train.run import Progress
+    from ecgot.train.stages import STAGES
+    from ecgot.train.stages import train as train_stages
+
+    paths = [f"data.root={data}"] if data else []
+    paths += [f"data.reports_csv={reports}"] if reports else []
+    resolved = resolve(config, (*paths, *settings))
+    if not resolved.data.root:
+        raise EcgotError("data: name the data set's folder by --data")
+    with _progress(as_json) as (bar, note):
+        run = train_stages(
+            resolved,
+            out,
+            stages=STAGES if stage == "all" else (stage,),
+            resume=resume,
+            cache_dir=cache,
+            progress=Progress(bar, note),
+        )
+    _print({"run": str(out), "metrics": run.metrics()}, as_json, f"trained into {out}")
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.option("--data", type=PATH, required=True, help="Data set in PTB-XL's layout.")
+@click.option("--folds", default="9", show_default=True, help="Folds to evaluate, such as 9 or 9,10.")
+@click.option("--reports", type=PATH, help="CSV ecg_id,report with the references.")
+@click.option(
+    "--score",
+    type=click.Choice(["cosine", "ot"]),
+    default="cosine",
+    show_default=True,
+    help="Zero-shot score.",
+)
+@click.option("--prompts", type=PATH, help="TOML file with prompts instead of the built-in ones.")
+@click.option("--num-beams", type=click.IntRange(min=1), default=1, show_default=True, help="1: greedy.")
+@click.option("--resamples", type=click.IntRange(min=1), default=1000, show_default=True, help="Bootstrap.")
+@click.option("--examples", type=click.IntRange(min=0), default=0, help="Print this many generated reports.")
+@cache
+@as_json
+def evaluate(
+    run: Path,
+    data: Path,
+    folds: str,
+    reports: Path | None,
+    score: str,
+    prompts: Path | None,
+    num_beams: int,
+    resamples: int,
+    examples: int,
+    cache: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure RUN on held-out folds: zero-shot AUROC, report metrics, a linear probe, controls."""
+    from ecgot.eval.evaluate import evaluate as evaluate_run
+    from ecgot.eval.zeroshot import BUILT_IN
+    from ecgot.train.config import parse_folds
+    from ecgot.train.run import Progress, Run
+
+    with _progress(as_json) as (bar, note):
+        evaluation = evaluate_run(
+            Run.open(run),
+            data,
+            folds=parse_folds(folds),
+            reports_csv=reports,
+            score=score,
+            prompts=prompts or BUILT_IN,
+            num_beams=num_beams,
+            resamples=resamples,
+            cache_dir=cache,
+            progress=Progress(bar, note),
+        )
+    result = evaluation.to_dict()
+    result["examples"] = result["examples"][:examples]
+    if as_json:
+        _print(result, True)
+        return
+    console = Console()
+    console.print(_auroc_table(result))
+    if result["reports"]:
+        console.print(_report_table(result))
+        for name, dialect in result["dialect"].items():
+            console.print(f"{name}: {dialect}", highlight=False)
+    for ecg_id, reference, generated in result["examples"]:
+        console.print(f"\nrecord {ecg_id}\n  reference: {reference}\n  generated: {generated}", markup=False)
+    console.print(f"\n{NOT_A_DEVICE}")
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.argument("record", type=PATH)
+@click.option("--num-beams", type=click.IntRange(min=1), default=1, show_default=True, help="1: greedy.")
+@click.option(
+    "--score", type=click.Choice(["cosine", "ot"]), default="cosine", show_default=True, help="Class score."
+)
+@click.option("--prompts", type=PATH, help="TOML file with prompts instead of the built-in ones.")
+@as_json
+def report(run: Path, record: Path, num_beams: int, score: str, prompts: Path | None, as_json: bool) -> None:
+    """Read one WFDB RECORD with the model of RUN: class scores and a written report."""
+    from ecgot.eval.reading import read
+    from ecgot.eval.zeroshot import BUILT_IN
+    from ecgot.train.run import Run
+
+    reading = read(
+        Run.open(run), record, num_beams=num_beams, score=score, prompts=prompts or BUILT_IN
+    ).to_dict()
+    if as_json:
+        _print(reading | {"notice": NOT_A_DEVICE}, True)
+        return
+    console = Console()
+    table = Table(title=f"{record}: similarity to each class's prompts, highest first")
+    for group in reading["scores"]:
+        table.add_column(GROUP_NAMES[group])
+    columns = [_ranked(scores, 5) for scores in reading["scores"].values()]
+    for row in range(max(map(len, columns))):
+        table.add_row(*(column[row] if row < len(column) else "" for column in columns))
+    console.print(table)
+    for note in reading["notes"]:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"report: {reading['report'] or '(none: stage 2 has not been trained)'}", markup=False)
+    console.print(NOT_A_DEVICE)
+
+
+def main() -> None:
+    """Run the command line: errors are one line on stderr and exit code 2."""
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except click.exceptions.Abort:
+        _fail("interrupted")
+    except EcgotError as error:
+        _fail(str(error))
+    except OSError as error:  # a full disk, a folder without permission
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+
+
+def _fail(message: str) -> None:
+    click.echo("ecgot: " + " ".join(message.split()), err=True)
+    sys.exit(2)
+
+
+@contextmanager
+def _progress(
+    quiet: bool,
+) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
+    """Bars and notes on stderr; with ``quiet`` neither, so that stdout and stderr stay clean for programs."""
+    if quiet:
+        yield (lambda _task, _done, _total: None), (lambda _line: None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, TaskID] = {}
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+
+        def bar(task: str, done: int, total: int) -> None:
+            if task not in tasks:
+                tasks[task] = bars.add_task(task, total=total)
+            bars.update(tasks[task], completed=done, total=total)
+            if done >= total:
+                bars.stop_task(tasks.pop(task))
+
+        yield bar, lambda line: bars.console.print(line, markup=False, highlight=False)
+
+
+def _print(result: dict[str, Any], as_json: bool, line: str = "") -> None:
+    click.echo(json.dumps(result) if as_json else line)
+
+
+def _auroc_table(result: dict[str, Any]) -> Table:
+    folds = ", ".join(map(str, result["folds"]))
+    table = Table(title=f"Macro AUROC [95 % interval], fold {folds}, {result['records']} records")
+    for name in ("group", "classes", "records", f"zero-shot ({result['score']})", "linear probe"):
+        table.add_column(name, justify="left" if name == "group" else "right")
+    for group, ranking in result["zero_shot"].items():
+        probe = result["probe"].get(group)
+        table.add_row(
+            GROUP_NAMES[group],
+            str(len(ranking["auroc"])),
+            str(ranking["records"]),
+            _interval(ranking),
+            _interval(probe) if probe else "-",
+        )
+    return table
+
+
+def _interval(ranking: dict[str, Any]) -> str:
+    if ranking["macro"] is None:
+        return "-"
+    return f"{ranking['macro']:.3f} [{ranking['low']:.3f}, {ranking['high']:.3f}]"
+
+
+def _report_table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"Reports, {result['references']} references")
+    table.add_column("metric")
+    for system in result["reports"]:
+        table.add_column(system.replace("_", " "), justify="right")
+    for metric in METRICS:
+        values = (f"{metrics[metric]:.3f}" for metrics in result["reports"].values())
+        table.add_row(metric.replace("_", "-").upper(), *values)
+    return table
+
+
+def _ranked(scores: dict[str, float], count: int) -> list[str]:
+    best = sorted(scores.items(), key=lambda item: -item[1])[:count]
+    return [f"{name} {value:.2f}" for name, value in best]
+
+
+if __name__ == "__main__":
+    main()

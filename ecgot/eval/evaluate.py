@@ -1,0 +1,278 @@
+"""Evaluation of a run on held-out folds: zero-shot detection, a linear probe, reports and their controls."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ecgot.data.dataset import EcgDataset, default_cache_dir
+from ecgot.data.ptbxl import GROUPS, available_folds, check_patient_split
+from ecgot.errors import EcgotError
+from ecgot.eval.probe import linear_probe
+from ecgot.eval.ranking import Ranking, rank
+from ecgot.eval.text_metrics import DIALECT, report_metrics
+from ecgot.eval.zeroshot import (
+    BUILT_IN,
+    SCORES,
+    EmbeddedPrompts,
+    class_scores,
+    embed_prompts,
+    read_prompts,
+    select_prompts,
+)
+from ecgot.models.alignment import AlignmentModel
+from ecgot.models.encoder import EncoderOutput, masked_mean
+from ecgot.models.reporter import Reporter
+from ecgot.models.text import TextEncoder
+from ecgot.train.align import load_alignment, with_reports
+from ecgot.train.config import Config
+from ecgot.train.report import encode, load_reporter
+from ecgot.train.run import Progress, Run, write_atomically
+from ecgot.train.stages import load_folds
+
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate`` found.
+
+    Attributes:
+        zero_shot, probe: by label group. The probe is empty where the data set lacks the training folds.
+        reports: metrics by system: "generated", "shuffled" (each ECG's report against another patient's
+            reference) and, where the training folds are there, "most_frequent". Empty where no record has a
+            reference or stage 2 has not been trained.
+        examples: (ecg_id, reference, generated).
+    """
+
+    folds: tuple[int, ...]
+    records: int
+    score: str
+    zero_shot: dict[str, Ranking]
+    probe: dict[str, Ranking]
+    reports: dict[str, dict[str, float]]
+    references: int
+    examples: tuple[tuple[int, str, str], ...]
+    dialect: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The evaluation as plain values for JSON; NaN becomes None."""
+        return _without_nan(dataclasses.asdict(self))
+
+
+def evaluate(
+    run: Run,
+    root: Path,
+    *,
+    folds: Sequence[int] = (9,),
+    reports_csv: Path | None = None,
+    score: str = "cosine",
+    prompts: Path = BUILT_IN,
+    num_beams: int = 1,
+    resamples: int = 1000,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate a run and leave ``evaluation.json`` and ``generated_reports.csv`` in its folder.
+
+    Args:
+        root: a data set in PTB-XL's layout.
+        folds: to evaluate; patients of the training folds must not be in them.
+        reports_csv: references; where omitted, the run's own if ``root`` is what it was trained on, else the
+            report column.
+        score: "cosine" or "ot", see :func:`ecgot.eval.zeroshot.class_scores`.
+        num_beams: 1 writes reports greedily.
+        resamples: of the bootstrap over patients.
+
+    Raises:
+        EcgotError: the run, the data or a setting cannot be used.
+    """
+    cache_dir, progress, config = cache_dir or default_cache_dir(), progress or Progress(), run.config()
+    if score not in SCORES:
+        raise EcgotError(f"score: got {score!r}, accepted are {' and '.join(SCORES)}")
+    text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
+    model = load_alignment(run, text)
+    csv_path = _references(config, root, reports_csv)
+    data = load_folds(config, folds, cache_dir, progress, root=root, reports_csv=csv_path)
+    train = _training_folds(config, root, csv_path, folds, cache_dir, progress)
+    if train is not None:
+        check_patient_split(train.table, data.table)
+    tokens, mask = encode(model, data, progress=progress, task="encoding evaluation folds")
+    embedded = _embedded_prompts(model, text, data, prompts)
+    scores = _zero_shot_scores(model, tokens, mask, embedded, score, config, progress)
+    evaluation = Evaluation(
+        folds=tuple(folds),
+        records=len(data),
+        score=score,
+        zero_shot={group: _rank(scores[group], data, group, resamples) for group in GROUPS},
+        probe=_probe(model, train, data, masked_mean(tokens.float(), mask), resamples, progress),
+        **_evaluate_reports(run, model, train, data, tokens, mask, num_beams, progress),
+        dialect=DIALECT,
+    )
+    write_atomically(run.folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
+    _write_reports(run.folder / "generated_reports.csv", evaluation.examples)
+    return evaluation
+
+
+def _references(config: Config, root: Path, reports_csv: Path | None) -> str:
+    if reports_csv is not None:
+        return str(reports_csv)
+    same = config.data.root and Path(config.data.root).resolve() == root.resolve()
+    return config.data.reports_csv if same else ""
+
+
+def _training_folds(
+    config: Config, root: Path, reports_csv: str, folds: Sequence[int], cache_dir: Path, progress: Progress
+) -> EcgDataset | None:
+    """The run's training folds in ``root``, or None where it has none of them."""
+    overlap = set(folds) & set(config.data.train_folds)
+    if overlap:
+        raise EcgotError(f"folds: fold {min(overlap)} was trained on, accepted are held-out folds")
+    there = [fold for fold in available_folds(root) if fold in config.data.train_folds]
+    if not there:
+        progress.note(f"no linear probe and no most-frequent-report baseline: {root} has no training fold")
+        return None
+    return load_folds(config, there, cache_dir, progress, root=root, reports_csv=reports_csv)
+
+
+def _embedded_prompts(
+    model: AlignmentModel, text: TextEncoder, data: EcgDataset, path: Path
+) -> EmbeddedPrompts:
+    prompts = read_prompts(path)
+    wanted = {group: select_prompts(prompts, group, data.labels(group).classes) for group in GROUPS}
+    return embed_prompts(model, text, wanted)
+
+
+@torch.no_grad()
+def _zero_shot_scores(
+    model: AlignmentModel,
+    tokens: Tensor,
+    mask: Tensor,
+    prompts: EmbeddedPrompts,
+    score: str,
+    config: Config,
+    progress: Progress,
+) -> dict[str, np.ndarray]:
+    device = next(model.parameters()).device
+    parts: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
+    for rows in torch.arange(len(tokens)).split(BATCH):
+        part, valid = tokens[rows].float().to(device), mask[rows].to(device)
+        ecg = model.project_tokens(EncoderOutput(part, valid, masked_mean(part, valid)))
+        batch = class_scores(ecg, prompts, score=score, transport=config.align)
+        for group, values in batch.items():
+            parts[group].append(values.cpu())
+        progress.bar("zero-shot scores", int(rows[-1]) + 1, len(tokens))
+    return {group: torch.cat(values).numpy() for group, values in parts.items()}
+
+
+def _rank(scores: np.ndarray, data: EcgDataset, group: str, resamples: int) -> Ranking:
+    return rank(scores, data.labels(group), data.table.patient_id, resamples=resamples)
+
+
+def _probe(
+    model: AlignmentModel,
+    train: EcgDataset | None,
+    data: EcgDataset,
+    targets: Tensor,
+    resamples: int,
+    progress: Progress,
+) -> dict[str, Ranking]:
+    if train is None:
+        return {}
+    tokens, mask = encode(model, train, progress=progress, task="encoding training folds")
+    features = masked_mean(tokens.float(), mask).numpy()
+    rankings = {}
+    for number, group in enumerate(GROUPS):
+        # The same protocol as in ranking: records with a label in the group.
+        labelled = train.labels(group).matrix.any(1)
+        truth = train.labels(group).matrix[labelled]
+        scores = (
+            linear_probe(features[labelled], truth, targets.numpy())
+            if len(truth)
+            else np.zeros((len(targets), truth.shape[1]))
+        )
+        rankings[group] = _rank(scores, data, group, resamples)
+        progress.bar("linear probe", number + 1, len(GROUPS))
+    return rankings
+
+
+def _evaluate_reports(
+    run: Run,
+    model: AlignmentModel,
+    train: EcgDataset | None,
+    data: EcgDataset,
+    tokens: Tensor,
+    mask: Tensor,
+    num_beams: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The evaluation's fields ``reports``, ``references`` and ``examples``."""
+    rows = torch.tensor([row for row, report in enumerate(data.reports) if report], dtype=torch.long)
+    if not len(rows) or not run.done("report"):
+        reason = "no record has a reference" if not len(rows) else "stage report has not been trained"
+        progress.note(f"no report metrics: {reason}")
+        return {"reports": {}, "references": len(rows), "examples": ()}
+    reporter = load_reporter(run, int(model.encoder.width))  # type: ignore[arg-type]
+    generated = generate(reporter, tokens[rows], mask[rows], num_beams=num_beams, progress=progress)
+    references = [data.reports[row] for row in rows.tolist()]
+    reports = {"generated": report_metrics(generated, references)}
+    other = another_patients(data.table.patient_id[rows.numpy()])
+    if other is not None:
+        reports["shuffled"] = report_metrics([generated[row] for row in other], references)
+    if train is not None and any(train.reports):
+        common = Counter(with_reports(train).reports).most_common(1)[0][0]
+        reports["most_frequent"] = report_metrics([common] * len(references), references)
+    ids = data.table.ecg_id[rows.numpy()].tolist()
+    examples = tuple(zip(ids, references, generated, strict=True))
+    return {"reports": reports, "references": len(rows), "examples": examples}
+
+
+def generate(
+    reporter: Reporter, tokens: Tensor, mask: Tensor, *, num_beams: int, progress: Progress
+) -> list[str]:
+    """Reports of n encoded ECGs."""
+    device = next(reporter.parameters()).device
+    reports: list[str] = []
+    for rows in torch.arange(len(tokens)).split(BATCH):
+        part = tokens[rows].float().to(device)
+        reports += reporter.generate(part, mask[rows].to(device), num_beams=num_beams)
+        progress.bar("reports", len(reports), len(tokens))
+    return reports
+
+
+def another_patients(patients: np.ndarray, *, seed: int = 0) -> np.ndarray | None:
+    """For each record a record of another patient, each used once; None where no such order exists."""
+    order = np.random.default_rng(seed).permutation(len(patients))
+    order = order[np.argsort(patients[order], kind="stable")]  # records of one patient side by side
+    largest = int(np.unique(patients, return_counts=True)[1].max())
+    if 2 * largest > len(patients):
+        return None
+    # Half-way round the circle a patient's block has ended, as it is at most half as long as the circle.
+    other = np.empty(len(patients), dtype=np.int64)
+    other[order] = np.roll(order, len(patients) // 2)
+    return other
+
+
+def _write_reports(path: Path, examples: Sequence[tuple[int, str, str]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(("ecg_id", "reference", "generated"))
+    writer.writerows(examples)
+    write_atomically(path, text.getvalue())
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and np.isnan(value) else value

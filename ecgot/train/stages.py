@@ -1,0 +1,87 @@
+"""The full training of a run: data, stage 1, stage 2."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ecgot.data.dataset import EcgDataset, default_cache_dir, load_dataset
+from ecgot.data.ptbxl import check_patient_split
+from ecgot.errors import EcgotError
+from ecgot.models.text import TextEncoder
+from ecgot.train.align import load_alignment, train_alignment
+from ecgot.train.config import Config
+from ecgot.train.report import train_reporter
+from ecgot.train.run import Progress, Run
+
+STAGES = ("align", "report")
+
+
+def train(
+    config: Config,
+    out: Path,
+    *,
+    stages: Sequence[str] = STAGES,
+    resume: bool = False,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Train into the folder ``out``.
+
+    Args:
+        config: what to train, on what.
+        stages: "align", "report", or both; "report" alone needs an earlier "align" in ``out``.
+        resume: continue a run that was interrupted, or add a stage to it; without it ``out`` must be new.
+        cache_dir: of signals and text embeddings; ``None`` is ``default_cache_dir()``.
+
+    Raises:
+        EcgotError: bad configuration, data or folder. Nothing of ``out`` is overwritten.
+    """
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise EcgotError(f"stage: got {unknown[0]!r}, accepted are {', '.join(STAGES)}")
+    cache_dir, progress = cache_dir or default_cache_dir(), progress or Progress()
+    if "align" not in stages:
+        Run.open(out)
+    train_set = load_folds(config, config.data.train_folds, cache_dir, progress)
+    validation_set = load_folds(config, config.data.validation_folds, cache_dir, progress)
+    check_patient_split(train_set.table, validation_set.table)
+    run = Run.create(out, config, resume=resume or "align" not in stages)
+    if "align" in stages and not run.done("align"):
+        model = train_alignment(run, train_set, validation_set, cache_dir=cache_dir, progress=progress)
+    else:
+        text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
+        model = load_alignment(run, text)
+    if "report" in stages and not run.done("report"):
+        train_reporter(run, model, train_set, validation_set, progress=progress)
+    return run
+
+
+def load_folds(
+    config: Config,
+    folds: Iterable[int],
+    cache_dir: Path,
+    progress: Progress,
+    *,
+    root: Path | None = None,
+    reports_csv: str | None = None,
+) -> EcgDataset:
+    """Folds of the configured data set, or of another folder, with a note on what was skipped."""
+    settings, folds = config.data, tuple(folds)
+    dataset = load_dataset(
+        root or settings.root,
+        reports_csv=settings.reports_csv if reports_csv is None else reports_csv,
+        folds=folds,
+        fs_hz=settings.fs_hz,
+        seconds=settings.seconds,
+        leads=settings.leads,
+        max_bad_share=settings.max_bad_share,
+        cache_dir=cache_dir,
+        progress=lambda done, total: progress.bar(f"records, {len(folds)} fold(s)", done, total),
+    )
+    for skipped in dataset.skipped:
+        progress.note(f"skipped: {skipped.reason}")
+    silent = sum(not report for report in dataset.reports)
+    progress.note(
+        f"data: folds {', '.join(map(str, folds))}: {len(dataset)} records, {len(dataset.skipped)} skipped, "
+        f"{len(dataset.repaired)} with repaired gaps, {silent} without usable report text"
+    )
+    return dataset
