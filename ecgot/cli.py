@@ -250,7 +250,7 @@ def _progress(
             if done >= total:
                 bars.stop_task(tasks.pop(task))
 
-        yield bar, lambda line: bars.console.print(line, markup=False, highlight=False)
+        yield bar, lambda line: bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print(result: dict[str, Any], as_json: bool, line: str = "") -> None:

@@ -449,8 +449,8 @@ def _report(findings: Sequence[Finding], codes: Sequence[str], rng: np.random.Ge
 def _dipole(heart: Heart, rng: np.random.Generator, fs_hz: float) -> np.ndarray:
     """The heart's dipole [T, 3] in mV over SECONDS."""
     time = np.arange(round(SECONDS * fs_hz)) / fs_hz
-    dipole = np.zeros((len(time), 3))
     ectopic_waves = _ectopic_waves(rng)
+    centers, widths, dipoles = [], [], []
     for peak, rr, ectopic in _beats(heart, rng):
         # QT follows the square root of RR (Bazett); P and QRS keep their timing.
         stretch = np.sqrt(rr)
@@ -458,9 +458,11 @@ def _dipole(heart: Heart, rng: np.random.Generator, fs_hz: float) -> np.ndarray:
         early = ectopic_waves if ectopic else heart.p + heart.qrs
         late = () if ectopic else heart.st + heart.t
         for wave, factor in [(w, 1.0) for w in early] + [(w, stretch) for w in late]:
-            offset = (time - peak - wave.time_s * factor) / (wave.width_s * factor)
-            dipole += gain * np.exp(-0.5 * offset**2)[:, None] * np.array(wave.dipole)
-    return dipole + _flutter(heart, rng, time)
+            centers.append(peak + wave.time_s * factor)
+            widths.append(wave.width_s * factor)
+            dipoles.append(_times(wave.dipole, gain))
+    offsets = (time[:, None] - np.array(centers)) / np.array(widths)
+    return np.exp(-0.5 * offsets**2) @ np.array(dipoles) + _flutter(heart, rng, time)
 
 
 def _beats(heart: Heart, rng: np.random.Generator) -> list[tuple[float, float, bool]]:
