@@ -11,9 +11,12 @@ for all iterations; nothing returns to memory until the potentials do. Everythin
 eps / log2(e), so that the loop uses exp2 and log2, one instruction each. The next f update gives the marginal
 error for free: row i of P sums to a_i exp2(f_i - f_i'), with f' the updated f.
 
-Bytes moved per problem: forward (N + M) D reads, N + M + 3 writes; backward (N + M) D reads, twice, and as
-many writes. No problem looks at another, so a result never depends on its batch mates.
+Bytes moved per problem: forward (N + M) D reads, N + M + 3 writes; backward, for each tile of 64 or fewer
+points of one side, that tile and the whole other side, twice, and the tile's gradient. No problem looks at
+another, so a result never depends on its batch mates.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -23,6 +26,7 @@ from torch import Tensor
 # Problems whose tile is at most this, and no side of it longer than MAX_BLOCK, stay in registers.
 MAX_TILE = 128 * 128
 MAX_BLOCK = 256
+MAX_BWD_TILE = 64 * 64
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -214,14 +218,9 @@ def _sinkhorn_bwd_kernel(
     grad_ptr,
     x_ptr,
     y_ptr,
-    a_ptr,
-    b_ptr,
-    x_mask_ptr,
-    y_mask_ptr,
     f_ptr,
     g_ptr,
     grad_x_ptr,
-    grad_y_ptr,
     N,
     M,
     D,
@@ -232,26 +231,27 @@ def _sinkhorn_bwd_kernel(
     stride_yb,
     stride_yn,
     stride_yd,
-    HAS_A: tl.constexpr,
-    HAS_B: tl.constexpr,
-    HAS_X_MASK: tl.constexpr,
-    HAS_Y_MASK: tl.constexpr,
     COSINE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Envelope gradient: d value / d C = P, and C is a smooth function of x and y."""
+    """Envelope gradient in BLOCK_N points of x: d value / d C = P, and C is a smooth function of x and y.
+
+    f and g hold potential / eps + log(weight): -inf where a point has no weight, is masked or lies beyond
+    the end, so that P = exp(f + g - C / eps) is 0 there without a look at masks and weights. P is symmetric
+    in its two sides, so the same kernel with the roles exchanged gives the gradient in y.
+    """
     problem = tl.program_id(0).to(tl.int64)
-    row = problem * N
-    column = problem * M
+    x_index = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    y_index = tl.arange(0, BLOCK_M)
     x_ptr += problem * stride_xb
     y_ptr += problem * stride_yb
-    x_index, x_valid = _load_points(x_mask_ptr + row, N, BLOCK_N, HAS_X_MASK)
-    y_index, y_valid = _load_points(y_mask_ptr + column, M, BLOCK_M, HAS_Y_MASK)
-    a = _load_weights(a_ptr + row, x_index, x_valid, HAS_A)
-    b = _load_weights(b_ptr + column, y_index, y_valid, HAS_B)
+    f = tl.load(f_ptr + problem * N + x_index, mask=x_index < N, other=float("-inf")) * LOG2_E
+    g = tl.load(g_ptr + problem * M + y_index, mask=y_index < M, other=float("-inf")) * LOG2_E
+    x_valid = f != float("-inf")  # NaN counts, so that NaN points give NaN and not silently 0
+    y_valid = g != float("-inf")
     cost, x_square, y_square = _cost_tile(
         x_ptr,
         y_ptr,
@@ -270,19 +270,11 @@ def _sinkhorn_bwd_kernel(
         BLOCK_D,
         PRECISION,
     )
-    f = tl.load(f_ptr + row + x_index, mask=x_index < N, other=0.0) * (LOG2_E / eps) + _log2(a)
-    g = tl.load(g_ptr + column + y_index, mask=y_index < M, other=0.0) * (LOG2_E / eps) + _log2(b)
-    # The weights enter through their logarithms: exp2(-inf) is 0, while 0 * exp2(large) would be NaN.
     plan = tl.exp2(f[:, None] + g[None, :] - cost * (LOG2_E / eps)) * tl.load(grad_ptr + problem)
     x_scale = _inverse_norm(x_square)
     y_scale = _inverse_norm(y_square)
-    if COSINE:  # d(1 - x^ y^) / dx = (x^ (x^ y^) - y^) / |x|
-        similarity = plan * (1.0 - cost)
-        x_own = tl.sum(similarity, axis=1)
-        y_own = tl.sum(similarity, axis=0)
-    else:
-        x_own = tl.sum(plan, axis=1)
-        y_own = tl.sum(plan, axis=0)
+    # Cosine: d(1 - x^ y^) / dx = (x^ (x^ y^) - y^) / |x|.
+    own = tl.sum(plan * (1.0 - cost), axis=1) if COSINE else tl.sum(plan, axis=1)
 
     for k in range(0, D, BLOCK_D):
         x = _load_chunk(x_ptr, x_index, x_valid, k, D, stride_xn, stride_xd, BLOCK_D)
@@ -292,21 +284,12 @@ def _sinkhorn_bwd_kernel(
             y = y * y_scale[:, None]
         else:
             x, y = _center(x, y, x_valid, y_valid)
-        grad_x = x_own[:, None] * x - tl.dot(plan, y, input_precision=PRECISION)
-        grad_y = y_own[:, None] * y - tl.dot(tl.trans(plan), x, input_precision=PRECISION)
-        if COSINE:
-            grad_x = grad_x * x_scale[:, None]
-            grad_y = grad_y * y_scale[:, None]
-        else:
-            grad_x = grad_x * 2.0
-            grad_y = grad_y * 2.0
+        grad_x = own[:, None] * x - tl.dot(plan, y, input_precision=PRECISION)
+        grad_x = grad_x * x_scale[:, None] if COSINE else grad_x * 2.0
         d = k + tl.arange(0, BLOCK_D)
-        grad_x_tile = grad_x_ptr + (row + x_index)[:, None] * D + d[None, :]
-        grad_y_tile = grad_y_ptr + (column + y_index)[:, None] * D + d[None, :]
-        x_mask = (x_index < N)[:, None] & (d < D)[None, :]
-        y_mask = (y_index < M)[:, None] & (d < D)[None, :]
-        tl.store(grad_x_tile, grad_x.to(grad_x_ptr.dtype.element_ty), mask=x_mask)
-        tl.store(grad_y_tile, grad_y.to(grad_y_ptr.dtype.element_ty), mask=y_mask)
+        tile = grad_x_ptr + (problem * N + x_index)[:, None] * D + d[None, :]
+        mask = (x_index < N)[:, None] & (d < D)[None, :]
+        tl.store(tile, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
 def _block(size: int) -> int:
@@ -318,16 +301,25 @@ def fits(n: int, m: int) -> bool:
     return max(_block(n), _block(m)) <= MAX_BLOCK and _block(n) * _block(m) <= MAX_TILE
 
 
-def _configuration(n: int, m: int) -> dict[str, int | str]:
-    """Blocks, warps and precision of an n x m problem."""
+def _fwd_configuration(n: int, m: int) -> dict[str, Any]:
+    """Blocks, warps and precision of the solver of an n x m problem."""
+    return _configuration(_block(n), _block(m))
+
+
+def _bwd_configuration(n: int, m: int) -> dict[str, Any]:
+    """The same for the gradient in the n points: its products want a smaller tile than the solver's loop."""
+    return _configuration(min(_block(n), max(16, MAX_BWD_TILE // _block(m))), _block(m))
+
+
+def _configuration(block_n: int, block_m: int) -> dict[str, Any]:
     return {
-        "BLOCK_N": _block(n),
-        "BLOCK_M": _block(m),
+        "BLOCK_N": block_n,
+        "BLOCK_M": block_m,
         # 16 columns of x and y at a time: with 32 the products' operands push the tile out of the registers.
         "BLOCK_D": 16,
         # Three TF32 products give fp32's accuracy on NVIDIA's tensor cores; AMD's multiply fp32 as it is.
         "PRECISION": "ieee" if torch.version.hip else "tf32x3",
-        "num_warps": 8 if _block(n) * _block(m) > 32 * 32 else 4,
+        "num_warps": 8 if block_n * block_m > 32 * 32 else 4,
         "num_stages": 1,
     }
 
@@ -391,50 +383,47 @@ def _sinkhorn_fwd(
             **pointers,
             **flags,
             COSINE=cost == "cosine",
-            **_configuration(n, m),
+            **_fwd_configuration(n, m),
         )
     return value, f, g, error, iterations
 
 
 def _sinkhorn_bwd(
-    grad_value: Tensor,
-    x: Tensor,
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    x_mask: Tensor | None,
-    y_mask: Tensor | None,
-    f: Tensor,
-    g: Tensor,
-    eps: float,
-    cost: str,
+    grad_value: Tensor, x: Tensor, y: Tensor, f: Tensor, g: Tensor, eps: float, cost: str
 ) -> tuple[Tensor, Tensor]:
-    """Launch the envelope gradient; returns grad_x [B, N, D] and grad_y [B, M, D], contiguous."""
+    """Launch the envelope gradient; returns grad_x [B, N, D] and grad_y [B, M, D], contiguous.
+
+    f [B, N] and g [B, M] are potential / eps + log(weight).
+    """
+    grad_value, f, g = grad_value.contiguous(), f.contiguous(), g.contiguous()
+    return _one_side(grad_value, x, y, f, g, eps, cost), _one_side(grad_value, y, x, g, f, eps, cost)
+
+
+def _one_side(
+    grad_value: Tensor, x: Tensor, y: Tensor, f: Tensor, g: Tensor, eps: float, cost: str
+) -> Tensor:
     batch, n, d = x.shape
     m = y.shape[1]
     grad_x = torch.empty(batch, n, d, dtype=x.dtype, device=x.device)
-    grad_y = torch.empty(batch, m, d, dtype=y.dtype, device=y.device)
-    if batch:
-        pointers, flags = _weights_and_masks(x, a, b, x_mask, y_mask)
-        _sinkhorn_bwd_kernel[(batch,)](
-            grad_value.contiguous(),
-            x,
-            y,
-            f_ptr=f.contiguous(),
-            g_ptr=g.contiguous(),
-            grad_x_ptr=grad_x,
-            grad_y_ptr=grad_y,
-            N=n,
-            M=m,
-            D=d,
-            eps=eps,
-            **_strides(x, y),
-            **pointers,
-            **flags,
-            COSINE=cost == "cosine",
-            **_configuration(n, m),
-        )
-    return grad_x, grad_y
+    if not (batch and n and m):
+        return grad_x.zero_()
+    configuration = _bwd_configuration(n, m)
+    _sinkhorn_bwd_kernel[(batch, triton.cdiv(n, configuration["BLOCK_N"]))](
+        grad_value,
+        x,
+        y,
+        f_ptr=f,
+        g_ptr=g,
+        grad_x_ptr=grad_x,
+        N=n,
+        M=m,
+        D=d,
+        eps=eps,
+        **_strides(x, y),
+        COSINE=cost == "cosine",
+        **configuration,
+    )
+    return grad_x
 
 
 def _strides(x: Tensor, y: Tensor) -> dict[str, int]:

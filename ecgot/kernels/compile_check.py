@@ -27,8 +27,23 @@ import torch
 
 from ecgot.kernels.dispatch import HAS_TRITON, INTERPRETED
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
-           "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU as Triton names it, and the shared memory that one program may have there, in bytes."""
+
+    backend: str
+    architecture: int | str
+    warp_size: int
+    shared_bytes: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 DTYPES = tuple(POINTER)
 
@@ -74,17 +89,22 @@ def check(case: Case, target: str) -> Outcome:
 
     kernel = getattr(__import__(case.module, fromlist=["_"]), case.kernel)
     constants = dict(case.constants)
-    if "PRECISION" in constants and TARGETS[target][0] == "hip":
+    gpu = TARGETS[target]
+    if gpu.backend == "hip":
         constants["PRECISION"] = "ieee"  # as the launchers choose where torch is built for HIP
     source = ASTSource(kernel, _signature(kernel.arg_names, case.pointer, constants), constexprs=constants)
     try:
-        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(case.options))
+        chip = GPUTarget(gpu.backend, gpu.architecture, gpu.warp_size)
+        compiled = triton.compile(source, target=chip, options=dict(case.options))
     except Exception as error:  # a compiler fails in many ways, and each is a finding
-        return Outcome(
-            str(case), target, str(error).strip().partition("\n")[0] or repr(error), None, None, None
-        )
+        reason = str(error).strip().partition("\n")[0] or repr(error)
+        return Outcome(str(case), target, reason, None, None, None)
     registers, stack = _resources(compiled.asm.get("cubin"))
-    return Outcome(str(case), target, None, registers, stack, compiled.metadata.shared)
+    shared = compiled.metadata.shared
+    error_line: str | None = None
+    if shared > gpu.shared_bytes:  # it compiles, and would fail when launched
+        error_line = f"needs {shared} bytes of shared memory, {target} has {gpu.shared_bytes}"
+    return Outcome(str(case), target, error_line, registers, stack, shared)
 
 
 def _sinkhorn_cases(everything: bool) -> Iterator[Case]:
@@ -97,9 +117,7 @@ def _sinkhorn_cases(everything: bool) -> Iterator[Case]:
         largest = max(n * m for n, m in tiles)
         tiles = [(n, m) for n, m in tiles if n * m == largest or (n, m) in ((16, 16), (32, 32), (64, 32))]
     dtypes, flags = itertools.cycle(DTYPES), itertools.cycle(flag_sets)
-    for (n, m), cosine, kernel in itertools.product(
-        tiles, (False, True), ("_sinkhorn_fwd_kernel", "_sinkhorn_bwd_kernel")
-    ):
+    for (n, m), cosine in itertools.product(tiles, (False, True)):
         chosen = itertools.product(DTYPES, flag_sets) if everything else [(next(dtypes), next(flags))]
         for dtype, (has_a, has_b, has_x_mask, has_y_mask) in chosen:
             constants = {
@@ -109,7 +127,11 @@ def _sinkhorn_cases(everything: bool) -> Iterator[Case]:
                 "HAS_Y_MASK": has_y_mask,
                 "COSINE": cosine,
             }
-            yield _case(module.__name__, kernel, dtype, module._configuration(n, m), constants)
+            configuration = module._fwd_configuration(n, m)
+            yield _case(module.__name__, "_sinkhorn_fwd_kernel", dtype, configuration, constants)
+        for dtype in DTYPES if everything else [next(dtypes)]:
+            configuration = module._bwd_configuration(n, m)
+            yield _case(module.__name__, "_sinkhorn_bwd_kernel", dtype, configuration, {"COSINE": cosine})
 
 
 def _conv1d_cases(everything: bool) -> Iterator[Case]:
@@ -177,7 +199,7 @@ def _resources(cubin: bytes | None) -> tuple[int | None, int | None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m ecgot.kernels.compile_check", description=__doc__)
-    parser.add_argument("--all", action="store_true", help="every configuration (hours), not a part")
+    parser.add_argument("--all", action="store_true", help="every configuration (hours)")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     options = parser.parse_args(arguments)

@@ -332,12 +332,16 @@ def _sinkhorn_bwd_op(
     eps: float,
     cost: str,
 ) -> tuple[Tensor, Tensor]:
-    if _takes_triton(x, y):
+    problem = _Problem(x, y, a, b, x_mask, y_mask, eps, cost)
+    with torch.autocast(x.device.type, enabled=False):
+        if not _takes_triton(x, y):
+            return _envelope_torch(grad_value, problem, f, g)
         from ecgot.kernels import _triton_sinkhorn
 
-        return _triton_sinkhorn._sinkhorn_bwd(grad_value, x, y, a, b, x_mask, y_mask, f, g, eps, cost)
-    with torch.autocast(x.device.type, enabled=False):
-        return _envelope_torch(grad_value, _Problem(x, y, a, b, x_mask, y_mask, eps, cost), f, g)
+        a, b = problem.weights()
+        return _triton_sinkhorn._sinkhorn_bwd(
+            grad_value, x, y, f / eps + a.log(), g / eps + b.log(), eps, cost
+        )
 
 
 @_sinkhorn_bwd_op.register_fake
