@@ -182,11 +182,27 @@ def build_reporter(
             auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             model, words = auto.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise EcgotError(
-                f"report.language_model: got {name!r}, which does not load ({first_line(error)}); "
-                f"accepted are {SCRATCH!r}, a folder, or a name on the Hugging Face hub"
-            ) from error
+            raise _unknown_language_model(name, error) from error
     return Reporter(model, words, ecg_width, max_tokens=max_tokens)
+
+
+def check_language_model(name: str) -> None:
+    """Raise EcgotError where :func:`build_reporter` would not find ``name``; loads no weights."""
+    if name == SCRATCH:
+        return
+    with quiet_transformers():
+        try:
+            AutoConfig.from_pretrained(name)
+            AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise _unknown_language_model(name, error) from error
+
+
+def _unknown_language_model(name: str, error: Exception) -> EcgotError:
+    return EcgotError(
+        f"report.language_model: got {name!r}, which does not load ({first_line(error)}); "
+        f"accepted are {SCRATCH!r}, a folder, or a name on the Hugging Face hub"
+    )
 
 
 def save_language_model_shape(reporter: Reporter, folder: Path) -> None:

@@ -65,26 +65,30 @@ def waveforms(dataset: EcgDataset, rows: Tensor, device: torch.device) -> tuple[
 
 
 def train_alignment(
-    run: Run, train: EcgDataset, validation: EcgDataset, *, cache_dir: Path | None, progress: Progress
+    run: Run,
+    text: TextEncoder,
+    train: EcgDataset,
+    validation: EcgDataset,
+    *,
+    cache_dir: Path | None,
+    progress: Progress,
 ) -> AlignmentModel:
     """Train stage 1 into ``run`` and return the model, on its device and in eval mode.
 
     Args:
-        train, validation: records; those without report text are left out.
+        text: the configured text encoder.
+        train, validation: records that all have report text, see :func:`with_reports`.
         cache_dir: of the token embeddings of a frozen text encoder.
     """
     config = run.config()
     settings, device = config.align, choose_device(config.device)
-    train, validation = with_reports(train), with_reports(validation)
-    torch.manual_seed(config.seed)
-    text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
     store = None
     if not config.text.train:
         texts = sorted({*train.reports, *validation.reports})
         store = embed_texts(
             text, texts, cache_dir=cache_dir, progress=lambda done, total: progress.bar("texts", done, total)
         )
-    torch.manual_seed(config.seed)  # the same first weights whether the text encoder was needed or not
+    torch.manual_seed(config.seed)
     model = build_model(config, text.width).to(device)
     if config.text.train:
         model.text = text.to(device)

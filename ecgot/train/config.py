@@ -149,7 +149,7 @@ def _place(values: dict[str, Any], key: str, text: str) -> None:
 
 def _build(kind: type, values: Any, path: str) -> Any:
     if not isinstance(values, dict):
-        raise EcgotError(f"setting: {path} is a section, got {values!r}")
+        raise EcgotError(f"setting: {path.rstrip('.')} is a section, got {values!r}")
     types_of = typing.get_type_hints(kind)
     unknown = [key for key in values if key not in types_of]
     if unknown:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ecgot.data.dataset import EcgDataset
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.reporter import Reporter, build_reporter, empty_reporter, save_language_model_shape
-from ecgot.train.align import waveforms, with_reports
+from ecgot.train.align import waveforms
 from ecgot.train.run import Progress, Run, choose_device, epoch_order, train_epochs
 
 
@@ -34,10 +34,12 @@ def encode(
 def train_reporter(
     run: Run, model: AlignmentModel, train: EcgDataset, validation: EcgDataset, *, progress: Progress
 ) -> Reporter:
-    """Train stage 2 into ``run`` and return the reporter in eval mode; ``model`` stays as it is."""
+    """Train stage 2 into ``run`` and return the reporter in eval mode; ``model`` stays as it is.
+
+    All records must have report text, see :func:`ecgot.train.align.with_reports`.
+    """
     config = run.config()
     settings, device = config.report, choose_device(config.device)
-    train, validation = with_reports(train), with_reports(validation)
     torch.manual_seed(config.seed)
     reporter = build_reporter(
         settings.language_model,

@@ -6,11 +6,13 @@ from pathlib import Path
 from ecgot.data.dataset import EcgDataset, default_cache_dir, load_dataset
 from ecgot.data.ptbxl import check_patient_split
 from ecgot.errors import EcgotError
+from ecgot.models.encoder import encoder
+from ecgot.models.reporter import check_language_model
 from ecgot.models.text import TextEncoder
-from ecgot.train.align import load_alignment, train_alignment
+from ecgot.train.align import load_alignment, train_alignment, with_reports
 from ecgot.train.config import Config
 from ecgot.train.report import train_reporter
-from ecgot.train.run import Progress, Run
+from ecgot.train.run import Progress, Run, choose_device
 
 STAGES = ("align", "report")
 
@@ -39,16 +41,23 @@ def train(
     if unknown:
         raise EcgotError(f"stage: got {unknown[0]!r}, accepted are {', '.join(STAGES)}")
     cache_dir, progress = cache_dir or default_cache_dir(), progress or Progress()
+    # All that can be refused is refused before the run's folder is made.
     if "align" not in stages:
         Run.open(out)
+    choose_device(config.device)
+    encoder(config.encoder.name, leads=len(config.data.leads))
+    if "report" in stages:
+        check_language_model(config.report.language_model)
+    text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
     train_set = load_folds(config, config.data.train_folds, cache_dir, progress)
     validation_set = load_folds(config, config.data.validation_folds, cache_dir, progress)
     check_patient_split(train_set.table, validation_set.table)
+    train_set, validation_set = with_reports(train_set), with_reports(validation_set)
+
     run = Run.create(out, config, resume=resume or "align" not in stages)
     if "align" in stages and not run.done("align"):
-        model = train_alignment(run, train_set, validation_set, cache_dir=cache_dir, progress=progress)
+        model = train_alignment(run, text, train_set, validation_set, cache_dir=cache_dir, progress=progress)
     else:
-        text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
         model = load_alignment(run, text)
     if "report" in stages and not run.done("report"):
         train_reporter(run, model, train_set, validation_set, progress=progress)

@@ -1,0 +1,230 @@
+"""Training runs: what they leave behind, how they resume, what they refuse."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ecgot.data import dataset as dataset_module
+from ecgot.errors import EcgotError
+from ecgot.models.text import TextEncoder
+from ecgot.train.align import ReportSource, load_alignment, with_reports
+from ecgot.train.config import Config, resolve
+from ecgot.train.report import load_reporter
+from ecgot.train.run import Progress, Run, epoch_order
+from ecgot.train.stages import train
+from tests.conftest import small_settings
+
+
+@pytest.fixture
+def settings(few, tiny_bert) -> list[str]:
+    return small_settings(few, tiny_bert)
+
+
+def weights(run: Run, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(run.folder / f"{stage}.safetensors")
+
+
+def assert_equal(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], atol=0, rtol=0, msg=name)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(epoch_note: str) -> Progress:
+    """Progress that interrupts the training once a line with ``epoch_note`` has been reported."""
+
+    def bar(task: str, done: int, _total: int) -> None:
+        if stop and task.startswith("align") and done == 2:
+            raise Stopped
+
+    def note(line: str) -> None:
+        if epoch_note in line:
+            stop.append(line)
+
+    stop: list[str] = []
+    return Progress(bar, note)
+
+
+def test_a_run_leaves_configuration_metrics_and_checkpoints(settings, tmp_path, cache_dir):
+    run = train(resolve(None, settings), tmp_path / "run", cache_dir=cache_dir)
+    assert sorted(p.name for p in run.folder.iterdir()) == [
+        "align.safetensors",
+        "config.json",
+        "language_model",
+        "metrics.jsonl",
+        "report.safetensors",
+    ]
+    assert run.config() == resolve(None, settings)
+    lines = run.metrics()
+    assert [(line["stage"], line["epoch"]) for line in lines] == [("align", 1), ("align", 2), ("report", 1)]
+    assert {"loss", "contrastive", "ot", "validation_recall@1", "seconds"} <= lines[0].keys()
+    assert lines[1]["loss"] < lines[0]["loss"]
+    assert run.done("align")
+    assert run.done("report")
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(settings, tmp_path, cache_dir):
+    def align(name, *more):
+        run = train(resolve(None, [*settings, *more]), tmp_path / name, stages=["align"], cache_dir=cache_dir)
+        return weights(run, "align")
+
+    first = align("a")
+    assert_equal(first, align("b"))
+    assert not torch.equal(first["project_ecg.weight"], align("c", "seed=1")["project_ecg.weight"])
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(settings, tmp_path, cache_dir):
+    config = resolve(None, settings)
+    whole = train(config, tmp_path / "whole", stages=["align"], cache_dir=cache_dir)
+    with pytest.raises(Stopped):
+        train(
+            config,
+            tmp_path / "run",
+            stages=["align"],
+            cache_dir=cache_dir,
+            progress=stop_after("align: epoch 1/2"),
+        )
+    assert not Run(tmp_path / "run").done("align")
+    resumed = train(config, tmp_path / "run", stages=["align"], resume=True, cache_dir=cache_dir)
+    assert_equal(weights(whole, "align"), weights(resumed, "align"))
+    assert [line["epoch"] for line in resumed.metrics()] == [1, 2]
+
+
+def test_stage_two_follows_alone_and_needs_stage_one(settings, tmp_path, cache_dir):
+    config = resolve(None, settings)
+    with pytest.raises(EcgotError, match=r"no config\.json"):
+        train(config, tmp_path / "run", stages=["report"], cache_dir=cache_dir)
+    assert not (tmp_path / "run").exists()
+    train(config, tmp_path / "run", stages=["align"], cache_dir=cache_dir)
+    before = weights(Run(tmp_path / "run"), "align")
+    run = train(config, tmp_path / "run", stages=["report"], cache_dir=cache_dir)
+    assert run.done("report")
+    assert_equal(before, weights(run, "align"))
+    both = train(config, tmp_path / "both", cache_dir=cache_dir)
+    assert_equal(weights(both, "report"), weights(run, "report"))
+
+
+def test_no_label_reaches_the_alignment(settings, few, tmp_path, cache_dir):
+    config = resolve(None, settings)
+    first = train(config, tmp_path / "a", stages=["align"], cache_dir=cache_dir)
+    blind = tmp_path / "blind"
+    shutil.copytree(few, blind)
+    table = pd.read_csv(blind / "ptbxl_database.csv", dtype=str)
+    table.assign(scp_codes="{}").to_csv(blind / "ptbxl_database.csv", index=False)
+    config = replace(config, data=replace(config.data, root=str(blind)))
+    second = train(config, tmp_path / "b", stages=["align"], cache_dir=cache_dir)
+    assert_equal(weights(first, "align"), weights(second, "align"))
+
+
+def test_a_trained_text_encoder_is_saved_and_loaded(settings, tmp_path, cache_dir, tiny_bert):
+    config = resolve(None, [*settings, "text.train=true"])
+    run = train(config, tmp_path / "run", stages=["align"], cache_dir=cache_dir)
+    text = TextEncoder(str(tiny_bert))
+    before = text.fingerprint()
+    model = load_alignment(run, text)
+    assert text.fingerprint() != before
+    assert any(name.startswith("text.") for name in model.state_dict())
+
+
+def test_a_stored_report_is_looked_up_by_row(tiny_bert, dataset):
+    from ecgot.models.text import embed_texts
+
+    text = TextEncoder(str(tiny_bert)).eval()
+    store = embed_texts(text, sorted(set(dataset.reports)))
+    source = ReportSource(dataset.reports, text, store)
+    rows = torch.tensor([5, 0, 77])
+    tokens, ids = source.batch(rows, torch.device("cpu"))
+    with torch.no_grad():
+        direct = text([dataset.reports[row] for row in rows.tolist()])
+    torch.testing.assert_close(tokens.pooled, direct.pooled, atol=1e-4, rtol=1e-4)
+    same = [dataset.reports[a] == dataset.reports[b] for a in rows.tolist() for b in rows.tolist()]
+    assert (ids[:, None] == ids).flatten().tolist() == same
+
+
+def test_records_without_report_take_no_part(dataset):
+    table = replace(dataset.table, reports=("",) * (len(dataset) - 1) + ("sinus rhythm",))
+    assert len(with_reports(replace(dataset, table=table))) == 1
+    with pytest.raises(EcgotError, match="usable report text"):
+        with_reports(replace(dataset, table=replace(table, reports=("",) * len(dataset))))
+
+
+def test_an_existing_run_or_folder_is_not_overwritten(settings, tmp_path, cache_dir):
+    config = resolve(None, settings)
+    train(config, tmp_path / "run", stages=["align"], cache_dir=cache_dir)
+    with pytest.raises(EcgotError, match="already holds a run"):
+        train(config, tmp_path / "run", cache_dir=cache_dir)
+    other = resolve(None, [*settings, "align.width=16"])
+    with pytest.raises(EcgotError, match=r"align\.width: 32 against 16"):
+        train(other, tmp_path / "run", resume=True, cache_dir=cache_dir)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(EcgotError, match="not an empty folder"):
+        train(config, tmp_path / "full", cache_dir=cache_dir)
+    with pytest.raises(EcgotError, match="accepted are align, report"):
+        train(config, tmp_path / "x", stages=["distil"], cache_dir=cache_dir)
+
+
+def test_a_bad_configuration_leaves_no_folder(settings, tmp_path, cache_dir):
+    for bad in (
+        "encoder.name=vgg",
+        "text.name=absent/model",
+        "report.language_model=absent/model",
+        "device=tpu9",
+    ):
+        with pytest.raises(EcgotError):
+            train(resolve(None, [*settings, bad]), tmp_path / "run", cache_dir=cache_dir)
+        assert not (tmp_path / "run").exists(), bad
+
+
+def test_checkpoints_of_another_configuration_or_damaged_are_named(settings, tmp_path, cache_dir, tiny_bert):
+    run = train(resolve(None, settings), tmp_path / "run", cache_dir=cache_dir)
+    text = TextEncoder(str(tiny_bert))
+    saved = json.loads((run.folder / "config.json").read_text())
+
+    def load_with(**encoder):
+        changed = json.loads(json.dumps(saved))
+        for section, values in encoder.items():
+            changed[section] |= values
+        (run.folder / "config.json").write_text(json.dumps(changed))
+        return load_alignment(run, text)
+
+    with pytest.raises(EcgotError, match=r"another configuration .*encoder\.name"):
+        load_with(encoder={"name": "resnet1d_small"})
+    with pytest.raises(EcgotError, match=r"another configuration .*align\.width"):
+        load_with(align={"width": 64})
+    load_with()
+    path = run.folder / "report.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(EcgotError, match="damaged"):
+        load_reporter(run, 128)
+    path.unlink()
+    with pytest.raises(EcgotError, match="--stage report"):
+        load_reporter(run, 128)
+    with pytest.raises(EcgotError, match=r"no config\.json"):
+        Run.open(Path("absent"))
+
+
+def test_epochs_visit_every_row_once():
+    for lengths in (None, torch.arange(103)):
+        batches = epoch_order(103, 10, seed=0, epoch=1, lengths=lengths)
+        assert sorted(torch.cat(batches).tolist()) == list(range(103))
+    assert len(torch.cat(epoch_order(101, 10, 0, 0))) == 100  # a batch of one has no contrast
+    assert not torch.equal(epoch_order(50, 50, 0, 0)[0], epoch_order(50, 50, 0, 1)[0])
+    even = epoch_order(400, 10, 0, 0, lengths=torch.arange(400) % 40)
+    spread = torch.stack([(batch % 40).float().std() for batch in even]).mean()
+    assert spread < 3  # against 11.5 of batches that ignore the length
+
+
+def test_the_data_share_of_bad_records_is_a_setting():
+    assert Config().data.max_bad_share == 0.05
+    assert dataset_module.load_dataset.__kwdefaults__["max_bad_share"] == 0.05
