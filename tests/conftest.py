@@ -33,7 +33,7 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A synthetic data set of 200 records, for runs of which only the mechanics matter; do not write into it."""
+    """A synthetic data set of 200 records, for runs that only test mechanics; do not write into it."""
     folder = tmp_path_factory.mktemp("few") / "data"
     write_dataset(folder, records=200, seed=2)
     return folder

@@ -11,6 +11,10 @@ Bytes moved: x once for every tile of output channels (taps hit the cache), the 
 samples, residual and y once.
 """
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -158,3 +162,38 @@ def _conv1d_fwd(
         **configuration,
     )
     return y
+
+
+def compile_cases(
+    precision: str,
+) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(name, kernel, signature, constexprs, options) of every launch above that an encoder can ask for.
+
+    precision: of the fp32 products, in place of the one for the GPUs that torch is built for.
+    """
+    sizes = [2**power for power in range(4, 10)]  # a configuration knows no other
+    for dtype, torch_dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        found = [_configuration(t, c, o, torch_dtype) for t, c, o in itertools.product(sizes, repeat=3)]
+        for configuration in {str(each): each for each in found}.values():
+            if dtype == "fp32":
+                configuration["PRECISION"] = precision
+            for k, activation in itertools.product((1, 5, 15), ACTIVATIONS):  # the encoders' kernel sizes
+                for given in itertools.product((False, True), repeat=4):
+                    yield _compile_case(dtype, configuration, k, activation, given)
+
+
+def _compile_case(
+    dtype: str, configuration: dict[str, Any], k: int, activation: str | None, given: tuple[bool, ...]
+) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    optional = ("bias", "scale", "shift", "residual")
+    constants: dict[str, Any] = dict(zip((f"HAS_{name.upper()}" for name in optional), given, strict=True))
+    constants |= {"K": k, "ACTIVATION": ACTIVATIONS[activation]} | configuration
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    types = dict.fromkeys(constants, "constexpr")
+    signature = {
+        name: types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+        for name in _conv1d_fwd_kernel.arg_names
+    }
+    tile = "x".join(str(constants[name]) for name in ("BLOCK_T", "BLOCK_O", "BLOCK_C"))
+    epilogue = [*itertools.compress(optional, given), activation or "linear"]
+    return f"{tile} {dtype} K={k} {' '.join(epilogue)}", _conv1d_fwd_kernel, signature, constants, options

@@ -16,6 +16,8 @@ points of one side, that tile and the whole other side, twice, and the tile's gr
 another, so a result never depends on its batch mates.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -429,3 +431,44 @@ def _one_side(
 def _strides(x: Tensor, y: Tensor) -> dict[str, int]:
     names = ("stride_xb", "stride_xn", "stride_xd", "stride_yb", "stride_yn", "stride_yd")
     return dict(zip(names, (*x.stride(), *y.stride()), strict=True))
+
+
+def compile_cases(
+    precision: str,
+) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(name, kernel, signature, constexprs, options) of every launch above; some come twice.
+
+    precision: of the fp32 products, in place of the one for the GPUs that torch is built for.
+    """
+    sides = [2**power for power in range(4, 13)]  # a configuration knows no other sizes
+    for n, m in itertools.product(sides, sides):
+        if not fits(n, m):
+            continue
+        for dtype, cosine in itertools.product(("fp32", "fp16", "bf16"), (False, True)):
+            yield _compile_case(
+                _sinkhorn_bwd_kernel, dtype, {"COSINE": cosine}, _bwd_configuration(n, m), precision
+            )
+            for given in itertools.product((False, True), repeat=4):
+                flags = dict(zip(("HAS_A", "HAS_B", "HAS_X_MASK", "HAS_Y_MASK"), given, strict=True))
+                flags["COSINE"] = cosine
+                yield _compile_case(_sinkhorn_fwd_kernel, dtype, flags, _fwd_configuration(n, m), precision)
+
+
+def _compile_case(
+    kernel: Any, dtype: str, flags: dict[str, bool], configuration: dict[str, Any], precision: str
+) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    options = {name: configuration.pop(name) for name in ("num_warps", "num_stages")}
+    constants = flags | configuration | {"PRECISION": precision}
+    # Of the launchers' tensors, those below are not fp32; and x stands in for what is not given.
+    types = {"x_mask_ptr": "*u8", "y_mask_ptr": "*u8", "iterations_ptr": "*i32", "eps": "fp32", "tol": "fp32"}
+    types |= dict.fromkeys(("x_ptr", "y_ptr", "grad_x_ptr"), f"*{dtype}")
+    types |= {
+        f"{flag.removeprefix('HAS_').lower()}_ptr": f"*{dtype}" for flag, given in flags.items() if not given
+    }
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {
+        name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names
+    }
+    given = " ".join(flag.removeprefix("HAS_").lower() for flag, value in flags.items() if value)
+    name = f"{configuration['BLOCK_N']}x{configuration['BLOCK_M']} {dtype} {given}".rstrip()
+    return name, kernel, signature, constants, options

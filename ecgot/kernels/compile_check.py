@@ -9,58 +9,64 @@ prints one line a kernel, configuration and target: compiled or the error, and t
 import argparse
 import dataclasses
 import glob
+import importlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ecgot.kernels.dispatch import HAS_TRITON, INTERPRETED
+from ecgot.kernels.dispatch import HAS_TRITON
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU as Triton names it, and the shared memory that one program may have there, in bytes."""
+    """A GPU as Triton names it.
+
+    shared_bytes: the shared memory that one program may have there.
+    precision: of fp32 products, as the launchers choose it where torch is built for that GPU.
+    """
 
     backend: str
     architecture: int | str
     warp_size: int
     shared_bytes: int
+    precision: str
 
 
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 * 1024),
-    "sm_90": Target("cuda", 90, 32, 227 * 1024),
-    "sm_100": Target("cuda", 100, 32, 227 * 1024),
-    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+    "sm_80": Target("cuda", 80, 32, 163 * 1024, "tf32x3"),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024, "tf32x3"),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024, "tf32x3"),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, "ieee"),
 }
-POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-DTYPES = tuple(POINTER)
+# Each has compile_cases(precision), built from what its launchers read.
+MODULES = ("ecgot.kernels._triton_sinkhorn", "ecgot.kernels._triton_conv1d")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel in one configuration: ``module.kernel``, types of the other arguments, constexprs, options."""
+    """A kernel as one launch would compile it; names and not objects, as it travels between processes."""
 
     module: str
     kernel: str
-    pointer: str  # of the data; weights, potentials and results have fixed types
+    name: str
+    signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     options: tuple[tuple[str, int], ...]
 
     def __str__(self) -> str:
-        constants = " ".join(f"{name}={value}" for name, value in self.constants)
-        return f"{self.kernel} {self.pointer} {constants}"
+        return f"{self.kernel} {self.name}"
 
 
 @dataclass(frozen=True)
@@ -70,15 +76,41 @@ class Outcome:
     case: str
     target: str
     error: str | None
-    registers: int | None
-    stack_bytes: int | None
-    shared_bytes: int | None
+    registers: int | None = None
+    stack_bytes: int | None = None
+    shared_bytes: int | None = None
 
 
-def cases(everything: bool = False) -> Iterator[Case]:
-    """The launchers' configurations: all, or a part in which every tile extreme, dtype and flag occurs."""
-    yield from _sinkhorn_cases(everything)
-    yield from _conv1d_cases(everything)
+def cases(target: str, everything: bool = False) -> Iterator[Case]:
+    """The launchers' configurations on a target: all, or the part that ``_representative`` describes."""
+    kernels: dict[str, dict[Case, None]] = {}  # the inner dictionaries are ordered sets
+    for module in MODULES:
+        found = importlib.import_module(module).compile_cases(TARGETS[target].precision)
+        for name, kernel, *parts in found:
+            case = Case(module, kernel.__name__, name, *(tuple(part.items()) for part in parts))
+            kernels.setdefault(case.kernel, {})[case] = None
+    for of_kernel in kernels.values():
+        yield from of_kernel if everything else _representative(of_kernel)
+
+
+def _representative(of_kernel: Iterable[Case]) -> Iterable[Case]:
+    """A part with every tile and, in some tile, every pair of dtype, cost, activation, K and flags."""
+    tiles: dict[tuple[int, ...], list[tuple[Case, list[Any]]]] = {}
+    for case in of_kernel:
+        tile = tuple(value for name, value in case.constants if name.startswith("BLOCK_"))
+        others = [item for item in case.constants if not item[0].startswith(("BLOCK_", "PRECISION"))]
+        others.append(("dtype", dict(case.signature).get("x_ptr")))
+        tiles.setdefault(tile, []).append((case, list(itertools.combinations(others, 2))))
+    seen: Counter[Any] = Counter()
+    # The largest tiles choose first, and twice: they are the likeliest to spill or to fail.
+    order = sorted(tiles, key=math.prod, reverse=True)
+    twice = [tile for tile in order if math.prod(tile) == math.prod(order[0])]
+    chosen: dict[Case, None] = {}  # an ordered set, as a tile may have but one case
+    for tile in twice + order:
+        case, pairs = max(tiles[tile], key=lambda candidate: sum(1 / (1 + seen[p]) for p in candidate[1]))
+        seen.update(pairs)
+        chosen[case] = None
+    return chosen
 
 
 def check(case: Case, target: str) -> Outcome:
@@ -87,98 +119,20 @@ def check(case: Case, target: str) -> Outcome:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(__import__(case.module, fromlist=["_"]), case.kernel)
-    constants = dict(case.constants)
+    kernel = getattr(importlib.import_module(case.module), case.kernel)
     gpu = TARGETS[target]
-    if gpu.backend == "hip":
-        constants["PRECISION"] = "ieee"  # as the launchers choose where torch is built for HIP
-    source = ASTSource(kernel, _signature(kernel.arg_names, case.pointer, constants), constexprs=constants)
+    chip = GPUTarget(gpu.backend, gpu.architecture, gpu.warp_size)
     try:
-        chip = GPUTarget(gpu.backend, gpu.architecture, gpu.warp_size)
+        source = ASTSource(kernel, dict(case.signature), constexprs=dict(case.constants))
         compiled = triton.compile(source, target=chip, options=dict(case.options))
     except Exception as error:  # a compiler fails in many ways, and each is a finding
-        reason = str(error).strip().partition("\n")[0] or repr(error)
-        return Outcome(str(case), target, reason, None, None, None)
+        return Outcome(str(case), target, str(error).strip().partition("\n")[0] or repr(error))
     registers, stack = _resources(compiled.asm.get("cubin"))
     shared = compiled.metadata.shared
     error_line: str | None = None
     if shared > gpu.shared_bytes:  # it compiles, and would fail when launched
         error_line = f"needs {shared} bytes of shared memory, {target} has {gpu.shared_bytes}"
     return Outcome(str(case), target, error_line, registers, stack, shared)
-
-
-def _sinkhorn_cases(everything: bool) -> Iterator[Case]:
-    from ecgot.kernels import _triton_sinkhorn as module
-
-    sizes = [2**power for power in range(4, 13)]
-    tiles = [(n, m) for n, m in itertools.product(sizes, sizes) if module.fits(n, m)]
-    flag_sets = list(itertools.product((False, True), repeat=4))
-    if not everything:
-        largest = max(n * m for n, m in tiles)
-        tiles = [(n, m) for n, m in tiles if n * m == largest or (n, m) in ((16, 16), (32, 32), (64, 32))]
-    dtypes, flags = itertools.cycle(DTYPES), itertools.cycle(flag_sets)
-    for (n, m), cosine in itertools.product(tiles, (False, True)):
-        chosen = itertools.product(DTYPES, flag_sets) if everything else [(next(dtypes), next(flags))]
-        for dtype, (has_a, has_b, has_x_mask, has_y_mask) in chosen:
-            constants = {
-                "HAS_A": has_a,
-                "HAS_B": has_b,
-                "HAS_X_MASK": has_x_mask,
-                "HAS_Y_MASK": has_y_mask,
-                "COSINE": cosine,
-            }
-            configuration = module._fwd_configuration(n, m)
-            yield _case(module.__name__, "_sinkhorn_fwd_kernel", dtype, configuration, constants)
-        for dtype in DTYPES if everything else [next(dtypes)]:
-            configuration = module._bwd_configuration(n, m)
-            yield _case(module.__name__, "_sinkhorn_bwd_kernel", dtype, configuration, {"COSINE": cosine})
-
-
-def _conv1d_cases(everything: bool) -> Iterator[Case]:
-    from ecgot.kernels import _triton_conv1d as module
-
-    blocks = list(itertools.product((16, 32, 64), (16, 32, 64), (16, 32)))
-    if not everything:
-        blocks = [(16, 16, 16), (64, 32, 16), (64, 64, 32), (32, 64, 32)]
-    flag_sets = itertools.cycle(itertools.product((False, True), repeat=4))
-    activations, taps = itertools.cycle(module.ACTIVATIONS.values()), itertools.cycle((1, 5, 15))
-    for (length, c_out, c_in), dtype in itertools.product(blocks, DTYPES):
-        for activation in module.ACTIVATIONS.values() if everything else [next(activations)]:
-            has_bias, has_scale, has_shift, has_residual = next(flag_sets)
-            constants = {
-                "K": next(taps),
-                "HAS_BIAS": has_bias,
-                "HAS_SCALE": has_scale,
-                "HAS_SHIFT": has_shift,
-                "HAS_RESIDUAL": has_residual,
-                "ACTIVATION": activation,
-            }
-            configuration = module._configuration(length, c_in, c_out, dtype)
-            yield _case(module.__name__, "_conv1d_fwd_kernel", dtype, configuration, constants)
-
-
-def _case(
-    module: str, kernel: str, dtype: torch.dtype, configuration: dict[str, Any], constants: dict[str, Any]
-) -> Case:
-    names = ("num_warps", "num_stages")
-    constants = constants | {name: value for name, value in configuration.items() if name not in names}
-    options = tuple((name, configuration[name]) for name in names)
-    return Case(module, kernel, POINTER[dtype], tuple(constants.items()), options)
-
-
-def _signature(names: Sequence[str], pointer: str, constants: dict[str, Any]) -> dict[str, str]:
-    """Types of a kernel's arguments, by the naming that all kernels here follow."""
-    fixed = {"iterations_ptr": "*i32", "x_mask_ptr": "*u8", "y_mask_ptr": "*u8", "eps": "fp32", "tol": "fp32"}
-    solver = ("a_ptr", "b_ptr", "value_ptr", "f_ptr", "g_ptr", "error_ptr", "grad_ptr")  # fp32 for all inputs
-    types = {}
-    for name in names:
-        if name in constants:
-            types[name] = "constexpr"
-        elif name in solver:
-            types[name] = "*fp32"
-        else:
-            types[name] = fixed.get(name, pointer if name.endswith("_ptr") else "i32")
-    return types
 
 
 def _resources(cubin: bytes | None) -> tuple[int | None, int | None]:
@@ -208,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem:
         print(f"compile_check: {problem}", file=sys.stderr)
         return 2
-    jobs = [(case, target) for case in cases(options.all) for target in targets]
+    jobs = [(case, target) for target in targets for case in cases(target, options.all)]
     # Forked workers would share torch's thread pools.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
@@ -232,8 +186,10 @@ def _unusable(targets: Sequence[str]) -> str | None:
         return f"--targets: got {unknown[0]!r}, accepted are {', '.join(TARGETS)}"
     if not HAS_TRITON:
         return "triton is not installed"
-    if INTERPRETED:
-        return "TRITON_INTERPRET=1 is set, which leaves nothing to compile; unset it"
+    from triton import knobs
+
+    if knobs.runtime.interpret:  # not dispatch.INTERPRETED: Triton also takes "true", "yes" and "on"
+        return "TRITON_INTERPRET is set, which leaves nothing to compile; unset it"
     return None
 
 

@@ -1,0 +1,217 @@
+"""Options, fixtures and the CSV of the benchmarks: ``pytest benchmarks/ [--csv PATH] [--threads N]``.
+
+Gate, then time: a benchmark hands its errors against fp64 to ``measure`` together with the function, and a
+wrong result is never timed. A peer that is wrong is skipped with its error; ecgot fails.
+
+A time is the wall clock of one call, from an idle device until it is idle again. Launches and Python are
+part of it, as they are part of a training step. All products are true fp32 (no TF32), for every provider.
+"""
+
+import csv
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from ecgot.kernels.dispatch import INTERPRETED
+
+OURS = "ecgot"
+COLUMNS = (
+    "benchmark",
+    "provider",
+    "case",
+    "device",
+    "torch",
+    "triton",
+    "ecgot commit",
+    "rounds",
+    "median_ms",
+    "min_ms",
+    "stddev_ms",
+    "max_error",
+)
+# A measurement gets as many rounds as fit in the budget, within these bounds.
+BUDGET_S, LEAST_ROUNDS, MOST_ROUNDS = 0.5, 5, 100
+
+Row = dict[str, str | int]
+Gate = Callable[[str, dict[str, tuple[float, float]]], None]
+Measure = Callable[..., None]
+ROWS = pytest.StashKey[list[Row]]()
+ORIGIN = pytest.StashKey[Row]()
+
+
+# --- options and set-up -------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--csv", type=Path, metavar="PATH", help="write the measurements to this file")
+    parser.addoption("--threads", type=int, metavar="N", help="CPU threads of torch (default: torch's)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if INTERPRETED:
+        raise pytest.UsageError("TRITON_INTERPRET=1: interpreted kernels are not worth timing; unset it")
+    path, threads = config.getoption("--csv"), config.getoption("--threads")
+    if path is not None and not path.parent.is_dir():
+        raise pytest.UsageError(f"--csv: got {path}, accepted is a file in a folder that exists")
+    if threads is not None:
+        if threads < 1:
+            raise pytest.UsageError(f"--threads: got {threads}, accepted is an integer >= 1")
+        torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # shapes are fixed: cuDNN may look for its best algorithm
+    if "s" not in config.option.reportchars:
+        config.option.reportchars += "s"  # why something was not timed is part of the result
+    config.stash[ROWS] = []
+    config.stash[ORIGIN] = {
+        "device": _device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "ecgot commit": _commit(config.rootpath),
+    }
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        name = next((value.strip() for key, _, value in fields if key.strip() == "model name"), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _commit(root: Path) -> str:
+    """The short commit, "+dirty" where the code measured or measuring differs from it."""
+    try:
+        commit = _git(root, "rev-parse", "--short", "HEAD")
+        # Earlier results beside the benchmarks do not make the code another one.
+        changes = _git(root, "status", "--porcelain", "--", "ecgot", ":(glob)benchmarks/*.py")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}+dirty" if changes else commit
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+# --- fixtures -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def gate() -> Gate:
+    """gate(provider, {name: (error, tolerance)}): skips a peer, fails ecgot, where an error is too large."""
+
+    def check(provider: str, errors: dict[str, tuple[float, float]]) -> None:
+        wrong = [
+            f"{name} error {error:.1e} > {tolerance:.1e}"
+            for name, (error, tolerance) in errors.items()
+            if not error <= tolerance  # NaN is wrong as well
+        ]
+        if wrong:
+            refuse = pytest.fail if provider == OURS else pytest.skip
+            refuse(f"{provider} is not timed: {', '.join(wrong)}")
+
+    return check
+
+
+@pytest.fixture
+def measure(
+    benchmark: BenchmarkFixture, device: torch.device, gate: Gate, request: pytest.FixtureRequest
+) -> Measure:
+    """measure(function, provider=, case=, errors=) gates by {name: (error, tolerance)}, times and records."""
+
+    def run(
+        function: Callable[[], object],
+        *,
+        provider: str,
+        case: str,
+        errors: dict[str, tuple[float, float]] | None = None,
+    ) -> None:
+        gate(provider, errors or {})
+        name = request.node.originalname.removeprefix("test_")
+        error = max((error for error, _ in (errors or {}).values()), default=math.nan)
+        benchmark.group = f"{name} {case}"
+        benchmark.extra_info["max_error"] = None if math.isnan(error) else error
+
+        def synchronised() -> None:
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.pedantic(synchronised, rounds=_rounds(synchronised), warmup_rounds=2)
+        if benchmark.stats is not None:  # None under --benchmark-disable
+            row: Row = {"benchmark": name, "provider": provider, "case": case} | _timing(benchmark)
+            row["max_error"] = "" if math.isnan(error) else f"{error:.2e}"
+            request.config.stash[ROWS].append(row)
+
+    return run
+
+
+def _rounds(function: Callable[[], None]) -> int:
+    function()  # compiles, tunes, allocates
+    start = time.perf_counter()
+    function()
+    rounds = BUDGET_S / max(time.perf_counter() - start, 1e-6)
+    return int(min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS))
+
+
+def _timing(benchmark: BenchmarkFixture) -> Row:
+    stats = benchmark.stats.stats
+    times = {"median_ms": stats.median, "min_ms": stats.min, "stddev_ms": stats.stddev}
+    return {"rounds": stats.rounds} | {name: f"{1e3 * seconds:.4g}" for name, seconds in times.items()}
+
+
+# --- CSV ----------------------------------------------------------------------------------------------------
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    path, rows = config.getoption("--csv"), config.stash[ROWS]
+    if path is None:
+        return
+    finished = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    if not (finished and rows):
+        terminalreporter.write_line(f"{path}: not written, the session is not complete or measured nothing")
+        return
+    _write_csv(path, [config.stash[ORIGIN] | row for row in rows])
+    terminalreporter.write_line(f"{path}: {len(rows)} measurements")
+
+
+def _write_csv(path: Path, rows: list[Row]) -> None:
+    """Written beside its place and renamed, so that no half of it is ever seen."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
