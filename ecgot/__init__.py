@@ -1,1 +1,49 @@
-"""ECG encoders aligned with language models by optimal transport."""
+"""ECG encoders aligned with language models by optimal transport.
+
+The public names below load on first use, so that ``import ecgot`` and ``ecgot --help`` do not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ecgot.errors import EcgotError
+from ecgot.version import __version__
+
+if TYPE_CHECKING:
+    from ecgot.data.dataset import load_dataset
+    from ecgot.data.record import read_record
+    from ecgot.kernels.sinkhorn import SinkhornLoss, SinkhornOutput, sinkhorn
+    from ecgot.models.encoder import encoder
+
+__all__ = [
+    "EcgotError",
+    "SinkhornLoss",
+    "SinkhornOutput",
+    "__version__",
+    "encoder",
+    "load_dataset",
+    "read_record",
+    "sinkhorn",
+]
+_HOME = {
+    "SinkhornLoss": "ecgot.kernels.sinkhorn",
+    "SinkhornOutput": "ecgot.kernels.sinkhorn",
+    "encoder": "ecgot.models.encoder",
+    "kernels": "ecgot.kernels",
+    "load_dataset": "ecgot.data.dataset",
+    "read_record": "ecgot.data.record",
+    "sinkhorn": "ecgot.kernels.sinkhorn",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ecgot' has no attribute {name!r}")
+    module = importlib.import_module(_HOME[name])
+    value = module if name == "kernels" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -17,7 +17,6 @@ from ecgot.errors import EcgotError
 from ecgot.version import __version__
 
 NOT_A_DEVICE = "Research software, not a medical device: do not use it for diagnosis or treatment."
-GROUP_NAMES = {"superclass": "superclasses", "subclass": "subclasses", "form": "form", "rhythm": "rhythm"}
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_1", "rouge_2", "rouge_l")
 
 PATH = click.Path(path_type=Path)
@@ -198,7 +197,7 @@ def report(run: Path, record: Path, num_beams: int, score: str, prompts: Path | 
     console = Console()
     table = Table(title=f"{record}: similarity to each class's prompts, highest first")
     for group in reading["scores"]:
-        table.add_column(GROUP_NAMES[group])
+        table.add_column(group)
     columns = [_ranked(scores, 5) for scores in reading["scores"].values()]
     for row in range(max(map(len, columns))):
         table.add_row(*(column[row] if row < len(column) else "" for column in columns))
@@ -240,17 +239,24 @@ def _progress(
         yield (lambda _task, _done, _total: None), (lambda _line: None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    tasks: dict[str, TaskID] = {}
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    console, tasks = Console(stderr=True), dict[str, TaskID]()
+    bars = Bars(*columns, console=console, transient=True)
 
-        def bar(task: str, done: int, total: int) -> None:
-            if task not in tasks:
-                tasks[task] = bars.add_task(task, total=total)
-            bars.update(tasks[task], completed=done, total=total)
-            if done >= total:
-                bars.stop_task(tasks.pop(task))
+    def bar(task: str, done: int, total: int) -> None:
+        if not console.is_terminal:
+            return
+        bars.start()  # not before there is something to show: an error then stays one line
+        if task not in tasks:
+            tasks[task] = bars.add_task(task, total=total)
+        bars.update(tasks[task], completed=done, total=total)
+        if done >= total:
+            bars.remove_task(tasks.pop(task))
 
-        yield bar, lambda line: bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    try:
+        yield bar, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+    finally:
+        if bars.live.is_started:
+            bars.stop()
 
 
 def _print(result: dict[str, Any], as_json: bool, line: str = "") -> None:
@@ -265,7 +271,7 @@ def _auroc_table(result: dict[str, Any]) -> Table:
     for group, ranking in result["zero_shot"].items():
         probe = result["probe"].get(group)
         table.add_row(
-            GROUP_NAMES[group],
+            group,
             str(len(ranking["auroc"])),
             str(ranking["records"]),
             _interval(ranking),

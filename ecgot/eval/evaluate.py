@@ -99,11 +99,14 @@ def evaluate(
     cache_dir, progress, config = cache_dir or default_cache_dir(), progress or Progress(), run.config()
     if score not in SCORES:
         raise EcgotError(f"score: got {score!r}, accepted are {' and '.join(SCORES)}")
+    trained_on = set(folds) & set(config.data.train_folds)
+    if trained_on:
+        raise EcgotError(f"folds: fold {min(trained_on)} was trained on, accepted are held-out folds")
     text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
     model = load_alignment(run, text)
     csv_path = _references(config, root, reports_csv)
     data = load_folds(config, folds, cache_dir, progress, root=root, reports_csv=csv_path)
-    train = _training_folds(config, root, csv_path, folds, cache_dir, progress)
+    train = _training_folds(config, root, csv_path, cache_dir, progress)
     if train is not None:
         check_patient_split(train.table, data.table)
     tokens, mask = encode(model, data, progress=progress, task="encoding evaluation folds")
@@ -131,12 +134,9 @@ def _references(config: Config, root: Path, reports_csv: Path | None) -> str:
 
 
 def _training_folds(
-    config: Config, root: Path, reports_csv: str, folds: Sequence[int], cache_dir: Path, progress: Progress
+    config: Config, root: Path, reports_csv: str, cache_dir: Path, progress: Progress
 ) -> EcgDataset | None:
     """The run's training folds in ``root``, or None where it has none of them."""
-    overlap = set(folds) & set(config.data.train_folds)
-    if overlap:
-        raise EcgotError(f"folds: fold {min(overlap)} was trained on, accepted are held-out folds")
     there = [fold for fold in available_folds(root) if fold in config.data.train_folds]
     if not there:
         progress.note(f"no linear probe and no most-frequent-report baseline: {root} has no training fold")

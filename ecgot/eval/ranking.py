@@ -47,9 +47,9 @@ def rank(
         return Ranking(float("nan"), float("nan"), float("nan"), int(counted.sum()), {}, {})
     weights = np.concatenate([np.ones((1, len(truth))), patient_weights(patients, resamples, seed)])
     areas = np.stack([weighted_auroc(scores[:, c], truth[:, c], weights) for c in scored])
-    # A resample may miss a rare class: the mean is then over the others.
-    macro = np.nanmean(areas[:, 1:], axis=0) if resamples else np.array([np.nan])
-    low, high = np.nanpercentile(macro, [2.5, 97.5])
+    # A resample may miss a rare class: the mean is then over the others; one that misses all is left out.
+    macro = np.ma.masked_invalid(areas[:, 1:]).mean(axis=0).compressed()
+    low, high = np.percentile(macro, [2.5, 97.5]) if len(macro) else (np.nan, np.nan)
     return Ranking(
         macro=float(areas[:, 0].mean()),
         low=float(low),

@@ -62,10 +62,20 @@ class _Problem:
     def weights(self) -> tuple[Tensor, Tensor]:
         return _weights(self.x, self.a, self.x_mask), _weights(self.y, self.b, self.y_mask)
 
+    def cost_matrix(self) -> Tensor:
+        """[B, N, M]; finite at masked points."""
+        if self.cost == "cosine":
+            x, y = _clean(self.x, self.x_mask), _clean(self.y, self.y_mask)
+            return (x @ y.mT).mul_(_inverse_norm(x)).mul_(-_inverse_norm(y).mT).add_(1.0)
+        x, y = _centred(self.x, self.y, self.x_mask, self.y_mask)
+        squares = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :]
+        return torch.baddbmm(squares, x, y.mT, alpha=-2).clamp_min_(0)
+
     def plan(self, f: Tensor, g: Tensor) -> Tensor:
+        return self.plan_of_cost(self.cost_matrix(), f, g)
+
+    def plan_of_cost(self, cost: Tensor, f: Tensor, g: Tensor) -> Tensor:
         a, b = self.weights()
-        x, y = _geometry(self.x, self.y, self.x_mask, self.y_mask, self.cost)[:2]
-        cost = _cost_matrix(x, y, self.cost)
         exponent = (f[:, :, None] + g[:, None, :] - cost) / self.eps
         # exp(-inf) is 0, while 0 * exp(large) would be NaN: the weights enter through their logarithms.
         return torch.exp(exponent + a.log()[:, :, None] + b.log()[:, None, :])
@@ -384,44 +394,26 @@ def _weights(points: Tensor, weights: Tensor | None, mask: Tensor | None) -> Ten
     return valid / valid.sum(1, keepdim=True).clamp_min(1)
 
 
-def _geometry(
-    x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, cost: str
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """x and y as the cost sees them: masked points zeroed, then centred (sqeuclidean) or normalised (cosine).
+def _clean(points: Tensor, mask: Tensor | None) -> Tensor:
+    """Points in the solver's dtype, 0 where masked: what stands there may be NaN."""
+    points = points.to(_solver_dtype(points))
+    return points if mask is None else points.masked_fill(~mask[:, :, None], 0.0)
 
-    Also returns, for the cosine, the inverse norms [B, N, 1] and [B, M, 1]; those of zero vectors are 0.
+
+def _centred(x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Clean points, moved together so that the mean of x is at the origin: squared distances stay.
+
+    For clouds far from the origin |x|^2 + |y|^2 - 2 xy would cancel catastrophically.
     """
-    dtype = _solver_dtype(x)
-    x, y = x.to(dtype), y.to(dtype)
-    if x_mask is not None:
-        x = x.masked_fill(~x_mask[:, :, None], 0.0)
-    if y_mask is not None:
-        y = y.masked_fill(~y_mask[:, :, None], 0.0)
-    if cost == "cosine":
-        x_scale, y_scale = _inverse_norm(x), _inverse_norm(y)
-        return x * x_scale, y * y_scale, x_scale, y_scale
-    # Squared distances do not change when both clouds move together; with the mean of x at the origin,
-    # |x|^2 + |y|^2 - 2 xy does not cancel catastrophically for clouds far from it.
+    x, y = _clean(x, x_mask), _clean(y, y_mask)
     center = _weights(x, None, x_mask)[:, None, :] @ x
-    x, y = x - center, y - center
-    if x_mask is not None:
-        x = x.masked_fill(~x_mask[:, :, None], 0.0)
-    if y_mask is not None:
-        y = y.masked_fill(~y_mask[:, :, None], 0.0)
-    return x, y, None, None
+    return _clean(x - center, x_mask), _clean(y - center, y_mask)
 
 
 def _inverse_norm(points: Tensor) -> Tensor:
+    """[B, N, 1]; that of a zero vector is 0, so that its cosine to everything is 0."""
     norm = torch.linalg.vector_norm(points, dim=2, keepdim=True)
     return torch.where(norm > 0, 1 / norm, 0.0)
-
-
-def _cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
-    """Cost [B, N, M] of points that went through ``_geometry``."""
-    if cost == "cosine":
-        return 1 - x @ y.mT
-    squares = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :]
-    return torch.baddbmm(squares, x, y.mT, alpha=-2).clamp_min_(0)
 
 
 def _solve_torch(
@@ -429,8 +421,7 @@ def _solve_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same iteration as the Triton kernel. Problems that have converged keep their potentials."""
     a, b = problem.weights()
-    x, y = _geometry(problem.x, problem.y, problem.x_mask, problem.y_mask, problem.cost)[:2]
-    kernel = _cost_matrix(x, y, problem.cost).div_(-problem.eps)  # -C / eps; potentials in units of eps
+    kernel = problem.cost_matrix().div_(-problem.eps)  # -C / eps; potentials in units of eps
     log_a, log_b = a.log(), b.log()
     solvable = (a.sum(1) > 0) & (b.sum(1) > 0)
 
@@ -473,13 +464,18 @@ def _solve_torch(
 
 def _envelope_torch(grad_value: Tensor, problem: _Problem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """d value / d C is the plan; the chain rule through the cost gives grad_x [B, N, D], grad_y [B, M, D]."""
-    x, y, x_scale, y_scale = _geometry(problem.x, problem.y, problem.x_mask, problem.y_mask, problem.cost)
-    plan = problem.plan(f, g) * grad_value[:, None, None]
-    pulled_x, pulled_y = plan @ y, plan.mT @ x
-    if x_scale is not None and y_scale is not None:  # cosine: project on the sphere's tangent
-        grad_x = (x * (x * pulled_x).sum(2, keepdim=True) - pulled_x) * x_scale
-        grad_y = (y * (y * pulled_y).sum(2, keepdim=True) - pulled_y) * y_scale
+    cost = problem.cost_matrix()
+    pull = problem.plan_of_cost(cost, f, g) * grad_value[:, None, None]
+    if problem.cost == "cosine":  # d(1 - x^ y^) / dx = (x^ (x^ y^) - y^) / |x|
+        x, y = _clean(problem.x, problem.x_mask), _clean(problem.y, problem.y_mask)
+        x_scale, y_scale = _inverse_norm(x), _inverse_norm(y)
+        along = pull * (1 - cost)
+        x_own, y_own = along.sum(2)[:, :, None] * x_scale**2, along.sum(1)[:, :, None] * y_scale**2
+        pull = pull * x_scale * y_scale.mT
     else:
-        grad_x = 2 * (plan.sum(2)[:, :, None] * x - pulled_x)
-        grad_y = 2 * (plan.sum(1)[:, :, None] * y - pulled_y)
+        x, y = _centred(problem.x, problem.y, problem.x_mask, problem.y_mask)
+        pull = pull * 2
+        x_own, y_own = pull.sum(2)[:, :, None], pull.sum(1)[:, :, None]
+    grad_x = torch.baddbmm(x_own * x, pull, y, alpha=-1)
+    grad_y = torch.baddbmm(y_own * y, pull.mT, x, alpha=-1)
     return grad_x.to(problem.x.dtype), grad_y.to(problem.y.dtype)

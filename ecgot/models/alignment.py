@@ -45,11 +45,12 @@ class AlignmentModel(nn.Module):
 
     def project_tokens(self, encoded: EncoderOutput) -> Embedding:
         """The encoder's output into the shared space."""
-        return _embedding(self.project_ecg, encoded.tokens, encoded.mask, encoded.pooled)
+        return _embedding(self.project_ecg(encoded.tokens), encoded.mask, self.project_ecg(encoded.pooled))
 
     def embed_text(self, text: TextTokens) -> Embedding:
         """Text tokens into the shared space."""
-        return _embedding(self.project_text, text.tokens, text.mask, text.pooled)
+        tokens = _project_valid(self.project_text, text.tokens, text.mask)
+        return _embedding(tokens, text.mask, self.project_text(text.pooled))
 
     @property
     def temperature(self) -> Tensor:
@@ -57,8 +58,16 @@ class AlignmentModel(nn.Module):
         return self.log_temperature.exp().clamp_min(0.01)
 
 
-def _embedding(projection: nn.Module, tokens: Tensor, mask: Tensor, pooled: Tensor) -> Embedding:
-    return Embedding(projection(tokens), mask, F.normalize(projection(pooled), dim=-1))
+def _embedding(projected: Tensor, mask: Tensor, pooled: Tensor) -> Embedding:
+    return Embedding(projected, mask, F.normalize(pooled, dim=-1))
+
+
+def _project_valid(projection: nn.Linear, tokens: Tensor, mask: Tensor) -> Tensor:
+    """tokens [B, M, D] to [B, M, E], 0 where masked: most of a batch of reports is padding, so it pays."""
+    valid = mask.flatten().nonzero().squeeze(1)
+    projected = projection(tokens.flatten(0, 1).index_select(0, valid))
+    whole = projected.new_zeros(mask.numel(), projected.shape[1])
+    return whole.index_copy(0, valid, projected).view(*mask.shape, -1)
 
 
 def contrastive_loss(ecg: Tensor, text: Tensor, text_id: Tensor, temperature: Tensor) -> Tensor:

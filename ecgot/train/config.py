@@ -182,7 +182,7 @@ def _convert(value: Any, expected: Any, path: str) -> Any:
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, EcgotError):
             raise
-        name = getattr(expected, "__name__", str(expected))
+        name = str(expected) if isinstance(expected, types.GenericAlias) else expected.__name__
         raise EcgotError(f"{path}: got {value!r}, accepted is of type {name}") from error
 
 
@@ -194,13 +194,21 @@ def _split(text: str, item: type) -> list[str]:
     numbers: list[str] = []
     for part in parts:
         low, _, high = part.partition("-")
+        if int(high or low) < int(low):
+            raise ValueError(f"{part} runs backwards")
         numbers += map(str, range(int(low), int(high or low) + 1))
     return numbers
 
 
 def parse_folds(text: str) -> tuple[int, ...]:
     """ "1-8,10" as (1, ..., 8, 10)."""
-    return tuple(_convert(text, tuple[int, ...], "folds"))
+    try:
+        folds = tuple(map(int, _split(text, int)))
+        if not folds:
+            raise ValueError("no fold")
+        return folds
+    except ValueError as error:
+        raise EcgotError(f"folds: got {text!r}, accepted are numbers and ranges such as 1-8,10") from error
 
 
 def _check(config: Config) -> None:
@@ -221,6 +229,8 @@ def _check(config: Config) -> None:
                 value = getattr(getattr(config, section), name)
                 if not (value > 0 or (value == 0 and limits is zero_or_more)):
                     raise EcgotError(f"{section}.{name}: got {value}, accepted is {accepted}")
+    if config.seed < 0:
+        raise EcgotError(f"seed: got {config.seed}, accepted is an integer >= 0")
     if not 0 <= config.data.max_bad_share <= 1:
         raise EcgotError(f"data.max_bad_share: got {config.data.max_bad_share}, accepted is a share 0-1")
     if config.align.contrastive_weight == 0 and config.align.ot_weight == 0:

@@ -9,6 +9,7 @@ STAGE.resume.pt         optimizer and schedule after the last whole epoch; gone 
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -167,7 +168,7 @@ def train_epochs(
     epoch: Callable[[int, Callable[[Tensor], None]], dict[str, float]],
     progress: Progress,
 ) -> None:
-    """Run ``epoch(number, step)`` to the last epoch, with AdamW, a one-cycle schedule and resuming.
+    """Run ``epoch(number, step)`` to the last epoch, with AdamW, resuming where it stopped.
 
     Args:
         groups: parameter groups with their top learning rate "lr".
@@ -175,12 +176,8 @@ def train_epochs(
         epoch: trains one epoch, calling ``step(loss)`` for every batch, and returns its metrics.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=[group["lr"] for group in groups],
-        total_steps=epochs * steps + 1,
-        pct_start=0.2,
-    )
+    total = epochs * steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, total))
     parameters = [p for group in groups for p in group["params"]]
 
     def step(loss: Tensor) -> None:
@@ -217,6 +214,14 @@ def train_epochs(
             },
         )
     run.finish(stage)
+
+
+def rate_factor(step: int, total: int) -> float:
+    """Learning rate of a step, as a share of the top rate: up in the first fifth, then down to 0 (cosine)."""
+    warm_up = max(1, total // 5)
+    if step < warm_up:
+        return (step + 1) / (warm_up + 1)
+    return (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, total - warm_up)))) / 2
 
 
 def epoch_order(

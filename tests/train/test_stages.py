@@ -16,7 +16,7 @@ from ecgot.models.text import TextEncoder
 from ecgot.train.align import ReportSource, load_alignment, with_reports
 from ecgot.train.config import Config, resolve
 from ecgot.train.report import load_reporter
-from ecgot.train.run import Progress, Run, epoch_order
+from ecgot.train.run import Progress, Run, epoch_order, rate_factor
 from ecgot.train.stages import train
 from tests.conftest import small_settings
 
@@ -223,6 +223,18 @@ def test_epochs_visit_every_row_once():
     even = epoch_order(400, 10, 0, 0, lengths=torch.arange(400) % 40)
     spread = torch.stack([(batch % 40).float().std() for batch in even]).mean()
     assert spread < 3  # against 11.5 of batches that ignore the length
+
+
+@pytest.mark.parametrize("total", [1, 2, 5, 100])
+def test_the_rate_rises_and_falls_within_any_number_of_steps(total):
+    factors = [rate_factor(step, total) for step in range(total)]
+    top = factors.index(max(factors))
+    assert all(0 < factor <= 1 for factor in factors)
+    assert factors[: top + 1] == sorted(factors[: top + 1])
+    assert factors[top:] == sorted(factors[top:], reverse=True)
+    if total == 100:
+        assert (top, max(factors)) == (20, 1.0)
+        assert factors[-1] < 0.01
 
 
 def test_the_data_share_of_bad_records_is_a_setting():

@@ -1,0 +1,139 @@
+"""What a run trained on synthetic ECGs knows, and what takes that away."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ecgot.data.ptbxl import GROUPS
+from ecgot.errors import EcgotError
+from ecgot.eval.evaluate import another_patients, evaluate
+from ecgot.eval.ranking import rank
+from ecgot.eval.reading import read
+from ecgot.eval.zeroshot import class_scores, embed_prompts, read_prompts, select_prompts
+from ecgot.models.text import TextEncoder
+from ecgot.train.align import load_alignment, waveforms
+from ecgot.train.config import resolve
+from ecgot.train.run import Run
+from ecgot.train.stages import train
+from tests.conftest import small_settings
+
+HELD_OUT = (9, 10)
+
+
+@pytest.fixture(scope="module")
+def evaluation(trained, synthetic, cache_dir):
+    return evaluate(trained, synthetic, folds=HELD_OUT, cache_dir=cache_dir, resamples=200)
+
+
+@pytest.fixture(scope="module")
+def macro(trained, dataset):
+    """Macro AUROC of each group for held-out waveforms that a function has changed."""
+    data = dataset.folds(HELD_OUT)
+    text = TextEncoder("minilm")
+    model = load_alignment(trained, text)
+    prompts = {g: select_prompts(read_prompts(), g, data.labels(g).classes) for g in GROUPS}
+    embedded = embed_prompts(model, text, prompts)
+    signal, _ = waveforms(data, torch.arange(len(data)), torch.device("cpu"))
+
+    def measure(change) -> dict[str, float]:
+        with torch.no_grad():
+            scores = class_scores(model.embed_ecg(change(signal)), embedded)
+        patients = data.table.patient_id
+        return {g: rank(s.numpy(), data.labels(g), patients, resamples=0).macro for g, s in scores.items()}
+
+    return measure
+
+
+@pytest.fixture(scope="module")
+def small_run(few, tiny_bert, cache_dir, tmp_path_factory) -> Run:
+    """A run of which only the mechanics matter; tests may write into it."""
+    config = resolve(None, small_settings(few, tiny_bert))
+    return train(config, tmp_path_factory.mktemp("small") / "run", cache_dir=cache_dir)
+
+
+def test_zero_shot_and_probe_are_well_above_chance(evaluation):
+    for group in ("superclass", "subclass", "form"):
+        ranking = evaluation.zero_shot[group]
+        assert ranking.macro > 0.85, group
+        assert 0.8 < ranking.low < ranking.macro < ranking.high < 1
+        assert evaluation.probe[group].macro > 0.9
+    assert evaluation.zero_shot["rhythm"].low > 0.7
+
+
+def test_wrong_leads_destroy_it(macro):
+    right, wrong = macro(lambda signal: signal), macro(lambda signal: signal.flip(1))
+    for group in ("superclass", "subclass"):  # a rate can be read off any lead
+        assert right[group] - wrong[group] > 0.15, group
+        assert (wrong[group] - 0.5) < 0.6 * (right[group] - 0.5), group
+
+
+def test_shuffled_records_are_chance(macro):
+    generator = torch.Generator().manual_seed(0)
+    draws = [macro(lambda signal: signal[torch.randperm(len(signal), generator=generator)]) for _ in range(5)]
+    for group in GROUPS:
+        assert abs(np.mean([draw[group] for draw in draws]) - 0.5) < 0.08, group
+
+
+def test_reports_depend_on_the_ecg(evaluation):
+    reports = evaluation.reports
+    assert reports.keys() == {"generated", "shuffled", "most_frequent"}
+    for metric in ("bleu_4", "meteor", "rouge_l"):
+        assert reports["generated"][metric] > 1.15 * reports["most_frequent"][metric]
+        assert reports["generated"][metric] > 1.3 * reports["shuffled"][metric]
+
+
+def test_evaluation_leaves_its_files(trained, evaluation):
+    saved = json.loads((trained.folder / "evaluation.json").read_text())
+    assert saved == json.loads(json.dumps(evaluation.to_dict()))
+    assert saved["folds"] == list(HELD_OUT)
+    with open(trained.folder / "generated_reports.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == evaluation.references == evaluation.records
+    assert [int(row["ecg_id"]) for row in rows] == [example[0] for example in evaluation.examples]
+
+
+def test_beam_search_and_transport_scores(small_run, few, cache_dir):
+    beams = evaluate(small_run, few, score="ot", num_beams=3, cache_dir=cache_dir, resamples=10)
+    greedy = evaluate(small_run, few, score="cosine", cache_dir=cache_dir, resamples=10)
+    assert beams.score == "ot"
+    assert beams.zero_shot["superclass"].auroc != greedy.zero_shot["superclass"].auroc
+    assert {example[0] for example in beams.examples} == {example[0] for example in greedy.examples}
+
+
+def test_trained_folds_and_unknown_scores_are_refused(small_run, few, cache_dir):
+    with pytest.raises(EcgotError, match="fold 3 was trained on"):
+        evaluate(small_run, few, folds=(3, 9), cache_dir=cache_dir)
+    with pytest.raises(EcgotError, match="accepted are cosine and ot"):
+        evaluate(small_run, few, score="dot", cache_dir=cache_dir)
+    with pytest.raises(EcgotError, match="folds: got 11"):
+        evaluate(small_run, few, folds=(11,), cache_dir=cache_dir)
+
+
+def test_another_patients_records():
+    patients = np.array([1, 1, 1, 2, 3, 3, 4, 5])
+    for seed in range(20):
+        other = another_patients(patients, seed=seed)
+        assert other is not None
+        assert sorted(other) == list(range(8))
+        assert (patients[other] != patients).all()
+    assert another_patients(np.array([1, 1, 1, 2])) is None
+
+
+def test_a_reading_is_what_the_evaluation_says(trained, evaluation, dataset, synthetic):
+    data = dataset.folds(HELD_OUT)
+    reading = read(trained, synthetic / data.table.record_paths[0])
+    assert reading.report == evaluation.examples[0][2]
+    assert reading.scores.keys() == set(GROUPS)
+    assert reading.notes == ()
+    assert -1 <= min(reading.scores["superclass"].values()) < max(reading.scores["superclass"].values()) <= 1
+
+
+def test_stage_one_alone_reads_without_a_report(few, tiny_bert, tmp_path, cache_dir):
+    config = resolve(None, small_settings(few, tiny_bert))
+    run = train(config, tmp_path / "run", stages=["align"], cache_dir=cache_dir)
+    assert evaluate(run, few, cache_dir=cache_dir, resamples=10).reports == {}
+    record = next((few / "records100").rglob("*.hea"))
+    assert read(run, record).report is None
