@@ -471,11 +471,11 @@ def _envelope_torch(grad_value: Tensor, problem: _Problem, f: Tensor, g: Tensor)
         x_scale, y_scale = _inverse_norm(x), _inverse_norm(y)
         along = pull * (1 - cost)
         x_own, y_own = along.sum(2)[:, :, None] * x_scale**2, along.sum(1)[:, :, None] * y_scale**2
-        pull = pull * x_scale * y_scale.mT
+        pull.mul_(x_scale).mul_(-y_scale.mT)
     else:
         x, y = _centred(problem.x, problem.y, problem.x_mask, problem.y_mask)
-        pull = pull * 2
-        x_own, y_own = pull.sum(2)[:, :, None], pull.sum(1)[:, :, None]
-    grad_x = torch.baddbmm(x_own * x, pull, y, alpha=-1)
-    grad_y = torch.baddbmm(y_own * y, pull.mT, x, alpha=-1)
+        pull.mul_(-2)
+        x_own, y_own = -pull.sum(2)[:, :, None], -pull.sum(1)[:, :, None]
+    grad_x = torch.bmm(pull, y).addcmul_(x, x_own)
+    grad_y = torch.bmm(pull.mT, x).addcmul_(y, y_own)
     return grad_x.to(problem.x.dtype), grad_y.to(problem.y.dtype)
