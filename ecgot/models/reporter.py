@@ -81,7 +81,8 @@ class Reporter(nn.Module):
         self.projector = nn.Sequential(
             nn.LayerNorm(ecg_width), nn.Linear(ecg_width, width), nn.GELU(), nn.Linear(width, width)
         )
-        self._takes_positions = "position_ids" in inspect.signature(language_model.forward).parameters
+        # Models differ in what they take; logits of the ECG's own positions would be computed for nothing.
+        self._takes = inspect.signature(language_model.forward).parameters.keys()
 
     def forward(self, tokens: Tensor, mask: Tensor, reports: Sequence[str]) -> Tensor:
         """Mean cross-entropy per report token of B reports, given ECG tokens [B, N, D] and mask [B, N]."""
@@ -94,13 +95,14 @@ class Reporter(nn.Module):
         embedded = self.language_model.get_input_embeddings()(torch.cat([start, inputs], 1))
         written = torch.cat([torch.ones_like(start), (labels != IGNORED).long()], 1)
         attention = torch.cat([mask.long(), written], 1)
-        silent = torch.full((len(labels), mask.shape[1] + 1), IGNORED, device=labels.device)
-        positions = {"position_ids": _positions(attention)} if self._takes_positions else {}
+        optional = {"position_ids": _positions(attention), "logits_to_keep": embedded.shape[1]}
+        kept = embedded.shape[1] if "logits_to_keep" in self._takes else attention.shape[1]
+        silent = torch.full((len(labels), kept - labels.shape[1]), IGNORED, device=labels.device)
         return self.language_model(
             inputs_embeds=torch.cat([prefix, embedded], 1),
             attention_mask=attention,
             labels=torch.cat([silent, labels], 1),
-            **positions,
+            **{name: value for name, value in optional.items() if name in self._takes},
         ).loss
 
     @torch.no_grad()
