@@ -8,6 +8,7 @@ part of it, as they are part of a training step. All products are true fp32 (no 
 """
 
 import csv
+import importlib.metadata
 import math
 import os
 import platform
@@ -19,10 +20,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ecgot.kernels.dispatch import INTERPRETED
+from ecgot.kernels.dispatch import HAS_TRITON, INTERPRETED
 
 OURS = "ecgot"
 COLUMNS = (
@@ -76,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ORIGIN] = {
         "device": _device_name(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": importlib.metadata.version("triton") if HAS_TRITON else "none",
         "ecgot commit": _commit(config.rootpath),
     }
 

@@ -1,6 +1,9 @@
 """Data that several tests share: a synthetic data set, real records where there are some, tiny models."""
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test asks a hub, and an unknown name fails at once
+
 from pathlib import Path
 
 import pytest
