@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ecgot.kernels.dispatch import INTERPRETED
+
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 
 
@@ -126,6 +128,13 @@ def _conv1d_fwd(
     activation: str | None,
 ) -> Tensor:
     """Launch the kernel: x [B, T, C_in] of any strides, the rest made contiguous; y [B, T_out, C_out]."""
+    if INTERPRETED and x.dtype == torch.bfloat16:  # Triton's interpreter would multiply the raw bits
+        bias, scale, shift, residual = (
+            None if t is None else t.float() for t in (bias, scale, shift, residual)
+        )
+        geometry = (stride, padding, dilation)
+        y = _conv1d_fwd(x.float(), weight.float(), bias, *geometry, scale, shift, residual, activation)
+        return y.bfloat16()
     batch, length, c_in = x.shape
     c_out, _, k = weight.shape
     t_out = (length + 2 * padding - dilation * (k - 1) - 1) // stride + 1

@@ -1,5 +1,7 @@
 """Fused channels-last 1-D convolution: the public function, its registered operator and the torch path."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,14 +43,28 @@ def conv1d(
     Raises:
         ValueError, TypeError: one line that names the argument, what came and what is accepted.
 
+    Under autocast all tensors are cast, as torch's convolutions are.
     On CUDA one Triton kernel does all of it, accumulating in fp32 (fp64 takes the torch path); the backward
     uses torch's convolutions. On a CPU the torch path serves, unless TRITON_INTERPRET=1 is set.
     """
+    x, weight, bias, scale, shift, residual = _autocast(x, weight, bias, scale, shift, residual)
     _check(x, weight, bias, stride, padding, dilation, scale, shift, residual, activation)
     if use_triton(x) and x.dtype != torch.float64:
         return _conv1d_fwd_op(x, weight, bias, stride, padding, dilation, scale, shift, residual, activation)
     y = _convolve(x, weight, bias, stride, padding, dilation)
     return _activated(_affine(y, scale, shift, residual), activation)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype where it is on; fp64 stays, as in torch."""
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
 
 
 def _check(
@@ -63,12 +79,17 @@ def _check(
     residual: Tensor | None,
     activation: str | None,
 ) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, accepted is [B, T, C_in]")
+    for name, given in (("x", x), ("weight", weight)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: got {type(given).__name__}, accepted is a torch.Tensor")
+    if x.dim() != 3 or 0 in x.shape[1:]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, accepted is [B, T, C_in] with T and C_in >= 1")
     if not x.is_floating_point():
         raise TypeError(f"x: got dtype {x.dtype}, accepted is floating point")
-    if weight.dim() != 3 or weight.shape[1] != x.shape[2]:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, accepted is [C_out, {x.shape[2]}, K]")
+    if weight.dim() != 3 or weight.shape[1] != x.shape[2] or 0 in weight.shape:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, accepted is [C_out, {x.shape[2]}, K], C_out and K >= 1"
+        )
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: got {value!r}, accepted is an integer >= {least}")

@@ -27,6 +27,7 @@ TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 2e-5,  # sums of up to 200 products of size 1
     torch.float16: 2e-2,  # the result is rounded to 2^-11 of values up to about 20
+    torch.bfloat16: 1.6e-1,  # the same, with 2^-8
 }
 
 
@@ -122,11 +123,20 @@ def test_every_argument_alone(optional, activation):
     check_against_oracle(tensors, geometry, activation, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(dtype):
     tensors, geometry = layer(SHAPES[0], dtype=dtype)
     # A smooth activation: rounding to fp16 flips ReLU at values near 0, which is no error of the kernel.
     check_against_oracle(tensors, geometry, "silu", TOLERANCE[dtype])
+
+
+def test_autocast_casts_as_torch_does():
+    tensors, geometry = layer(SHAPES[0])
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = conv1d(**tensors, **geometry)
+    assert y.dtype == torch.bfloat16
+    lower = {name: t.bfloat16() for name, t in tensors.items()}
+    torch.testing.assert_close(y, conv1d(**lower, **geometry))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -211,6 +221,11 @@ def test_compiles_whole():
     ("change", "message"),
     [
         ({"x": torch.zeros(5, 3)}, r"x: got shape \(5, 3\), accepted is \[B, T, C_in\]"),
+        ({"x": [[[1.0]]]}, "x: got list, accepted is a torch.Tensor"),
+        ({"x": torch.zeros(2, 0, 3)}, r"x: got shape \(2, 0, 3\)"),
+        ({"x": torch.zeros(2, 5, 0)}, r"x: got shape \(2, 5, 0\)"),
+        ({"weight": torch.zeros(0, 3, 3)}, r"weight: got shape \(0, 3, 3\)"),
+        ({"weight": torch.zeros(4, 3, 0)}, r"weight: got shape \(4, 3, 0\)"),
         ({"x": torch.zeros(2, 5, 3, dtype=torch.int32)}, "x: got dtype torch.int32"),
         ({"weight": torch.zeros(4, 2, 3)}, r"weight: got shape \(4, 2, 3\), accepted is \[C_out, 3, K\]"),
         ({"weight": torch.zeros(4, 3, 3, dtype=torch.float64)}, "weight: got dtype torch.float64"),
