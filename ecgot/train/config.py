@@ -114,18 +114,21 @@ def from_json(text: str) -> Config:
     return _build(Config, json.loads(text), "")
 
 
-def differences(first: Config, second: Config, sections: tuple[str, ...]) -> list[str]:
-    """The settings in ``sections`` that differ, as "align.width: 256 against 128"."""
-    found = []
-    for section in sections:
-        left, right = (
-            dataclasses.asdict(getattr(first, section)),
-            dataclasses.asdict(getattr(second, section)),
-        )
-        found += [
-            f"{section}.{key}: {left[key]} against {right[key]}" for key in left if left[key] != right[key]
-        ]
-    return found
+def differences(first: Config, second: Config) -> list[str]:
+    """The settings that differ, as "align.width: 256 against 128"; the device may."""
+    left, right = _flat(dataclasses.asdict(first)), _flat(dataclasses.asdict(second))
+    return [
+        f"{key}: {left[key]} against {right[key]}"
+        for key in left
+        if key != "device" and left[key] != right[key]
+    ]
+
+
+def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return flat
 
 
 def _read(file: Path) -> dict[str, Any]:

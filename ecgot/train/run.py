@@ -54,7 +54,7 @@ class Run:
         if path.exists():
             if not resume:
                 raise EcgotError(f"out: {folder} already holds a run; name another folder, or add --resume")
-            changed = differences(run.config(), config, ("data", "encoder", "text", "align", "report"))
+            changed = differences(run.config(), config)
             if changed:
                 raise EcgotError(f"out: {folder} was trained with another configuration ({changed[0]})")
             return run
@@ -203,7 +203,7 @@ def train_epochs(
         run.log(stage, number + 1, metrics)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         progress.note(f"{stage}: epoch {number + 1}/{epochs}: {shown}")
-        run.save(stage, model)
+        # The state first: weights without it would pass for a finished stage, wherever the run is cut off.
         run.save_state(
             stage,
             {
@@ -213,6 +213,9 @@ def train_epochs(
                 "epochs": number + 1,
             },
         )
+        run.save(stage, model)
+    if first == epochs:  # cut off between the last state and its weights
+        run.save(stage, model)
     run.finish(stage)
 
 

@@ -77,6 +77,6 @@ def test_folds():
 
 
 def test_differences_name_the_settings():
-    assert differences(Config(), resolve(None, ["align.width=8"]), ("align", "text")) == [
-        "align.width: 256 against 8"
-    ]
+    changed = resolve(None, ["align.width=8", "seed=3", "device=cpu"])
+    assert differences(Config(), changed) == ["seed: 0 against 3", "align.width: 256 against 8"]
+    assert differences(changed, changed) == []

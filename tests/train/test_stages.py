@@ -100,6 +100,32 @@ def test_an_interrupted_run_resumes_to_the_same_weights(settings, tmp_path, cach
     assert [line["epoch"] for line in resumed.metrics()] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("cut_off_at", "epoch"), [("save_state", 1), ("save", 1), ("save", 2), ("finish", 1)]
+)
+def test_wherever_a_run_is_cut_off_it_resumes_to_the_same_weights(
+    settings, tmp_path, cache_dir, monkeypatch, cut_off_at, epoch
+):
+    config = resolve(None, settings)
+    whole = train(config, tmp_path / "whole", stages=["align"], cache_dir=cache_dir)
+    method, calls = getattr(Run, cut_off_at), []
+
+    def cut_off(*arguments):
+        calls.append(arguments)
+        if len(calls) == epoch:
+            raise Stopped
+        return method(*arguments)
+
+    monkeypatch.setattr(Run, cut_off_at, cut_off)
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "run", stages=["align"], cache_dir=cache_dir)
+    monkeypatch.undo()
+    assert not Run(tmp_path / "run").done("align")
+    resumed = train(config, tmp_path / "run", stages=["align"], resume=True, cache_dir=cache_dir)
+    assert_equal(weights(whole, "align"), weights(resumed, "align"))
+    assert resumed.done("align")
+
+
 def test_stage_two_follows_alone_and_needs_stage_one(settings, tmp_path, cache_dir):
     config = resolve(None, settings)
     with pytest.raises(EcgotError, match=r"no config\.json"):
@@ -166,6 +192,8 @@ def test_an_existing_run_or_folder_is_not_overwritten(settings, tmp_path, cache_
     other = resolve(None, [*settings, "align.width=16"])
     with pytest.raises(EcgotError, match=r"align\.width: 32 against 16"):
         train(other, tmp_path / "run", resume=True, cache_dir=cache_dir)
+    with pytest.raises(EcgotError, match="seed: 0 against 1"):
+        train(resolve(None, [*settings, "seed=1"]), tmp_path / "run", resume=True, cache_dir=cache_dir)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(EcgotError, match="not an empty folder"):
