@@ -105,6 +105,8 @@ def _check(
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, accepted is a torch.Tensor")
         if name in shapes and tuple(tensor.shape) != shapes[name]:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, accepted is {shapes[name]}")
         if tensor.device != x.device:

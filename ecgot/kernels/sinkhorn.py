@@ -103,7 +103,8 @@ def sinkhorn(
         cost: ``"sqeuclidean"``, ||x - y||^2, or ``"cosine"``, 1 - cos(x, y); a zero vector is at cosine
             distance 1 from everything and gets no gradient.
         a, b: weights [B, N] and [B, M], non-negative, summing to 1 over the unmasked points of each problem
-            (checked on the CPU only, as a check on a GPU would wait for it); uniform where omitted.
+            (checked on the CPU only, as a check on a GPU would wait for it); uniform where omitted. A weight
+            below the smallest normal number of its dtype counts as 0.
         x_mask, y_mask: boolean [B, N] and [B, M], True at the points that exist. What stands at the others
             is never read, NaN included.
         max_iter: most iterations, >= 1; one is an update of f and of g.
@@ -237,6 +238,8 @@ def _check_settings(eps: float, cost: str, max_iter: int, tol: float) -> None:
 def _check_mask(name: str, mask: Tensor | None, points: Tensor) -> None:
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: got {type(mask).__name__}, accepted is a torch.Tensor")
     if mask.dtype != torch.bool or mask.shape != points.shape[:2] or mask.device != points.device:
         raise ValueError(
             f"{name}: got {mask.dtype} {tuple(mask.shape)} on {mask.device}, accepted is "
@@ -245,9 +248,11 @@ def _check_mask(name: str, mask: Tensor | None, points: Tensor) -> None:
 
 
 def _check_weights(name: str, weights: Tensor | None, points: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Weights in the solver's dtype, zero at masked points."""
+    """Weights in the solver's dtype, zero at masked points; half-precision ones brought to a sum of 1."""
     if weights is None:
         return None
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name}: got {type(weights).__name__}, accepted is a torch.Tensor")
     if (
         weights.shape != points.shape[:2]
         or not weights.is_floating_point()
@@ -263,6 +268,11 @@ def _check_weights(name: str, weights: Tensor | None, points: Tensor, mask: Tens
         weights = weights.masked_fill(~mask, 0.0)
     if weights.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_mass(name, weights.detach(), tolerance=2e-2 if half else 1e-3)
+    # The reciprocal of a subnormal weight is infinite; the point counts as one without weight.
+    weights = weights.masked_fill(weights.detach().abs() < torch.finfo(weights.dtype).tiny, 0.0)
+    if half:  # the rounding of the weights would keep the marginal error above tol for ever
+        mass = weights.sum(1, keepdim=True)
+        weights = weights / torch.where(mass > 0, mass, 1.0)
     return weights
 
 

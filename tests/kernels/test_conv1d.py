@@ -230,6 +230,7 @@ def test_compiles_whole():
         ({"weight": torch.zeros(4, 2, 3)}, r"weight: got shape \(4, 2, 3\), accepted is \[C_out, 3, K\]"),
         ({"weight": torch.zeros(4, 3, 3, dtype=torch.float64)}, "weight: got dtype torch.float64"),
         ({"weight": torch.zeros(4, 3, 9)}, "x: got T = 5, accepted is at least 9"),
+        ({"scale": 0.5}, "scale: got float, accepted is a torch.Tensor"),
         ({"stride": 0}, "stride: got 0, accepted is an integer >= 1"),
         ({"padding": -1}, "padding: got -1, accepted is an integer >= 0"),
         ({"dilation": 1.5}, "dilation: got 1.5"),

@@ -125,6 +125,23 @@ def test_bf16_points_are_solved_in_fp32(cost):
     close(out.value, value, TOLERANCE[torch.float32][0])  # the oracle sees the same rounded inputs
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_rounded_to_half_still_converge(dtype):
+    tensors = problem((3, 9, 5, 4), weighted=True)
+    out = sinkhorn(**tensors | {"a": tensors["a"].to(dtype), "b": tensors["b"].to(dtype)}, eps=0.5)
+    assert out.converged.all()
+    close(out.value, oracle(tensors, eps=0.5, cost="sqeuclidean")[0], 1e-2)
+
+
+def test_subnormal_weights_count_as_none():
+    tensors = problem((1, 6, 5, 4), seed=3)
+    a = torch.tensor([[0.5, 0.5, 1e-42, 0.0, 1e-44, 0.0]], device=DEVICE)
+    out = sinkhorn(**tensors, a=a, eps=1e-3, max_iter=1)
+    none = sinkhorn(**tensors, a=torch.tensor([[0.5, 0.5, 0, 0, 0, 0]], device=DEVICE), eps=1e-3, max_iter=1)
+    assert torch.isfinite(out.marginal_error).all()
+    torch.testing.assert_close(out.value, none.value)
+
+
 @pytest.mark.parametrize("cost", ["sqeuclidean", "cosine"])
 def test_gradients_by_finite_differences(cost):
     tensors = problem((2, 5, 4, 3), masked=True, dtype=torch.float64)
@@ -425,6 +442,8 @@ def test_loss_module_reduces():
         ({"cost": "manhattan"}, "cost: got 'manhattan', accepted are 'sqeuclidean' and 'cosine'"),
         ({"max_iter": 0}, "max_iter: got 0"),
         ({"tol": -1.0}, "tol: got -1.0"),
+        ({"a": [0.2]}, "a: got list, accepted is a torch.Tensor"),
+        ({"x_mask": [True]}, "x_mask: got list, accepted is a torch.Tensor"),
         ({"x_mask": torch.ones(2, 5)}, r"x_mask: got torch.float32 \(2, 5\)"),
         ({"y_mask": torch.ones(2, 5, dtype=torch.bool)}, r"y_mask: got torch.bool \(2, 5\)"),
         ({"a": torch.ones(2, 4)}, r"a: got torch.float32 \(2, 4\)"),
