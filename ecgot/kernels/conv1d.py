@@ -121,8 +121,10 @@ def _convolve(
     """The bare convolution in torch: [B, T, C] is a channels-last image of height 1, so nothing is copied."""
     image = x.permute(0, 2, 1).unsqueeze(2)
     kernel = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-    y = F.conv2d(image, kernel, bias, (1, stride), (0, padding), (1, dilation))
-    return y.squeeze(2).permute(0, 2, 1)
+    # The bias is added outside: oneDNN's dilated convolution with bias has crashed where a whole window lies
+    # in the padding.
+    y = F.conv2d(image, kernel, None, (1, stride), (0, padding), (1, dilation)).squeeze(2).permute(0, 2, 1)
+    return y if bias is None else y + bias
 
 
 def _affine(y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -187,7 +189,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     smooth = ctx.activation in ("gelu", "silu")
     convolved = _convolve(x, weight, bias, *geometry) if smooth or needs_scale else x.new_empty(0)
     if ctx.activation == "relu":
-        grad = grad * (output > 0)
+        grad = torch.ops.aten.threshold_backward(grad, output, 0)  # as torch treats NaN and infinity
     elif smooth:
         grad = grad * _slope(_affine(convolved, scale, shift, residual), ctx.activation)
     grad_residual = grad if needs_residual else None

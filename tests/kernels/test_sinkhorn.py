@@ -409,6 +409,19 @@ def test_second_derivative_is_refused_not_wrong():
     (grad,) = torch.autograd.grad(sinkhorn(**tensors, eps=0.2).value.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="autograd formula"):
         grad.sum().backward()
+    a = torch.full((1, 3), 1 / 3, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(sinkhorn(**tensors, a=a, eps=0.2).value.sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd formula"):
+        torch.autograd.grad((grad * torch.arange(3.0, device=DEVICE)).sum(), x)
+
+
+def test_eps_may_vary_in_a_compiled_function():
+    tensors = problem((2, 5, 4, 3))
+    compiled = torch.compile(
+        lambda eps: sinkhorn(**tensors, eps=eps).value, fullgraph=True, backend="aot_eager"
+    )
+    for eps in (0.5, 0.3, 0.2):
+        torch.testing.assert_close(compiled(eps), sinkhorn(**tensors, eps=eps).value)
 
 
 def test_autocast_solves_in_fp32():
@@ -442,6 +455,8 @@ def test_loss_module_reduces():
         ({"cost": "manhattan"}, "cost: got 'manhattan', accepted are 'sqeuclidean' and 'cosine'"),
         ({"max_iter": 0}, "max_iter: got 0"),
         ({"tol": -1.0}, "tol: got -1.0"),
+        ({"tol": math.inf}, "tol: got inf"),
+        ({"a": torch.zeros(2, 5)}, "a: got weights of problem 0 that sum to 0, accepted is a sum of 1"),
         ({"a": [0.2]}, "a: got list, accepted is a torch.Tensor"),
         ({"x_mask": [True]}, "x_mask: got list, accepted is a torch.Tensor"),
         ({"x_mask": torch.ones(2, 5)}, r"x_mask: got torch.float32 \(2, 5\)"),
