@@ -15,6 +15,7 @@ STANDARD_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4",
 
 MV_PER_UNIT = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}
 BYTES_PER_SAMPLE = {"8": 1.0, "80": 1.0, "212": 1.5, "16": 2.0, "61": 2.0, "24": 3.0, "32": 4.0}
+KNOWN_FORMATS = {*BYTES_PER_SAMPLE, "310", "311", "160", "508", "516", "524"}  # those that wfdb reads
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ def _read_digital(name: Path) -> wfdb.Record:
         raise EcgotError(f"record {name}: it has several segments, accepted is one")
     if not header.n_sig or header.sig_name is None or len(header.sig_name) != header.n_sig:
         raise EcgotError(f"record {name}: {name.name}.hea does not describe the signals that it announces")
+    if not (header.fs and np.isfinite(header.fs) and 1 <= header.fs <= 100_000):
+        raise EcgotError(f"record {name}: its sampling rate is {header.fs} Hz, accepted is 1 to 100000 Hz")
+    unknown = [fmt for fmt in header.fmt if fmt not in KNOWN_FORMATS]
+    if unknown:
+        raise EcgotError(f"record {name}: unknown WFDB format {unknown[0]!r}")
     _check_sizes(name, header)
     try:
         record = wfdb.rdrecord(str(name), physical=False)

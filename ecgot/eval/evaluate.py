@@ -251,8 +251,10 @@ def generate(
 
 def another_patients(patients: np.ndarray, *, seed: int = 0) -> np.ndarray | None:
     """For each record a record of another patient, each used once; None where no such order exists."""
-    order = np.random.default_rng(seed).permutation(len(patients))
-    order = order[np.argsort(patients[order], kind="stable")]  # records of one patient side by side
+    rng = np.random.default_rng(seed)
+    distinct, patient = np.unique(patients, return_inverse=True)
+    # Records of one patient side by side, patients and their records in random order.
+    order = np.lexsort((rng.random(len(patients)), rng.permutation(len(distinct))[patient]))
     largest = int(np.unique(patients, return_counts=True)[1].max())
     if 2 * largest > len(patients):
         return None

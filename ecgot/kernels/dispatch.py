@@ -11,7 +11,7 @@ import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads the variable once, when a kernel is decorated; so do we, so that both always agree.
-INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 def use_triton(*tensors: torch.Tensor | None) -> bool:

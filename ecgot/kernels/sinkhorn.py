@@ -269,7 +269,9 @@ def _check_weights(name: str, weights: Tensor | None, points: Tensor, mask: Tens
     if weights.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_mass(name, weights.detach(), mask, tolerance=2e-2 if half else 1e-3)
     # The reciprocal of a subnormal weight is infinite; the point counts as one without weight.
-    weights = weights.masked_fill(weights.detach().abs() < torch.finfo(weights.dtype).tiny, 0.0)
+    # Subtracted and not masked: the gradient at a point without weight is its potential, not 0.
+    fixed = weights.detach()
+    weights = weights - torch.where(fixed.abs() < torch.finfo(fixed.dtype).tiny, fixed, 0.0)
     if half:  # the rounding of the weights would keep the marginal error above tol for ever
         mass = weights.sum(1, keepdim=True)
         weights = weights / torch.where(mass > 0, mass, 1.0)

@@ -144,7 +144,8 @@ def validate(
     distinct, first = _first_rows(ids)
     similarity = torch.cat(ecg) @ torch.cat(text)[first].T
     own = torch.searchsorted(distinct, ids)
-    rank = (similarity > similarity.gather(1, own[:, None])).sum(1)
+    # Written so that ties and NaN count against the model.
+    rank = (~(similarity < similarity.gather(1, own[:, None]))).sum(1) - 1
     return {f"validation_recall@{k}": (rank < k).float().mean().item() for k in (1, 10)}
 
 

@@ -11,6 +11,7 @@ STAGE.resume.pt         optimizer and schedule after the last whole epoch; gone 
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,6 +115,10 @@ class Run:
         path = self._weights(stage)
         if not path.exists():
             raise EcgotError(f"run: {self.folder} holds no {path.name}; train with --stage {stage} first")
+        if not self.done(stage):
+            raise EcgotError(
+                f"run: stage {stage} of {self.folder} was interrupted; go on with --resume first"
+            )
         try:
             with safe_open(path, "pt") as file:
                 saved = json.loads((file.metadata() or {}).get("ecgot", "{}"))
@@ -144,7 +149,12 @@ class Run:
 
     def load_state(self, stage: str) -> dict[str, Any] | None:
         path = self._resume(stage)
-        return torch.load(path, weights_only=True) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise EcgotError(f"run: {path} is damaged; delete it to train the stage anew") from error
 
     def finish(self, stage: str) -> None:
         self._resume(stage).unlink(missing_ok=True)
@@ -181,6 +191,8 @@ def train_epochs(
     parameters = [p for group in groups for p in group["params"]]
 
     def step(loss: Tensor) -> None:
+        if not bool(torch.isfinite(loss)):
+            raise EcgotError(f"{stage}: the loss is {loss.item()}; lower {stage}.learning_rate")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -140,6 +140,8 @@ def test_damage_is_named(tmp_path):
         ("ecg 12 100", "ecg 11 100"),
         ("100 1000", "100 900"),
         ("ecg 12", "@@@ x"),
+        ("ecg 12 100", "ecg 12 0"),
+        (".dat 16", ".dat 19"),
     ],
 )
 def test_a_header_that_disagrees_with_its_signals_is_named(tmp_path, old, new):

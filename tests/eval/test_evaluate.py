@@ -120,6 +120,8 @@ def test_another_patients_records():
         assert sorted(other) == list(range(8))
         assert (patients[other] != patients).all()
     assert another_patients(np.array([1, 1, 1, 2])) is None
+    many = np.arange(100)
+    assert (another_patients(many, seed=0) != another_patients(many, seed=1)).mean() > 0.9
 
 
 def test_a_reading_is_what_the_evaluation_says(trained, evaluation, dataset, synthetic):

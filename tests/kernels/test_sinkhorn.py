@@ -133,6 +133,14 @@ def test_weights_rounded_to_half_still_converge(dtype):
     close(out.value, oracle(tensors, eps=0.5, cost="sqeuclidean")[0], 1e-2)
 
 
+def test_the_gradient_at_a_point_without_weight_is_its_potential():
+    tensors = problem((1, 6, 5, 4), seed=3)
+    a = torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0, 0.0]], device=DEVICE, requires_grad=True)
+    out = sinkhorn(**tensors, a=a, eps=0.5)
+    (grad,) = torch.autograd.grad(out.value.sum(), a)
+    torch.testing.assert_close(grad, out.f)
+
+
 def test_subnormal_weights_count_as_none():
     tensors = problem((1, 6, 5, 4), seed=3)
     a = torch.tensor([[0.5, 0.5, 1e-42, 0.0, 1e-44, 0.0]], device=DEVICE)

@@ -95,6 +95,8 @@ def test_an_interrupted_run_resumes_to_the_same_weights(settings, tmp_path, cach
             progress=stop_after("align: epoch 1/2"),
         )
     assert not Run(tmp_path / "run").done("align")
+    with pytest.raises(EcgotError, match="interrupted"):
+        train(config, tmp_path / "run", stages=["report"], cache_dir=cache_dir)
     resumed = train(config, tmp_path / "run", stages=["align"], resume=True, cache_dir=cache_dir)
     assert_equal(weights(whole, "align"), weights(resumed, "align"))
     assert [line["epoch"] for line in resumed.metrics()] == [1, 2]
@@ -124,6 +126,12 @@ def test_wherever_a_run_is_cut_off_it_resumes_to_the_same_weights(
     resumed = train(config, tmp_path / "run", stages=["align"], resume=True, cache_dir=cache_dir)
     assert_equal(weights(whole, "align"), weights(resumed, "align"))
     assert resumed.done("align")
+
+
+def test_a_run_that_diverges_stops(settings, tmp_path, cache_dir):
+    config = resolve(None, [*settings, "align.learning_rate=1e30"])
+    with pytest.raises(EcgotError, match=r"align: the loss is .*align\.learning_rate"):
+        train(config, tmp_path / "run", stages=["align"], cache_dir=cache_dir)
 
 
 def test_stage_two_follows_alone_and_needs_stage_one(settings, tmp_path, cache_dir):
