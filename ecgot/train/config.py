@@ -234,6 +234,8 @@ def _check(config: Config) -> None:
                     raise EcgotError(f"{section}.{name}: got {value}, accepted is {accepted}")
     if config.seed < 0:
         raise EcgotError(f"seed: got {config.seed}, accepted is an integer >= 0")
+    if round(config.data.fs_hz * config.data.seconds) < 1:
+        raise EcgotError(f"data.seconds: got {config.data.seconds}, accepted is at least one sample's time")
     if not 0 <= config.data.max_bad_share <= 1:
         raise EcgotError(f"data.max_bad_share: got {config.data.max_bad_share}, accepted is a share 0-1")
     if config.align.contrastive_weight == 0 and config.align.ot_weight == 0:

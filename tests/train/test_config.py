@@ -80,3 +80,8 @@ def test_differences_name_the_settings():
     changed = resolve(None, ["align.width=8", "seed=3", "device=cpu"])
     assert differences(Config(), changed) == ["seed: 0 against 3", "align.width: 256 against 8"]
     assert differences(changed, changed) == []
+
+
+def test_a_record_shorter_than_a_sample_is_refused():
+    with pytest.raises(EcgotError, match=r"data\.seconds: got 0\.001"):
+        resolve(None, ["data.seconds=0.001"])
