@@ -81,7 +81,9 @@ def _conv1d_fwd_kernel(
         for c_start in range(0, C_IN, BLOCK_C):
             c = c_start + tl.arange(0, BLOCK_C)
             c_valid = c < C_IN
-            x = tl.load(rows[:, None] + c[None, :] * stride_xc, inside[:, None] & c_valid[None, :], 0.0)
+            x = tl.load(
+                rows[:, None] + (c.to(tl.int64) * stride_xc)[None, :], inside[:, None] & c_valid[None, :], 0.0
+            )
             # The weight arrives as [K, C_IN, C_OUT], so that this tile is contiguous along o.
             w_tile = weight_ptr + (k * C_IN + c)[:, None] * C_OUT + o[None, :]
             w = tl.load(w_tile, c_valid[:, None] & o_valid[None, :], 0.0)

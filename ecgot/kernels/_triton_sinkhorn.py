@@ -54,31 +54,35 @@ def _load_weights(weight_ptr, index, valid, HAS_WEIGHT: tl.constexpr):
 def _load_chunk(points_ptr, index, valid, k, D, stride_n, stride_d, BLOCK_D: tl.constexpr):
     column = k + tl.arange(0, BLOCK_D)
     mask = valid[:, None] & (column < D)[None, :]
-    offset = index[:, None] * stride_n + column[None, :] * stride_d
-    return tl.load(points_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    rows = points_ptr + index.to(tl.int64) * stride_n  # offsets may pass 2^31
+    tile = rows[:, None] + (column.to(tl.int64) * stride_d)[None, :]
+    return tl.load(tile, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _center(x, y, x_valid, y_valid):
-    # Squared distances do not change when both clouds move together; with the mean of x at the origin,
-    # |x|^2 + |y|^2 - 2 xy no longer cancels catastrophically for clouds far from it.
-    count = tl.maximum(tl.sum(x_valid.to(tl.float32), axis=0), 1.0)
-    center = tl.sum(x, axis=0) / count
-    return (
-        tl.where(x_valid[:, None], x - center[None, :], 0.0),
-        tl.where(y_valid[:, None], y - center[None, :], 0.0),
-    )
+def _load_centred_chunk(
+    points_ptr, centre_ptr, index, valid, k, D, stride_n, stride_d, BLOCK_D: tl.constexpr
+):
+    points = _load_chunk(points_ptr, index, valid, k, D, stride_n, stride_d, BLOCK_D)
+    column = k + tl.arange(0, BLOCK_D)
+    centre = tl.load(centre_ptr + column, mask=column < D, other=0.0)
+    return tl.where(valid[:, None], points - centre[None, :], 0.0)
 
 
 @triton.jit
 def _inverse_norm(square):
-    return tl.where(square > 0, 1.0 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)
+    # 0 for a zero vector, NaN where the square overflows: better no answer than a wrong one.
+    normal = square >= 1.1754943508222875e-38
+    inverse = tl.where(normal, 1.0 / tl.sqrt(tl.where(normal, square, 1.0)), square * 0.0)
+    return tl.where(square == float("inf"), float("nan"), inverse)
 
 
 @triton.jit
 def _cost_tile(
     x_ptr,
     y_ptr,
+    x_centre_ptr,
+    y_centre_ptr,
     x_index,
     y_index,
     x_valid,
@@ -98,10 +102,16 @@ def _cost_tile(
     x_square = tl.zeros((BLOCK_N,), dtype=tl.float32)
     y_square = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for k in range(0, D, BLOCK_D):
-        x = _load_chunk(x_ptr, x_index, x_valid, k, D, stride_xn, stride_xd, BLOCK_D)
-        y = _load_chunk(y_ptr, y_index, y_valid, k, D, stride_yn, stride_yd, BLOCK_D)
-        if not COSINE:
-            x, y = _center(x, y, x_valid, y_valid)
+        if COSINE:
+            x = _load_chunk(x_ptr, x_index, x_valid, k, D, stride_xn, stride_xd, BLOCK_D)
+            y = _load_chunk(y_ptr, y_index, y_valid, k, D, stride_yn, stride_yd, BLOCK_D)
+        else:
+            x = _load_centred_chunk(
+                x_ptr, x_centre_ptr, x_index, x_valid, k, D, stride_xn, stride_xd, BLOCK_D
+            )
+            y = _load_centred_chunk(
+                y_ptr, y_centre_ptr, y_index, y_valid, k, D, stride_yn, stride_yd, BLOCK_D
+            )
         inner += tl.dot(x, tl.trans(y), input_precision=PRECISION)
         x_square += tl.sum(x * x, axis=1)
         y_square += tl.sum(y * y, axis=1)
@@ -133,6 +143,8 @@ def _sinkhorn_fwd_kernel(
     b_ptr,
     x_mask_ptr,
     y_mask_ptr,
+    x_centre_ptr,
+    y_centre_ptr,
     value_ptr,
     f_ptr,
     g_ptr,
@@ -170,6 +182,8 @@ def _sinkhorn_fwd_kernel(
     cost, _, _ = _cost_tile(
         x_ptr + problem * stride_xb,
         y_ptr + problem * stride_yb,
+        x_centre_ptr + problem * D,
+        y_centre_ptr + problem * D,
         x_index,
         y_index,
         x_valid,
@@ -220,6 +234,8 @@ def _sinkhorn_bwd_kernel(
     grad_ptr,
     x_ptr,
     y_ptr,
+    x_centre_ptr,
+    y_centre_ptr,
     f_ptr,
     g_ptr,
     grad_x_ptr,
@@ -250,6 +266,8 @@ def _sinkhorn_bwd_kernel(
     y_index = tl.arange(0, BLOCK_M)
     x_ptr += problem * stride_xb
     y_ptr += problem * stride_yb
+    x_centre_ptr += problem * D
+    y_centre_ptr += problem * D
     f = tl.load(f_ptr + problem * N + x_index, mask=x_index < N, other=float("-inf")) * LOG2_E
     g = tl.load(g_ptr + problem * M + y_index, mask=y_index < M, other=float("-inf")) * LOG2_E
     x_valid = f != float("-inf")  # NaN counts, so that NaN points give NaN and not silently 0
@@ -257,6 +275,8 @@ def _sinkhorn_bwd_kernel(
     cost, x_square, y_square = _cost_tile(
         x_ptr,
         y_ptr,
+        x_centre_ptr,
+        y_centre_ptr,
         x_index,
         y_index,
         x_valid,
@@ -279,13 +299,16 @@ def _sinkhorn_bwd_kernel(
     own = tl.sum(plan * (1.0 - cost), axis=1) if COSINE else tl.sum(plan, axis=1)
 
     for k in range(0, D, BLOCK_D):
-        x = _load_chunk(x_ptr, x_index, x_valid, k, D, stride_xn, stride_xd, BLOCK_D)
-        y = _load_chunk(y_ptr, y_index, y_valid, k, D, stride_yn, stride_yd, BLOCK_D)
         if COSINE:
-            x = x * x_scale[:, None]
-            y = y * y_scale[:, None]
+            x = _load_chunk(x_ptr, x_index, x_valid, k, D, stride_xn, stride_xd, BLOCK_D) * x_scale[:, None]
+            y = _load_chunk(y_ptr, y_index, y_valid, k, D, stride_yn, stride_yd, BLOCK_D) * y_scale[:, None]
         else:
-            x, y = _center(x, y, x_valid, y_valid)
+            x = _load_centred_chunk(
+                x_ptr, x_centre_ptr, x_index, x_valid, k, D, stride_xn, stride_xd, BLOCK_D
+            )
+            y = _load_centred_chunk(
+                y_ptr, y_centre_ptr, y_index, y_valid, k, D, stride_yn, stride_yd, BLOCK_D
+            )
         grad_x = own[:, None] * x - tl.dot(plan, y, input_precision=PRECISION)
         grad_x = grad_x * x_scale[:, None] if COSINE else grad_x * 2.0
         d = k + tl.arange(0, BLOCK_D)
@@ -352,6 +375,8 @@ def _sinkhorn_fwd(
     b: Tensor | None,
     x_mask: Tensor | None,
     y_mask: Tensor | None,
+    x_centre: Tensor | None,
+    y_centre: Tensor | None,
     eps: float,
     cost: str,
     max_iter: int,
@@ -370,6 +395,8 @@ def _sinkhorn_fwd(
         _sinkhorn_fwd_kernel[(batch,)](
             x,
             y,
+            x_centre_ptr=f if x_centre is None else x_centre,  # f and g stand in for what is not read
+            y_centre_ptr=g if y_centre is None else y_centre,
             value_ptr=value,
             f_ptr=f,
             g_ptr=g,
@@ -391,18 +418,37 @@ def _sinkhorn_fwd(
 
 
 def _sinkhorn_bwd(
-    grad_value: Tensor, x: Tensor, y: Tensor, f: Tensor, g: Tensor, eps: float, cost: str
+    grad_value: Tensor,
+    x: Tensor,
+    y: Tensor,
+    x_centre: Tensor | None,
+    y_centre: Tensor | None,
+    f: Tensor,
+    g: Tensor,
+    eps: float,
+    cost: str,
 ) -> tuple[Tensor, Tensor]:
     """Launch the envelope gradient; returns grad_x [B, N, D] and grad_y [B, M, D], contiguous.
 
     f [B, N] and g [B, M] are potential / eps + log(weight).
     """
     grad_value, f, g = grad_value.contiguous(), f.contiguous(), g.contiguous()
-    return _one_side(grad_value, x, y, f, g, eps, cost), _one_side(grad_value, y, x, g, f, eps, cost)
+    return (
+        _one_side(grad_value, x, y, x_centre, y_centre, f, g, eps, cost),
+        _one_side(grad_value, y, x, y_centre, x_centre, g, f, eps, cost),
+    )
 
 
 def _one_side(
-    grad_value: Tensor, x: Tensor, y: Tensor, f: Tensor, g: Tensor, eps: float, cost: str
+    grad_value: Tensor,
+    x: Tensor,
+    y: Tensor,
+    x_centre: Tensor | None,
+    y_centre: Tensor | None,
+    f: Tensor,
+    g: Tensor,
+    eps: float,
+    cost: str,
 ) -> Tensor:
     batch, n, d = x.shape
     m = y.shape[1]
@@ -414,6 +460,8 @@ def _one_side(
         grad_value,
         x,
         y,
+        x_centre_ptr=f if x_centre is None else x_centre,
+        y_centre_ptr=g if y_centre is None else y_centre,
         f_ptr=f,
         g_ptr=g,
         grad_x_ptr=grad_x,

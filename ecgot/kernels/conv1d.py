@@ -119,12 +119,20 @@ def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int
 ) -> Tensor:
     """The bare convolution in torch: [B, T, C] is a channels-last image of height 1, so nothing is copied."""
+    if _pads_outside(weight, padding, dilation):
+        x, padding = F.pad(x, (0, 0, padding, padding)), 0
     image = x.permute(0, 2, 1).unsqueeze(2)
     kernel = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
     # The bias is added outside: oneDNN's dilated convolution with bias has crashed where a whole window lies
     # in the padding.
     y = F.conv2d(image, kernel, None, (1, stride), (0, padding), (1, dilation)).squeeze(2).permute(0, 2, 1)
     return y if bias is None else y + bias
+
+
+def _pads_outside(weight: Tensor, padding: int, dilation: int) -> bool:
+    """Whether to write the zeros out: beyond "same" padding, oneDNN has given wrong weight gradients, garbage
+    and crashes where whole windows lie in the padding."""
+    return padding > 0 and (dilation > 1 or padding > weight.shape[2] // 2)
 
 
 def _affine(y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -227,10 +235,13 @@ def _convolution_backward(
     if grad.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(weight)
     stride, padding, dilation = geometry
+    length, cut = x.shape[1], 0
+    if _pads_outside(weight, padding, dilation):
+        x, padding, cut = F.pad(x, (0, 0, padding, padding)), 0, padding
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad.permute(0, 2, 1).unsqueeze(2),
         x.permute(0, 2, 1).unsqueeze(2),
-        weight.unsqueeze(2),
+        weight.contiguous().unsqueeze(2),
         None,
         [1, stride],
         [0, padding],
@@ -241,6 +252,6 @@ def _convolution_backward(
         [needs_x, needs_weight, False],
     )
     return (
-        grad_x.squeeze(2).permute(0, 2, 1) if needs_x else None,
+        grad_x.squeeze(2).permute(0, 2, 1)[:, cut : cut + length] if needs_x else None,
         grad_weight.squeeze(2) if needs_weight else None,
     )

@@ -8,14 +8,18 @@ stopping rule per problem, so a result never depends on the other problems of it
 """
 
 import math
+import numbers
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ecgot.kernels.dispatch import use_triton
 
 COSTS = ("sqeuclidean", "cosine")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -27,7 +31,7 @@ class SinkhornOutput:
         f, g: [B, N] and [B, M], potentials in units of the cost, 0 at masked points; detached.
         marginal_error: [B], L1 distance of the plan's row marginals from a (its column marginals are exact).
         iterations: [B], int32, how many updates of (f, g) the problem took.
-        converged: [B], bool, ``marginal_error <= tol``.
+        converged: [B], bool, ``marginal_error <= tol`` and a finite value.
         backend: ``"triton"`` or ``"torch"``, whichever solved it.
     """
 
@@ -39,16 +43,26 @@ class SinkhornOutput:
     converged: Tensor
     backend: str
     _problem: "_Problem" = field(repr=False)
+    _centred_potentials: tuple[Tensor, Tensor] = field(repr=False)
 
     def plan(self) -> Tensor:
-        """The transport plan P [B, N, M], detached; rows and columns of masked points are 0."""
+        """The transport plan P [B, N, M], detached; rows and columns of masked points are 0.
+
+        Raises:
+            RuntimeError: x, y, a weight or a mask was changed in place since it was solved.
+        """
+        self._problem.check_unchanged()
         with torch.no_grad(), torch.autocast(self.f.device.type, enabled=False):
-            return self._problem.plan(self.f, self.g)
+            return self._problem.plan(*self._centred_potentials)
 
 
 @dataclass
 class _Problem:
-    """What defines the batch of problems; the torch path and ``plan()`` read it."""
+    """What defines the batch of problems; the torch path and ``plan()`` read it.
+
+    With the squared distance each cloud is moved to its own centre ([B, D]; None for the cosine). What that
+    takes from the cost is a sum of a term of x_i and one of y_j, which moves the potentials and not the plan.
+    """
 
     x: Tensor
     y: Tensor
@@ -56,8 +70,24 @@ class _Problem:
     b: Tensor | None
     x_mask: Tensor | None
     y_mask: Tensor | None
+    x_centre: Tensor | None
+    y_centre: Tensor | None
     eps: float
     cost: str
+    versions: tuple[int, ...] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.versions = self._versions()
+
+    def _versions(self) -> tuple[int, ...] | None:
+        given = [t for t in (self.x, self.y, self.a, self.b, self.x_mask, self.y_mask) if t is not None]
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in given):
+            return None  # these do not count their changes
+        return tuple(t._version for t in given)
+
+    def check_unchanged(self) -> None:
+        if self.versions is not None and self.versions != self._versions():
+            raise RuntimeError("plan: x, y, a weight or a mask was changed in place since it was solved")
 
     def weights(self) -> tuple[Tensor, Tensor]:
         return _weights(self.x, self.a, self.x_mask), _weights(self.y, self.b, self.y_mask)
@@ -67,9 +97,19 @@ class _Problem:
         if self.cost == "cosine":
             x, y = _clean(self.x, self.x_mask), _clean(self.y, self.y_mask)
             return (x @ y.mT).mul_(_inverse_norm(x)).mul_(-_inverse_norm(y).mT).add_(1.0)
-        x, y = _centred(self.x, self.y, self.x_mask, self.y_mask)
+        x, y = self.centred()
         squares = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :]
         return torch.baddbmm(squares, x, y.mT, alpha=-2).clamp_min_(0)
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Clean points, each cloud about its own centre."""
+        assert self.x_centre is not None
+        assert self.y_centre is not None
+        x, y = _clean(self.x, self.x_mask), _clean(self.y, self.y_mask)
+        return (
+            _clean(x - self.x_centre[:, None, :], self.x_mask),
+            _clean(y - self.y_centre[:, None, :], self.y_mask),
+        )
 
     def plan(self, f: Tensor, g: Tensor) -> Tensor:
         return self.plan_of_cost(self.cost_matrix(), f, g)
@@ -99,12 +139,13 @@ def sinkhorn(
     Args:
         x: [B, N, D], floating point, any strides. fp16 and bf16 are solved in fp32, fp64 in fp64.
         y: [B, M, D], on the same device.
-        eps: regularisation, > 0, in units of the cost. (geomloss: eps = blur**2 on half the cost.)
-        cost: ``"sqeuclidean"``, ||x - y||^2, or ``"cosine"``, 1 - cos(x, y); a zero vector is at cosine
-            distance 1 from everything and gets no gradient.
+        eps: regularisation, 1e-30 to 1e30, in units of the cost. (geomloss: eps = blur**2 on half the cost.)
+        cost: ``"sqeuclidean"``, ||x - y||^2, or ``"cosine"``, 1 - cos(x, y); a zero vector (in fp32 also one
+            shorter than 1e-18) is at cosine distance 1 from everything and gets no gradient.
         a, b: weights [B, N] and [B, M], non-negative, summing to 1 over the unmasked points of each problem
-            (checked on the CPU only, as a check on a GPU would wait for it); uniform where omitted. A weight
-            below the smallest normal number of its dtype counts as 0.
+            (checked on the CPU only, as a check on a GPU would wait for it, then divided by their sum to
+            mend its rounding); uniform where omitted. A weight below the smallest normal number of its dtype
+            counts as 0.
         x_mask, y_mask: boolean [B, N] and [B, M], True at the points that exist. What stands at the others
             is never read, NaN included.
         max_iter: most iterations, >= 1; one is an update of f and of g.
@@ -113,10 +154,16 @@ def sinkhorn(
     Returns:
         SinkhornOutput. ``value`` is differentiable once in x, y, a and b (envelope theorem: exact at
         convergence, memory independent of the iterations); the gradient in a and b is the potential, which is
-        determined up to a constant. A problem without points on one side has value 0 and no gradient.
+        determined up to a constant. A problem without points on one side has value 0 and no gradient. NaN or
+        infinity in a problem makes its value NaN, never that of another; it then is not converged.
 
     Raises:
         ValueError, TypeError: one line that names the argument, what came and what is accepted.
+
+    In fp32, values are exact to about 1e-6 of the greater of eps and the largest cost between points after
+    each cloud is moved to its own mean: clouds may lie anywhere, but where one cloud's own clusters lie d
+    apart, differences of 1e-7 d^2 in the squared distance are lost. Choose eps above that, or fp64.
+    Derivatives are reverse-mode: ``torch.func.jvp`` and ``torch.func.grad`` over it are refused.
 
     On CUDA, problems of up to 128 x 128 points (or 256 x 64, ...) with any D are solved by one Triton
     program each, in one launch; larger ones and fp64 take the torch path. On a CPU the torch path serves,
@@ -126,24 +173,70 @@ def sinkhorn(
     MMD using Sinkhorn Divergences" (the gradient).
     """
     x, y = _check_points(x, y)
-    _check_settings(eps, cost, max_iter, tol)
+    eps, max_iter, tol = _check_settings(eps, cost, max_iter, tol)
     _check_mask("x_mask", x_mask, x)
     _check_mask("y_mask", y_mask, y)
     a = _check_weights("a", a, x, x_mask)
     b = _check_weights("b", b, y, y_mask)
+    x_mean, y_mean = (None, None) if cost == "cosine" else (_mean(x, a, x_mask), _mean(y, b, y_mask))
+    x_centre, y_centre = (None if mean is None else mean.detach() for mean in (x_mean, y_mean))
     value, f, g, error, iterations = _sinkhorn_fwd_op(
-        x, y, a, b, x_mask, y_mask, float(eps), cost, max_iter, float(tol)
+        x, y, a, b, x_mask, y_mask, x_centre, y_centre, eps, cost, max_iter, tol
     )
+    problem = _Problem(x, y, a, b, x_mask, y_mask, x_centre, y_centre, eps, cost)
+    potentials = (f.detach(), g.detach())
+    moved = potentials
+    if x_mean is not None and y_mean is not None:
+        value, moved = _moved_back(value, potentials, problem, x_mean, y_mean)
+    error = error.detach()
     return SinkhornOutput(
         value=value,
-        f=f.detach(),
-        g=g.detach(),
-        marginal_error=error.detach(),
+        f=moved[0],
+        g=moved[1],
+        marginal_error=error,
         iterations=iterations,
-        converged=error.detach() <= tol,
+        converged=(error <= tol) & value.detach().isfinite(),
         backend="triton" if _takes_triton(x, y) else "torch",
-        _problem=_Problem(x, y, a, b, x_mask, y_mask, float(eps), cost),
+        _problem=problem,
+        _centred_potentials=potentials,
     )
+
+
+def _mean(points: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The weighted mean [B, D], differentiable; points without weight do not move it."""
+    weights = _weights(points, weights, mask)
+    with torch.autocast(points.device.type, enabled=False):
+        return (weights[:, None, :] @ _clean(points, mask)).squeeze(1)
+
+
+def _moved_back(
+    value: Tensor, potentials: tuple[Tensor, Tensor], problem: _Problem, x_mean: Tensor, y_mean: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Value and potentials of the clouds where they lie, from those of the clouds about their centres.
+
+    With d the step from the centre of y to that of x, |x - y|^2 = |x' - y'|^2 + 2 d x' - 2 d y' + |d|^2. The
+    mean of x' and of y' is 0, so that the value moves by |d|^2 alone; its gradient by a_i 2 d and b_j (-2 d),
+    which the means, 0 as they are, carry.
+    """
+    a, b = problem.weights()
+    x_mass, y_mass = a.sum(1), b.sum(1)
+    x_centre, y_centre = x_mean.detach(), y_mean.detach()
+    solvable = ((x_mass > 0) & (y_mass > 0)).detach()
+    step = torch.where(solvable[:, None], x_centre - y_centre, 0.0)
+    square = step.square().sum(1)
+    x_rest = x_mean - x_centre * x_mass[:, None]  # 0, but for its derivative and rounding
+    y_rest = y_mean - y_centre * y_mass[:, None]
+    rest = (2 * step * (x_rest - y_rest)).sum(1)
+    value = value + torch.where(solvable, rest - rest.detach() + square * (x_mass + y_mass) / 2, 0.0)
+    with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
+        x, y = problem.centred()
+        f = potentials[0] + (2 * x @ step[:, :, None]).squeeze(2) + square[:, None] / 2
+        g = potentials[1] - (2 * y @ step[:, :, None]).squeeze(2) + square[:, None] / 2
+        if problem.x_mask is not None:
+            f = f.masked_fill(~problem.x_mask, 0.0)
+        if problem.y_mask is not None:
+            g = g.masked_fill(~problem.y_mask, 0.0)
+    return value, (f, g)
 
 
 class SinkhornLoss(torch.nn.Module):
@@ -164,7 +257,7 @@ class SinkhornLoss(torch.nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _check_settings(eps, cost, max_iter, tol)
+        eps, max_iter, tol = _check_settings(eps, cost, max_iter, tol)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction: got {reduction!r}, accepted are 'mean', 'sum' and 'none'")
         self.eps, self.cost, self.max_iter, self.tol, self.reduction = eps, cost, max_iter, tol, reduction
@@ -212,8 +305,11 @@ def _check_points(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             raise TypeError(f"{name}: got {type(points).__name__}, accepted is a torch.Tensor")
         if points.dim() != 3:
             raise ValueError(f"{name}: got shape {tuple(points.shape)}, accepted is [B, points, D]")
-        if not points.is_floating_point():
-            raise TypeError(f"{name}: got dtype {points.dtype}, accepted is floating point")
+        if points.dtype not in DTYPES or points.layout != torch.strided:
+            kind = points.dtype if points.layout == torch.strided else points.layout
+            raise TypeError(f"{name}: got {kind}, accepted are dense fp16, bf16, fp32 and fp64 tensors")
+        if _has_tangent(points):
+            raise RuntimeError(f"{name}: got a dual tensor, but sinkhorn has no forward-mode derivative")
     if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
         raise ValueError(
             f"x and y: got shapes {tuple(x.shape)} and {tuple(y.shape)}, accepted are [B, N, D] and [B, M, D]"
@@ -224,15 +320,28 @@ def _check_points(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(dtype)
 
 
-def _check_settings(eps: float, cost: str, max_iter: int, tol: float) -> None:
-    if not (isinstance(eps, (int, float)) and 0 < eps < math.inf):
-        raise ValueError(f"eps: got {eps!r}, accepted is a finite number > 0")
+def _has_tangent(points: Tensor) -> bool:
+    # The first look into a dual tensor is slow, so there is none outside forward mode.
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(points).tangent is not None
+
+
+def _check_settings(eps: Any, cost: str, max_iter: Any, tol: Any) -> tuple[float, int, float]:
+    """The settings as plain numbers: numpy's are welcome."""
+    if not (_is_real(eps) and 1e-30 <= eps <= 1e30):
+        raise ValueError(f"eps: got {eps!r}, accepted is a number > 0, from 1e-30 to 1e30")
     if cost not in COSTS:
         raise ValueError(f"cost: got {cost!r}, accepted are {' and '.join(map(repr, COSTS))}")
-    if not isinstance(max_iter, int) or max_iter < 1:
+    if not isinstance(max_iter, (int, numbers.Integral)) or max_iter < 1:
         raise ValueError(f"max_iter: got {max_iter!r}, accepted is an integer >= 1")
-    if not (isinstance(tol, (int, float)) and 0 <= tol < math.inf):
+    if not (_is_real(tol) and 0 <= tol < math.inf):
         raise ValueError(f"tol: got {tol!r}, accepted is a number >= 0")
+    return float(eps), int(max_iter), float(tol)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float, numbers.Real))
 
 
 def _check_mask(name: str, mask: Tensor | None, points: Tensor) -> None:
@@ -248,7 +357,7 @@ def _check_mask(name: str, mask: Tensor | None, points: Tensor) -> None:
 
 
 def _check_weights(name: str, weights: Tensor | None, points: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Weights in the solver's dtype, zero at masked points; half-precision ones brought to a sum of 1."""
+    """Weights in the solver's dtype, zero at masked points, brought to a sum of 1."""
     if weights is None:
         return None
     if not isinstance(weights, Tensor):
@@ -272,10 +381,9 @@ def _check_weights(name: str, weights: Tensor | None, points: Tensor, mask: Tens
     # Subtracted and not masked: the gradient at a point without weight is its potential, not 0.
     fixed = weights.detach()
     weights = weights - torch.where(fixed.abs() < torch.finfo(fixed.dtype).tiny, fixed, 0.0)
-    if half:  # the rounding of the weights would keep the marginal error above tol for ever
-        mass = weights.sum(1, keepdim=True)
-        weights = weights / torch.where(mass > 0, mass, 1.0)
-    return weights
+    # Their rounding would keep the marginal error above tol for ever. The gradient stays the potential.
+    mass = weights.detach().sum(1, keepdim=True)
+    return weights / torch.where(mass > 0, mass, 1.0)
 
 
 def _check_mass(name: str, weights: Tensor, mask: Tensor | None, tolerance: float) -> None:
@@ -316,6 +424,8 @@ def _sinkhorn_fwd_op(
     b: Tensor | None,
     x_mask: Tensor | None,
     y_mask: Tensor | None,
+    x_centre: Tensor | None,
+    y_centre: Tensor | None,
     eps: float,
     cost: str,
     max_iter: int,
@@ -324,13 +434,16 @@ def _sinkhorn_fwd_op(
     if _takes_triton(x, y):
         from ecgot.kernels import _triton_sinkhorn
 
-        return _triton_sinkhorn._sinkhorn_fwd(x, y, a, b, x_mask, y_mask, eps, cost, max_iter, tol)
+        return _triton_sinkhorn._sinkhorn_fwd(
+            x, y, a, b, x_mask, y_mask, x_centre, y_centre, eps, cost, max_iter, tol
+        )
     with torch.autocast(x.device.type, enabled=False):  # the products must stay in the solver's precision
-        return _solve_torch(_Problem(x, y, a, b, x_mask, y_mask, eps, cost), max_iter, tol)
+        problem = _Problem(x, y, a, b, x_mask, y_mask, x_centre, y_centre, eps, cost)
+        return _solve_torch(problem, max_iter, tol)
 
 
 @_sinkhorn_fwd_op.register_fake
-def _(x, y, a, b, x_mask, y_mask, eps, cost, max_iter, tol):  # type: ignore[no-untyped-def]
+def _(x, y, a, b, x_mask, y_mask, x_centre, y_centre, eps, cost, max_iter, tol):  # type: ignore[no-untyped-def]
     (batch, n, _), m, dtype = x.shape, y.shape[1], _solver_dtype(x)
     return (
         x.new_empty(batch, dtype=dtype),
@@ -350,12 +463,14 @@ def _sinkhorn_bwd_op(
     b: Tensor | None,
     x_mask: Tensor | None,
     y_mask: Tensor | None,
+    x_centre: Tensor | None,
+    y_centre: Tensor | None,
     f: Tensor,
     g: Tensor,
     eps: float,
     cost: str,
 ) -> tuple[Tensor, Tensor]:
-    problem = _Problem(x, y, a, b, x_mask, y_mask, eps, cost)
+    problem = _Problem(x, y, a, b, x_mask, y_mask, x_centre, y_centre, eps, cost)
     with torch.autocast(x.device.type, enabled=False):
         if not _takes_triton(x, y):
             return _envelope_torch(grad_value, problem, f, g)
@@ -363,12 +478,12 @@ def _sinkhorn_bwd_op(
 
         a, b = problem.weights()
         return _triton_sinkhorn._sinkhorn_bwd(
-            grad_value, x, y, f / eps + a.log(), g / eps + b.log(), eps, cost
+            grad_value, x, y, x_centre, y_centre, f / eps + a.log(), g / eps + b.log(), eps, cost
         )
 
 
 @_sinkhorn_bwd_op.register_fake
-def _(grad_value, x, y, a, b, x_mask, y_mask, f, g, eps, cost):  # type: ignore[no-untyped-def]
+def _(grad_value, x, y, a, b, x_mask, y_mask, x_centre, y_centre, f, g, eps, cost):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
 
@@ -384,20 +499,20 @@ def _(grad_value, potential):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, y, a, b, x_mask, y_mask, ctx.eps, ctx.cost, _, _ = inputs
+    *points, ctx.eps, ctx.cost, _, _ = inputs
     _, f, g, _, _ = output
-    ctx.save_for_backward(x, y, a, b, x_mask, y_mask, f, g)
+    ctx.save_for_backward(*points, f, g)
 
 
 def _backward(ctx, grad_value, *_potential_grads):  # type: ignore[no-untyped-def]
     # The public function detaches every output but the value, so no other gradient can arrive here.
-    x, y, a, b, x_mask, y_mask, f, g = ctx.saved_tensors
+    *points, f, g = ctx.saved_tensors
     grad_x, grad_y = None, None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        grad_x, grad_y = _sinkhorn_bwd_op(grad_value, x, y, a, b, x_mask, y_mask, f, g, ctx.eps, ctx.cost)
+        grad_x, grad_y = _sinkhorn_bwd_op(grad_value, *points, f, g, ctx.eps, ctx.cost)
     grad_a = _sinkhorn_weight_bwd_op(grad_value, f) if ctx.needs_input_grad[2] else None
     grad_b = _sinkhorn_weight_bwd_op(grad_value, g) if ctx.needs_input_grad[3] else None
-    return grad_x, grad_y, grad_a, grad_b, None, None, None, None, None, None
+    return grad_x, grad_y, grad_a, grad_b, *(None,) * 8
 
 
 _sinkhorn_fwd_op.register_autograd(_backward, setup_context=_setup_context)
@@ -424,20 +539,11 @@ def _clean(points: Tensor, mask: Tensor | None) -> Tensor:
     return points if mask is None else points.masked_fill(~mask[:, :, None], 0.0)
 
 
-def _centred(x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Clean points, moved together so that the mean of x is at the origin: squared distances stay.
-
-    For clouds far from the origin |x|^2 + |y|^2 - 2 xy would cancel catastrophically.
-    """
-    x, y = _clean(x, x_mask), _clean(y, y_mask)
-    center = _weights(x, None, x_mask)[:, None, :] @ x
-    return _clean(x - center, x_mask), _clean(y - center, y_mask)
-
-
 def _inverse_norm(points: Tensor) -> Tensor:
-    """[B, N, 1]; that of a zero vector is 0, so that its cosine to everything is 0."""
-    norm = torch.linalg.vector_norm(points, dim=2, keepdim=True)
-    return torch.where(norm > 0, 1 / norm, 0.0)
+    """[B, N, 1]: 0 for a zero vector, so that its cosine to everything is 0, and NaN where it overflows."""
+    square = points.square().sum(2, keepdim=True)
+    inverse = torch.where(square < torch.finfo(points.dtype).tiny, 0.0, square.rsqrt())
+    return torch.where(square == math.inf, math.nan, inverse)
 
 
 def _solve_torch(
@@ -493,13 +599,12 @@ def _envelope_torch(grad_value: Tensor, problem: _Problem, f: Tensor, g: Tensor)
     if problem.cost == "cosine":  # d(1 - x^ y^) / dx = (x^ (x^ y^) - y^) / |x|
         x, y = _clean(problem.x, problem.x_mask), _clean(problem.y, problem.y_mask)
         x_scale, y_scale = _inverse_norm(x), _inverse_norm(y)
+        x, y = x * x_scale, y * y_scale
         along = pull * (1 - cost)
-        x_own, y_own = along.sum(2)[:, :, None] * x_scale**2, along.sum(1)[:, :, None] * y_scale**2
-        pull.mul_(x_scale).mul_(-y_scale.mT)
     else:
-        x, y = _centred(problem.x, problem.y, problem.x_mask, problem.y_mask)
-        pull.mul_(-2)
-        x_own, y_own = -pull.sum(2)[:, :, None], -pull.sum(1)[:, :, None]
-    grad_x = torch.bmm(pull, y).addcmul_(x, x_own)
-    grad_y = torch.bmm(pull.mT, x).addcmul_(y, y_own)
+        x, y = problem.centred()
+        x_scale = y_scale = pull.new_full((), 2.0)
+        along = pull
+    grad_x = torch.bmm(pull, y).neg_().addcmul_(x, along.sum(2)[:, :, None]).mul_(x_scale)
+    grad_y = torch.bmm(pull.mT, x).neg_().addcmul_(y, along.sum(1)[:, :, None]).mul_(y_scale)
     return grad_x.to(problem.x.dtype), grad_y.to(problem.y.dtype)

@@ -244,3 +244,44 @@ def test_bad_input_is_named_in_one_line(change, message):
     with pytest.raises((ValueError, TypeError), match=message) as caught:
         conv1d(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "geometry"),
+    [
+        ((2, 1, 3), (2, 3, 1), {"stride": 2, "padding": 1, "dilation": 2}),
+        ((1, 1, 16), (16, 16, 3), {"stride": 2, "padding": 5, "dilation": 2}),
+        ((3, 131, 12), (64, 12, 7), {"stride": 3, "padding": 20, "dilation": 7}),
+        ((2, 9, 4), (5, 4, 3), {"stride": 1, "padding": 6, "dilation": 1}),
+    ],
+)
+def test_windows_that_lie_in_the_padding(x_shape, w_shape, geometry):
+    """Here a vendor's convolution has crashed, returned garbage or given a wrong weight gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(x_shape, generator=generator, dtype=torch.float64)
+    w = torch.randn(w_shape, generator=generator, dtype=torch.float64)
+    steps = geometry["stride"], geometry["dilation"]
+    padded = torch.nn.functional.pad(x, (0, 0, geometry["padding"], geometry["padding"]))
+    windows = padded.unfold(1, steps[1] * (w_shape[2] - 1) + 1, steps[0])[..., :: steps[1]]  # [B, T, C, K]
+    expected = torch.einsum("btck,ock->bto", windows, w)
+    pull = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    expected_w = torch.einsum("btck,bto->ock", windows, pull)
+    leaf_x, leaf_w = x.float().to(DEVICE).requires_grad_(), w.float().to(DEVICE).requires_grad_()
+    y = conv1d(leaf_x, leaf_w, torch.zeros(w_shape[0], device=DEVICE), **geometry)
+    grad_x, grad_w = torch.autograd.grad((y * pull.float().to(DEVICE)).sum(), (leaf_x, leaf_w))
+    torch.testing.assert_close(y.detach().cpu().double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(grad_w.cpu().double(), expected_w, atol=1e-3, rtol=1e-4)
+    # The map is linear: <y(x), pull> = <x, grad_x>.
+    torch.testing.assert_close(
+        (expected * pull).sum(), (x * grad_x.cpu().double()).sum(), atol=1e-2, rtol=1e-4
+    )
+
+
+def test_one_output_channel_with_a_strided_weight():
+    x = torch.randn(2, 9, 4, device=DEVICE)
+    w = torch.randn(3, 4, 1, device=DEVICE).permute(2, 1, 0).requires_grad_()  # [1, 4, 3]
+    (grad,) = torch.autograd.grad(conv1d(x, w, padding=1).square().sum(), w)
+    (expected,) = torch.autograd.grad(
+        torch.nn.functional.conv1d(x.transpose(1, 2), w, padding=1).square().sum(), w
+    )
+    torch.testing.assert_close(grad, expected, atol=1e-4, rtol=1e-4)

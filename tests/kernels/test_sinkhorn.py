@@ -294,6 +294,122 @@ def test_far_from_the_origin_does_not_cancel():
     torch.testing.assert_close(near, far, atol=2e-3, rtol=0)  # the inputs themselves are rounded to 6e-5
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_clouds_far_apart_are_solved_as_near_ones(weighted):
+    tensors = problem((2, 9, 7, 16), masked=True, weighted=weighted)
+    tensors["y"] = tensors["y"] + 300
+    value, grads, solutions = oracle(tensors, eps=0.1, cost="sqeuclidean")
+    x = tensors["x"].requires_grad_()
+    out = sinkhorn(**tensors, eps=0.1, tol=1e-5, max_iter=5000)
+    assert out.converged.all()
+    torch.testing.assert_close(out.value.cpu().double(), value, rtol=1e-6, atol=0)
+    (grad,) = torch.autograd.grad(out.value.sum(), x)
+    torch.testing.assert_close(grad.cpu().double(), grads[0], rtol=1e-5, atol=1e-4)
+    plan = out.plan().cpu().double()
+    for index, solution in enumerate(solutions):
+        kept = plan[index][tensors["x_mask"][index].cpu()][:, tensors["y_mask"][index].cpu()]
+        close(kept, solution.plan.detach(), 1e-3)
+
+
+def test_potentials_of_clouds_far_apart_solve_the_dual():
+    tensors = problem((2, 6, 5, 3), weighted=True, dtype=torch.float64)
+    tensors["y"] = tensors["y"] + 20
+    a = tensors["a"].requires_grad_()
+    out = sinkhorn(**tensors, eps=0.5, tol=1e-12, max_iter=10_000)
+    dual = (a * out.f).sum(1) + (tensors["b"] * out.g).sum(1)
+    torch.testing.assert_close(out.value, dual)
+    (grad,) = torch.autograd.grad(out.value.sum(), a)
+    difference = grad - out.f  # a constant: potentials are determined up to one
+    torch.testing.assert_close(difference, difference[:, :1].expand_as(difference), atol=1e-9, rtol=0)
+    cost = torch.cdist(tensors["x"], tensors["y"]).square()
+    exponent = (out.f[:, :, None] + out.g[:, None, :] - cost) / 0.5
+    torch.testing.assert_close(
+        a[:, :, None] * tensors["b"][:, None, :] * exponent.exp(), out.plan(), atol=1e-9, rtol=0
+    )
+
+
+def test_a_point_without_weight_does_not_matter_wherever_it_is():
+    tensors = problem((2, 9, 7, 5), weighted=True)
+    near = sinkhorn(**tensors, eps=0.1, tol=1e-6, max_iter=5000)
+    tensors["x"] = tensors["x"].index_fill(1, torch.tensor([0], device=DEVICE), 1e4)
+    far = sinkhorn(**tensors, eps=0.1, tol=1e-6, max_iter=5000)
+    torch.testing.assert_close(near.value, far.value, atol=1e-6, rtol=0)
+    torch.testing.assert_close(near.plan(), far.plan(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("scale", "right"), [(1e-15, True), (1e15, True), (1e30, False)])
+def test_cosine_of_short_and_long_vectors(scale, right):
+    tensors = problem((2, 6, 5, 4))
+    plain = sinkhorn(**tensors, eps=0.2, cost="cosine")
+    x = (tensors["x"] * scale).requires_grad_()
+    out = sinkhorn(x, tensors["y"], eps=0.2, cost="cosine")
+    assert out.converged.tolist() == [right] * 2  # no answer is better than a wrong one
+    if right:
+        torch.testing.assert_close(out.value, plain.value)
+        (grad,) = torch.autograd.grad(out.value.sum(), x)
+        expected = torch.autograd.grad(
+            sinkhorn(tensors["x"].requires_grad_(), tensors["y"], eps=0.2, cost="cosine").value.sum(),
+            tensors["x"],
+        )[0]
+        torch.testing.assert_close(grad * scale, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_that_sum_to_one_but_for_rounding_converge():
+    tensors = problem((2, 6, 5, 4), weighted=True)
+    a = tensors["a"].float() * 1.0005
+    out = sinkhorn(**tensors | {"a": a}, eps=0.3, tol=1e-6, max_iter=5000)
+    assert out.converged.all()
+    torch.testing.assert_close(out.value, sinkhorn(**tensors, eps=0.3, tol=1e-6, max_iter=5000).value)
+
+
+def test_plan_after_a_change_in_place_is_refused():
+    tensors = problem((2, 6, 5, 4))
+    out = sinkhorn(**tensors, eps=0.3)
+    tensors["x"] += 1
+    with pytest.raises(RuntimeError, match="plan: x, y, a weight or a mask was changed in place"):
+        out.plan()
+
+
+def test_numbers_of_numpy_are_welcome():
+    tensors = problem((2, 6, 5, 4))
+    out = sinkhorn(**tensors, eps=np.float32(0.25), max_iter=np.int64(7), tol=np.float64(0))
+    assert out.iterations.tolist() == [7, 7]
+    torch.testing.assert_close(out.value, sinkhorn(**tensors, eps=0.25, max_iter=7, tol=0).value)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_problems_equal_the_reference(seed):
+    rng = np.random.default_rng(seed)
+    shape = (2, *(int(n) for n in rng.integers(1, 40, 2)), int(rng.integers(1, 70)))
+    tensors = problem(shape, seed=seed, masked=True, weighted=True)
+    # Masks and weights on none, one or both sides.
+    names = [name for name in ("x_mask", "y_mask") if rng.random() < 0.4]
+    for name in names:
+        points, weight, count = ("x", "a", shape[1]) if name == "x_mask" else ("y", "b", shape[2])
+        tensors[points] = tensors[points].nan_to_num(0.1)
+        del tensors[name]
+        tensors[weight] = torch.full((2, count), 1 / count, dtype=torch.float64, device=DEVICE)
+    for name in ("a", "b"):
+        if rng.random() < 0.4:
+            del tensors[name]
+    cost, eps = str(rng.choice(["sqeuclidean", "cosine"])), float(rng.uniform(0.2, 1.0))
+    value, grads, _ = oracle(tensors, eps=eps, cost=cost)
+    tensors["x"].requires_grad_()
+    out = sinkhorn(**tensors, eps=eps, cost=cost, tol=1e-6, max_iter=5000)
+    close(out.value, value, TOLERANCE[torch.float32][0])
+    (grad,) = torch.autograd.grad(out.value.sum(), tensors["x"])
+    close(grad, grads[0], TOLERANCE[torch.float32][1])
+
+
+def test_offsets_beyond_two_to_the_31():
+    step = 2**29  # elements between two points
+    storage = torch.empty(5 * step + 8, dtype=torch.float16).as_strided((1, 6, 4), (0, step, 1))
+    tensors = problem((1, 6, 5, 4), dtype=torch.float16)
+    storage.copy_(tensors["x"].cpu())
+    out = sinkhorn(storage.to(DEVICE) if DEVICE == "cpu" else tensors["x"], tensors["y"], eps=0.3)
+    torch.testing.assert_close(out.value, sinkhorn(**tensors, eps=0.3).value)
+
+
 @pytest.mark.parametrize("cost", ["sqeuclidean", "cosine"])
 def test_empty_problem_is_zero(cost, poisoned_empty):
     tensors = problem((3, 6, 5, 4), masked=True)
@@ -380,7 +496,8 @@ def test_opcheck(optional):
     x, y = tensors["x"].requires_grad_(), tensors["y"].requires_grad_()
     weights = [tensors[n].float().requires_grad_() if optional else None for n in ("a", "b")]
     masks = [tensors.get("x_mask"), tensors.get("y_mask")]
-    args = (x, y, *weights, *masks, 0.2, "sqeuclidean", 50, 1e-4)
+    centres = [points.detach().mean(1) for points in (x, y)]
+    args = (x, y, *weights, *masks, *centres, 0.2, "sqeuclidean", 50, 1e-4)
     torch.library.opcheck(torch.ops.ecgot.sinkhorn_fwd.default, args)
 
 
@@ -423,6 +540,12 @@ def test_second_derivative_is_refused_not_wrong():
         torch.autograd.grad((grad * torch.arange(3.0, device=DEVICE)).sum(), x)
 
 
+def test_forward_mode_is_refused_not_wrong():
+    tensors = problem((1, 3, 3, 2))
+    with pytest.raises(RuntimeError, match="x: got a dual tensor"):
+        torch.func.jvp(lambda x: sinkhorn(x, tensors["y"], eps=0.2).value, (tensors["x"],), (tensors["x"],))
+
+
 def test_eps_may_vary_in_a_compiled_function():
     tensors = problem((2, 5, 4, 3))
     compiled = torch.compile(
@@ -456,10 +579,12 @@ def test_loss_module_reduces():
     [
         ({"x": torch.zeros(2, 3)}, r"x: got shape \(2, 3\), accepted is \[B, points, D\]"),
         ({"x": torch.zeros(2, 5, 4)}, r"x and y: got shapes \(2, 5, 4\) and \(2, 4, 3\)"),
-        ({"x": torch.zeros(2, 5, 3, dtype=torch.int64)}, "x: got dtype torch.int64"),
+        ({"x": torch.zeros(2, 5, 3, dtype=torch.int64)}, "x: got torch.int64, accepted are dense"),
         ({"x": [1.0]}, "x: got list, accepted is a torch.Tensor"),
         ({"eps": 0.0}, "eps: got 0.0"),
         ({"eps": math.nan}, "eps: got nan"),
+        ({"eps": 1e31}, r"eps: got 1e\+31"),
+        ({"x": torch.zeros(2, 5, 3).to_sparse()}, "x: got torch.sparse_coo, accepted are dense"),
         ({"cost": "manhattan"}, "cost: got 'manhattan', accepted are 'sqeuclidean' and 'cosine'"),
         ({"max_iter": 0}, "max_iter: got 0"),
         ({"tol": -1.0}, "tol: got -1.0"),
