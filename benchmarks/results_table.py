@@ -1,74 +1,95 @@
 """Markdown tables of evaluations, for RESULTS.md.
 
-    python benchmarks/results_table.py RUN/evaluation.json ...
+    python benchmarks/results_table.py EVALUATION.json ...
 
-Each file is what ``ecgot evaluate`` leaves (or prints with --json) and lies in its run's folder. Runs that
-differ in the seed alone are averaged.
+Each file is what ``ecgot evaluate`` leaves (or prints with --json). A row is named by the settings in which
+the runs differ; runs that differ in the seed alone follow each other and are averaged.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-GROUPS = ("superclass", "subclass", "form", "rhythm")
-METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_1", "rouge_2", "rouge_l")
+Rows = dict[tuple[str, str], list[str]]
 
 
 def main(paths: Iterable[str]) -> None:
-    runs = sorted((_load(Path(path)) for path in paths), key=lambda run: (run["name"], run["seed"]))
-    ranked = [(f"zero-shot, {run['name']}", run, run["zero_shot"]) for run in runs]
-    ranked += [(f"linear probe, OT weight {run['ot_weight']:g}", run, run["probe"]) for run in runs]
-    print(_table(("macro AUROC", "seed", *GROUPS), _auroc_rows(ranked)))
-    print(_table(("reports", "seed", *map(_title, METRICS)), _report_rows(runs)))
+    runs = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    names = _names(runs)
+    runs_by_name = sorted(zip(names, runs, strict=True), key=lambda pair: (pair[0], _seed(pair[1])))
+    ranked = [(f"zero-shot, {run['score']} score{name}", run, run["zero_shot"]) for name, run in runs_by_name]
+    ranked += [(f"linear probe{name}", run, run["probe"]) for name, run in runs_by_name if run["probe"]]
+    groups = list(dict.fromkeys(group for _, _, ranking in ranked for group in ranking))
+    print(_table(("macro AUROC", "seed", *groups), _auroc_rows(ranked, groups)))
+    written = [
+        (f"{system.replace('_', ' ')}{name}", run, metrics)
+        for name, run in runs_by_name
+        for system, metrics in run["reports"].items()
+    ]
+    if written:
+        metrics = list(written[0][2])
+        titles = [metric.upper().replace("_", "-") for metric in metrics]
+        print(_table(("reports", "seed", *titles), _report_rows(written, metrics)))
 
 
-def _load(path: Path) -> dict[str, Any]:
-    evaluation = json.loads(path.read_text(encoding="utf-8"))
-    config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-    weight = config["align"]["ot_weight"]
-    name = f"OT weight {weight:g}, {evaluation['score']} score"
-    return evaluation | {"name": name, "ot_weight": weight, "seed": config["seed"]}
+def _names(runs: list[dict[str, Any]]) -> list[str]:
+    """Per run ", setting value, ..." of the settings in which the runs differ, seed and paths aside."""
+    flat = [_flat(run["settings"]["config"]) for run in runs]
+    keys = [key for key in flat[0] if key not in ("seed", "device") and len({str(f[key]) for f in flat}) > 1]
+    return ["".join(f", {key} {each[key]}" for key in keys) for each in flat]
 
 
-def _auroc_rows(ranked: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> dict[tuple[str, str], list[str]]:
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _seed(run: dict[str, Any]) -> int:
+    return run["settings"]["config"]["seed"]
+
+
+def _auroc_rows(ranked: list[tuple[str, dict[str, Any], dict[str, Any]]], groups: list[str]) -> Rows:
     """By name and seed, each group's "macro [low, high]"; then each name's mean over its seeds."""
-    rows: dict[tuple[str, str], list[str]] = {}
-    for name in dict.fromkeys(name for name, _, _ in ranked):
-        of_name = {run["seed"]: ranking for other, run, ranking in ranked if other == name}
-        for seed, ranking in of_name.items():
-            cells = (ranking[group] for group in GROUPS)
-            rows[name, str(seed)] = [f"{c['macro']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells]
-        means = [_mean([ranking[group]["macro"] for ranking in of_name.values()]) for group in GROUPS]
-        rows[name, "mean"] = [f"**{mean:.3f}**" for mean in means]
+    return _rows(
+        ranked,
+        groups,
+        lambda cell: f"{_number(cell['macro'])} [{_number(cell['low'])}, {_number(cell['high'])}]",
+        lambda cell: cell["macro"],
+    )
+
+
+def _report_rows(written: list[tuple[str, dict[str, Any], dict[str, Any]]], metrics: list[str]) -> Rows:
+    return _rows(written, metrics, _number, lambda value: value)
+
+
+def _rows(measured: Iterable[tuple[str, dict[str, Any], dict[str, Any]]], columns, show, value) -> Rows:
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, run, cells in measured:
+        by_name.setdefault(name, {})[_seed(run)] = cells
+    rows: Rows = {}
+    for name, by_seed in by_name.items():
+        for seed, cells in by_seed.items():
+            rows[name, str(seed)] = [show(cells[c]) if c in cells else "-" for c in columns]
+        means = [[value(cells[c]) for cells in by_seed.values() if c in cells] for c in columns]
+        rows[name, "mean"] = [f"**{_number(_mean(values))}**" for values in means]
     return rows
 
 
-def _report_rows(runs: list[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
-    rows: dict[tuple[str, str], list[str]] = {}
-    written = {(run["ot_weight"], run["seed"]): run["reports"] for run in runs if run["reports"]}
-    for weight in sorted({weight for weight, _ in written}):
-        seeds = [seed for other, seed in written if other == weight]
-        for system in written[weight, seeds[0]]:
-            name = f"{system.replace('_', ' ')}, OT weight {weight:g}"
-            per_seed = {seed: written[weight, seed][system] for seed in seeds}
-            for seed, metrics in per_seed.items():
-                rows[name, str(seed)] = [f"{metrics[metric]:.3f}" for metric in METRICS]
-            means = [_mean([metrics[metric] for metrics in per_seed.values()]) for metric in METRICS]
-            rows[name, "mean"] = [f"**{mean:.3f}**" for mean in means]
-    return rows
+def _mean(values: list[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-def _title(metric: str) -> str:
-    return metric.upper().replace("_", "-")
-
-
-def _table(header: tuple[str, ...], rows: dict[tuple[str, str], list[str]]) -> str:
+def _table(header: tuple[str, ...], rows: Rows) -> str:
     lines = [header, ("---",) * len(header), *((*key, *cells) for key, cells in rows.items())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 

@@ -12,7 +12,7 @@ from ecgot.models.encoder import encoder, masked_mean
 from ecgot.models.text import TextTokens
 
 BATCH, LEADS, SAMPLES = 64, 12, 1000
-WORDS, TEXT_WIDTH = 16, 384
+WORDS, LONGEST, TEXT_WIDTH = 16, 61, 384  # reports of PTB-XL: words on average, tokens in the longest
 # So small that the last round solves the transport problems of the first.
 LEARNING_RATE = 1e-6
 
@@ -37,8 +37,10 @@ def _terms(
     model: AlignmentModel, loss: AlignmentLoss, device: torch.device
 ) -> Callable[[], dict[str, Tensor]]:
     waveform = torch.randn(BATCH, LEADS, SAMPLES, device=device)
-    tokens = torch.randn(BATCH, WORDS, TEXT_WIDTH, device=device)
-    mask = torch.ones(BATCH, WORDS, dtype=torch.bool, device=device)
+    tokens = torch.randn(BATCH, LONGEST, TEXT_WIDTH, device=device)
+    words = torch.linspace(3, 2 * WORDS, BATCH, device=device).round()
+    words[-1] = LONGEST
+    mask = torch.arange(LONGEST, device=device) < words[:, None]
     text = TextTokens(tokens, mask, masked_mean(tokens, mask))
     text_id = torch.arange(BATCH, device=device)
     return lambda: loss(model.embed_ecg(waveform), model.embed_text(text), text_id, model.temperature)

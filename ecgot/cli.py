@@ -17,7 +17,6 @@ from ecgot.errors import EcgotError
 from ecgot.version import __version__
 
 NOT_A_DEVICE = "Research software, not a medical device: do not use it for diagnosis or treatment."
-METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_1", "rouge_2", "rouge_l")
 
 PATH = click.Path(path_type=Path)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -83,16 +82,20 @@ def train(
     """Train a run: align ECGs with reports (stage 1), then learn to write reports (stage 2).
 
     KEY=VALUE overrides a setting, such as align.epochs=3 or encoder.name=resnet1d. The resolved
-    configuration, metrics.jsonl and safetensors checkpoints go to the run's folder.
+    configuration, metrics.jsonl and safetensors checkpoints go to the run's folder. With --resume or
+    --stage report, what is not given here is as in the run.
     """
     from ecgot.train.config import resolve
-    from ecgot.train.run import Progress
+    from ecgot.train.run import Progress, Run
     from ecgot.train.stages import STAGES
     from ecgot.train.stages import train as train_stages
 
-    paths = [f"data.root={data}"] if data else []
-    paths += [f"data.reports_csv={reports}"] if reports else []
-    resolved = resolve(config, (*paths, *settings))
+    # Whole paths, so that the run's configuration means the same from any folder.
+    paths = [f"data.root={data.resolve()}"] if data else []
+    paths += [f"data.reports_csv={reports.resolve()}"] if reports else []
+    begun = (resume or stage == "report") and (out / "config.json").is_file()
+    base = Run.open(out).config() if begun else None
+    resolved = resolve(config, (*paths, *settings), base=base)
     if not resolved.data.root:
         raise EcgotError("data: name the data set's folder by --data")
     with _progress(as_json) as (bar, note):
@@ -291,7 +294,7 @@ def _report_table(result: dict[str, Any]) -> Table:
     table.add_column("metric")
     for system in result["reports"]:
         table.add_column(system.replace("_", " "), justify="right")
-    for metric in METRICS:
+    for metric in next(iter(result["reports"].values())):
         values = (f"{metrics[metric]:.3f}" for metrics in result["reports"].values())
         table.add_row(metric.replace("_", "-").upper(), *values)
     return table

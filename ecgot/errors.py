@@ -6,3 +6,8 @@ class EcgotError(ValueError):
 
     The command line prints the line and exits with code 2; library users catch it as a ``ValueError``.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, cut to the one line that our errors have room for."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

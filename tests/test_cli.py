@@ -233,3 +233,16 @@ def test_bad_tables_and_checkpoints(ecgot, few, tmp_path, run_dir, tiny_bert):
     refused(ecgot("evaluate", copy, "--data", few), "another configuration", "resnet1d_small")
     (copy / "config.json").write_text("{")
     refused(ecgot("evaluate", copy, "--data", few), "not valid JSON")
+
+
+def test_resuming_takes_the_settings_of_the_run(ecgot, few, tmp_path, tiny_bert, monkeypatch):
+    run = tmp_path / "run"
+    settings = [s for s in small_settings(few, tiny_bert) if not s.startswith("data.root")]
+    monkeypatch.chdir(few.parent)  # a relative path is kept whole
+    code, *_ = ecgot("train", "--data", few.name, "--out", run, "--stage", "align", *settings)
+    assert code == 0
+    monkeypatch.chdir(tmp_path)
+    code, _, err = ecgot("train", "--out", run, "--resume")
+    assert code == 0, err
+    assert Run.open(run).done("report")
+    assert Run.open(run).config() == resolve(None, [*settings, f"data.root={few.resolve()}"])

@@ -16,7 +16,7 @@ from ecgot.data.ptbxl import Labels, PtbXlTable, read_table
 from ecgot.data.record import STANDARD_LEADS, read_record
 from ecgot.errors import EcgotError
 
-FORMAT = 1  # of the cache; raise it when the contents change for the same files
+FORMAT = 2  # of the cache; raise it when the contents change for the same files
 UV_PER_MV = 1000.0
 INT16 = np.iinfo(np.int16)
 
@@ -42,6 +42,7 @@ class EcgDataset:
         fs_hz, leads: of the signals.
         skipped: records that could not be read.
         repaired: NaN samples filled, by record name.
+        flat: leads without any signal, by record name; such a record stays in.
     """
 
     table: PtbXlTable
@@ -52,6 +53,7 @@ class EcgDataset:
     leads: tuple[str, ...]
     skipped: tuple[SkippedRecord, ...]
     repaired: dict[str, int]
+    flat: dict[str, list[str]]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -147,6 +149,7 @@ def load_dataset(
         leads=tuple(leads),
         skipped=skipped,
         repaired=meta["repaired"],
+        flat=meta["flat"],
     )
 
 
@@ -164,11 +167,17 @@ def _content_key(
     """A hash over the bytes of every header and signal file, and over what is made of them."""
 
     def digest(path: str) -> bytes:
+        header = root / f"{path}.hea"
         content = hashlib.blake2b(path.encode(), digest_size=16)
-        for suffix in (".hea", ".dat", ".mat"):
+        try:
+            text = header.read_bytes()
+        except OSError:
+            return content.digest()
+        content.update(text)
+        for name in _signal_files(text.decode("utf-8", errors="replace")):
             try:
-                content.update((root / f"{path}{suffix}").read_bytes())
-            except OSError:
+                content.update((header.parent / name).read_bytes())
+            except (OSError, ValueError):
                 content.update(b"missing")
         return content.digest()
 
@@ -177,6 +186,12 @@ def _content_key(
         for part in pool.map(digest, table.record_paths):
             key.update(part)
     return key.hexdigest()
+
+
+def _signal_files(header: str) -> list[str]:
+    """The files that a WFDB header names: the first word of every line after the first."""
+    lines = [line for line in header.splitlines() if line.strip() and not line.startswith("#")]
+    return list(dict.fromkeys(line.split()[0] for line in lines[1:]))
 
 
 def _read_meta(folder: Path) -> dict | None:
@@ -206,7 +221,7 @@ def _build(
         signals = np.lib.format.open_memmap(
             temporary / "signals.npy", mode="w+", dtype=np.int16, shape=(len(table), *shape)
         )
-        lengths, skipped, repaired = [0] * len(table), [], {}
+        lengths, skipped, repaired, flat = [0] * len(table), [], {}, {}
         for row, path in enumerate(table.record_paths):
             try:
                 record = read_record(root / path, leads=leads, fs_hz=fs_hz)
@@ -218,19 +233,23 @@ def _build(
                 signals[row] = np.clip(np.rint(signal * UV_PER_MV), INT16.min, INT16.max).astype(np.int16)
                 if record.repaired_samples:
                     repaired[path] = sum(record.repaired_samples.values())
+                if record.flat_leads:
+                    flat[path] = list(record.flat_leads)
             if progress is not None:
                 progress(row + 1, len(table))
         signals.flush()
+        del signals  # Windows renames no folder with an open file
         meta = {
-            "shape": list(signals.shape),
+            "shape": [len(table), *shape],
             "lengths": lengths,
             "skipped": [vars(entry) for entry in skipped],
             "repaired": repaired,
+            "flat": flat,
         }
         (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)  # damaged, or _read_meta would have taken it
-        os.replace(temporary, folder)
+        if _read_meta(folder) is None:  # else another process was faster, with the same content
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, where it exists
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return meta

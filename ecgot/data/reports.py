@@ -5,13 +5,13 @@ import re
 # The diagnostic codes that an annotator appended ("Edit: NORM 80, (NORM 100)"): labels, not report text. No
 # label may reach the training, so this goes first.
 _ANNOTATION = re.compile(r"\bedit\s*:.*$", re.DOTALL)
-# The recorder's software version and its stamp, at times cut off: "4.46   unbestätigter bericht".
+# The recorder's software version and its stamp, at times cut off or freely translated: "4.46   unbestätigter
+# bericht", "4.46 not confirmed", "4.46 un".
 _STAMP = re.compile(
     r"(?:\b\d\.\d\d\s+)?\b(?:unbest\w*\.?\s+bericht|unconfirmed\s+report|obekräftad\s+rapport)\b\.?"
-    r"|\b\d\.\d\d\s+un(?:be|co)\w*\.?(?:\s+\w{1,7})?\s*$"
-    r"|\b4\.[34]\d\s*$"
+    r"|\b4\.[34]\d\b(?:\s+[a-zäöå.]+){0,2}\s*$"
 )
-_NO_READING = re.compile(r"\btrace only requested\b\.?")
+_NO_READING = re.compile(r"\btrace only(?: requested)?\b\.?")
 _PUNCTUATION_ALONE = re.compile(r"^[\W_]*$")
 
 

@@ -29,15 +29,18 @@ from ecgot.eval.zeroshot import (
     read_prompts,
     select_prompts,
 )
+from ecgot.files import write_text
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoder import EncoderOutput, masked_mean
 from ecgot.models.reporter import Reporter
 from ecgot.models.text import TextEncoder
-from ecgot.train.align import load_alignment, with_reports
+from ecgot.train.align import load_alignment
+from ecgot.train.batches import encode, with_reports
 from ecgot.train.config import Config
-from ecgot.train.report import encode, load_reporter
-from ecgot.train.run import Progress, Run, write_atomically
+from ecgot.train.report import load_reporter
+from ecgot.train.run import Progress, Run
 from ecgot.train.stages import load_folds
+from ecgot.version import __version__
 
 BATCH = 128
 
@@ -52,6 +55,8 @@ class Evaluation:
             reference) and, where the training folds are there, "most_frequent". Empty where no record has a
             reference or stage 2 has not been trained.
         examples: (ecg_id, reference, generated).
+        settings: what was evaluated, on what and how: the data, where the references come from ("report
+            column" or a CSV), the prompts, beams, resamples, and the run's whole configuration.
     """
 
     folds: tuple[int, ...]
@@ -63,6 +68,7 @@ class Evaluation:
     references: int
     examples: tuple[tuple[int, str, str], ...]
     dialect: dict[str, str]
+    settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """The evaluation as plain values for JSON; NaN becomes None."""
@@ -106,6 +112,7 @@ def evaluate(
     model = load_alignment(run, text)
     csv_path = _references(config, root, reports_csv)
     data = load_folds(config, folds, cache_dir, progress, root=root, reports_csv=csv_path)
+    progress.note(f"references: {csv_path or 'report column'}")
     train = _training_folds(config, root, csv_path, cache_dir, progress)
     if train is not None:
         check_patient_split(train.table, data.table)
@@ -120,15 +127,25 @@ def evaluate(
         probe=_probe(model, train, data, masked_mean(tokens.float(), mask), resamples, progress),
         **_evaluate_reports(run, model, train, data, tokens, mask, num_beams, progress),
         dialect=DIALECT,
+        settings={
+            "ecgot": __version__,
+            "data": str(root.resolve()),
+            "references": csv_path or "report column",
+            "prompts": "built-in" if prompts == BUILT_IN else str(prompts.resolve()),
+            "num_beams": num_beams,
+            "resamples": resamples,
+            "config": dataclasses.asdict(config),
+        },
     )
-    write_atomically(run.folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
+    saved = {key: value for key, value in evaluation.to_dict().items() if key != "examples"}
+    write_text(run.folder / "evaluation.json", json.dumps(saved, indent=2) + "\n")
     _write_reports(run.folder / "generated_reports.csv", evaluation.examples)
     return evaluation
 
 
 def _references(config: Config, root: Path, reports_csv: Path | None) -> str:
     if reports_csv is not None:
-        return str(reports_csv)
+        return str(reports_csv.resolve())
     same = config.data.root and Path(config.data.root).resolve() == root.resolve()
     return config.data.reports_csv if same else ""
 
@@ -221,7 +238,7 @@ def _evaluate_reports(
         reason = "no record has a reference" if not len(rows) else "stage report has not been trained"
         progress.note(f"no report metrics: {reason}")
         return {"reports": {}, "references": len(rows), "examples": ()}
-    reporter = load_reporter(run, int(model.encoder.width))  # type: ignore[arg-type]
+    reporter = load_reporter(run, model.ecg_width)
     generated = generate(reporter, tokens[rows], mask[rows], num_beams=num_beams, progress=progress)
     references = [data.reports[row] for row in rows.tolist()]
     reports = {"generated": report_metrics(generated, references)}
@@ -265,11 +282,11 @@ def another_patients(patients: np.ndarray, *, seed: int = 0) -> np.ndarray | Non
 
 
 def _write_reports(path: Path, examples: Sequence[tuple[int, str, str]]) -> None:
-    text = io.StringIO()
+    text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(("ecg_id", "reference", "generated"))
     writer.writerows(examples)
-    write_atomically(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def _without_nan(value: Any) -> Any:

@@ -56,7 +56,7 @@ def read(
     scores = {group: dict(zip(texts[group], row[0].tolist(), strict=True)) for group, row in values.items()}
     written = None
     if run.done("report"):
-        reporter = load_reporter(run, int(model.encoder.width))  # type: ignore[arg-type]
+        reporter = load_reporter(run, model.ecg_width)
         written = reporter.generate(encoded.tokens, encoded.mask, num_beams=num_beams)[0]
     return Reading(str(path), scores, written, _notes(record, signal.shape[1]))
 

@@ -5,6 +5,7 @@ averaged all move them.
 """
 
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import numpy as np
 from nltk.stem.porter import PorterStemmer
@@ -12,10 +13,15 @@ from nltk.translate.meteor_score import single_meteor_score
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
+_BLEU = BLEU(lowercase=True)
+_BLEU.corpus_score(["a"], [["a"]])  # only then does it know that it takes one reference for each report
 DIALECT = {
-    "bleu": "corpus BLEU by sacrebleu, lower case, 13a tokens, exponential smoothing; 0 to 1",
-    "meteor": "mean over reports, nltk, exact and Porter-stem matches without WordNet synonyms; 0 to 1",
-    "rouge": "mean F1 over reports, rouge-score with Porter stemming; 0 to 1",
+    "bleu": f"corpus BLEU by sacrebleu ({_BLEU.get_signature()}); BLEU-n stops at "
+    "n-grams of that length; 0 to 1",
+    "meteor": f"mean over reports, nltk {version('nltk')}, words split at white space, lower case, exact and "
+    "Porter-stem matches without WordNet synonyms; 0 to 1",
+    "rouge": f"mean F1 over reports, rouge-score {version('rouge-score')} with Porter stemming; 0 to 1",
+    "references": "cleaned by ecgot.data.reports.clean_report and lower-cased",
 }
 
 

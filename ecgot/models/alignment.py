@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecgot.kernels import SinkhornLoss, sinkhorn
-from ecgot.models.encoder import EncoderOutput
+from ecgot.kernels import sinkhorn
+from ecgot.models.encoder import EncoderOutput, ResNet1d
 from ecgot.models.text import TextTokens
 
 
@@ -27,16 +27,22 @@ class AlignmentModel(nn.Module):
     tokens also moves the embedding that zero-shot scores read.
 
     Args:
-        encoder: waveform [B, L, T] to :class:`EncoderOutput`; has ``width``.
+        encoder: waveform [B, L, T] to :class:`EncoderOutput`.
         text_width: width of the text encoder's tokens.
         width: E, of the shared space.
+
+    Attributes:
+        ecg_width: width of the encoder's tokens.
     """
 
-    def __init__(self, encoder: nn.Module, text_width: int, width: int = 256) -> None:
+    def __init__(self, encoder: ResNet1d, text_width: int, width: int = 256) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.project_ecg = nn.Linear(int(encoder.width), width)  # type: ignore[arg-type]
+        self.encoder, self.ecg_width = encoder, encoder.width
+        self.project_ecg = nn.Linear(encoder.width, width)
         self.project_text = nn.Linear(text_width, width)
+        # Of the frozen text encoder that the model was trained on: 16 bytes, which travel with the weights.
+        self.text_fingerprint: Tensor
+        self.register_buffer("text_fingerprint", torch.zeros(16, dtype=torch.uint8))
         self.log_temperature = nn.Parameter(torch.tensor(0.07).log())
 
     def embed_ecg(self, waveform: Tensor, lengths: Tensor | None = None) -> Embedding:
@@ -97,26 +103,40 @@ class AlignmentLoss(nn.Module):
         self,
         *,
         contrastive_weight: float = 1.0,
-        ot_weight: float = 1.0,
+        ot_weight: float = 0.5,
         eps: float = 0.1,
         max_iter: int = 50,
         tol: float = 1e-3,
     ) -> None:
         super().__init__()
         self.contrastive_weight, self.ot_weight = contrastive_weight, ot_weight
-        self.transport = SinkhornLoss(eps, cost="cosine", max_iter=max_iter, tol=tol)
+        self.eps, self.max_iter, self.tol = eps, max_iter, tol
 
     def forward(
         self, ecg: Embedding, text: Embedding, text_id: Tensor, temperature: Tensor
     ) -> dict[str, Tensor]:
-        """The terms and their weighted sum: "loss", "contrastive", "ot" (those with a weight)."""
+        """The terms and their weighted sum: "loss", "contrastive", "ot" (those with a weight).
+
+        With "ot" comes "ot_converged", the share of its problems that converged; it carries no gradient.
+        """
         terms: dict[str, Tensor] = {}
         total = ecg.pooled.new_zeros(())
         if self.contrastive_weight:
             terms["contrastive"] = contrastive_loss(ecg.pooled, text.pooled, text_id, temperature)
             total = total + self.contrastive_weight * terms["contrastive"]
         if self.ot_weight:
-            terms["ot"] = self.transport(ecg.tokens, text.tokens, x_mask=ecg.mask, y_mask=text.mask)
+            transport = sinkhorn(
+                ecg.tokens,
+                text.tokens,
+                eps=self.eps,
+                cost="cosine",
+                x_mask=ecg.mask,
+                y_mask=text.mask,
+                max_iter=self.max_iter,
+                tol=self.tol,
+            )
+            terms["ot"] = transport.value.mean()
+            terms["ot_converged"] = transport.converged.float().mean()
             total = total + self.ot_weight * terms["ot"]
         return terms | {"loss": total}
 

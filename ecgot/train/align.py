@@ -12,8 +12,9 @@ from ecgot.errors import EcgotError
 from ecgot.models.alignment import AlignmentLoss, AlignmentModel
 from ecgot.models.encoder import encoder
 from ecgot.models.text import TextEncoder, TextTokens, TokenStore, embed_texts
+from ecgot.train.batches import epoch_order, waveforms
 from ecgot.train.config import Config
-from ecgot.train.run import Progress, Run, choose_device, epoch_order, train_epochs
+from ecgot.train.run import Progress, Run, choose_device, train_epochs
 
 
 class ReportSource:
@@ -41,43 +42,20 @@ def build_model(config: Config, text_width: int) -> AlignmentModel:
     return AlignmentModel(ecg_encoder, text_width, config.align.width)
 
 
-def with_reports(dataset: EcgDataset) -> EcgDataset:
-    """The records that have usable report text; the others take no part in training.
-
-    Raises:
-        EcgotError: none has.
-    """
-    rows = [row for row, report in enumerate(dataset.reports) if report]
-    if not rows:
-        raise EcgotError(
-            f"data: none of {len(dataset)} records has usable report text, which training needs; "
-            "name a CSV with ecg_id,report by --reports"
-        )
-    return dataset.select(rows)
-
-
-def waveforms(dataset: EcgDataset, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Waveforms [b, L, T] in mV of ``rows`` [b], and their lengths where one is shorter than T."""
-    index = rows.numpy()
-    signal = torch.from_numpy(dataset.waveforms_mv(index)).to(device)
-    lengths = torch.from_numpy(dataset.lengths[index])
-    return signal, None if bool((lengths == signal.shape[2]).all()) else lengths.to(device)
-
-
 def train_alignment(
     run: Run,
     text: TextEncoder,
     train: EcgDataset,
     validation: EcgDataset,
     *,
-    cache_dir: Path | None,
+    cache_dir: Path,
     progress: Progress,
 ) -> AlignmentModel:
     """Train stage 1 into ``run`` and return the model, on its device and in eval mode.
 
     Args:
         text: the configured text encoder.
-        train, validation: records that all have report text, see :func:`with_reports`.
+        train, validation: records that all have report text, see :func:`ecgot.train.batches.with_reports`.
         cache_dir: of the token embeddings of a frozen text encoder.
     """
     config = run.config()
@@ -92,6 +70,8 @@ def train_alignment(
     model = build_model(config, text.width).to(device)
     if config.text.train:
         model.text = text.to(device)
+    else:
+        model.text_fingerprint.copy_(_fingerprint(text))
     loss = AlignmentLoss(
         contrastive_weight=settings.contrastive_weight,
         ot_weight=settings.ot_weight,
@@ -161,9 +141,17 @@ def load_alignment(run: Run, text: TextEncoder) -> AlignmentModel:
     if config.text.train:
         model.text = text
     run.load("align", model)
+    if not config.text.train and not torch.equal(model.text_fingerprint, _fingerprint(text)):
+        raise EcgotError(
+            f"run: {run.folder} was trained with another text encoder than text.name {config.text.name!r} is"
+        )
     device = choose_device(config.device)
     text.to(device).eval()
     return model.to(device).eval()
+
+
+def _fingerprint(text: TextEncoder) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(text.fingerprint())), dtype=torch.uint8)
 
 
 def _first_rows(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,8 @@ class ReportConfig:
     layers: int = 3
     epochs: int = 6
     batch_size: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 2e-3  # of the projector and of a decoder from scratch
+    pretrained_learning_rate: float = 5e-5  # of a pretrained language model
     weight_decay: float = 0.01
     max_tokens: int = 96
 
@@ -90,15 +91,17 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-def resolve(file: Path | None = None, overrides: typing.Iterable[str] = ()) -> Config:
-    """Defaults, then a TOML or JSON file, then KEY=VALUE overrides such as ``align.epochs=3``.
+def resolve(
+    file: Path | None = None, overrides: typing.Iterable[str] = (), *, base: Config | None = None
+) -> Config:
+    """Defaults or ``base``, then a TOML or JSON file, then KEY=VALUE overrides such as ``align.epochs=3``.
 
     Raises:
         EcgotError: an unknown key, or a value of another type or outside its range.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {} if base is None else dataclasses.asdict(base)
     if file is not None:
-        values = _read(file)
+        values = _merged(values, _read(file))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -110,8 +113,25 @@ def resolve(file: Path | None = None, overrides: typing.Iterable[str] = ()) -> C
 
 
 def from_json(text: str) -> Config:
-    """The configuration that :meth:`Config.to_json` wrote."""
-    return _build(Config, json.loads(text), "")
+    """The configuration that :meth:`Config.to_json` wrote.
+
+    Raises:
+        EcgotError: an unknown key, or a value of another type or outside its range.
+    """
+    config = _build(Config, json.loads(text), "")
+    _check(config)
+    return config
+
+
+def _merged(values: dict[str, Any], over: Any) -> Any:
+    """``over`` laid over ``values``, section by section."""
+    if not isinstance(over, dict):
+        return over
+    merged = dict(values)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) else value
+    return merged
 
 
 def differences(first: Config, second: Config) -> list[str]:
@@ -224,7 +244,7 @@ def _check(config: Config) -> None:
     }
     zero_or_more = {
         "align": ("contrastive_weight", "ot_weight", "ot_tol", "weight_decay", "text_learning_rate"),
-        "report": ("weight_decay",),
+        "report": ("weight_decay", "pretrained_learning_rate"),
     }
     for limits, accepted in ((positive, "a number > 0"), (zero_or_more, "a number >= 0")):
         for section, names in limits.items():
@@ -232,6 +252,9 @@ def _check(config: Config) -> None:
                 value = getattr(getattr(config, section), name)
                 if not (value > 0 or (value == 0 and limits is zero_or_more)):
                     raise EcgotError(f"{section}.{name}: got {value}, accepted is {accepted}")
+    for name in ("train_folds", "validation_folds", "leads"):
+        if not getattr(config.data, name):
+            raise EcgotError(f"data.{name}: got none, accepted is at least one")
     if config.seed < 0:
         raise EcgotError(f"seed: got {config.seed}, accepted is an integer >= 0")
     if round(config.data.fs_hz * config.data.seconds) < 1:
@@ -240,8 +263,11 @@ def _check(config: Config) -> None:
         raise EcgotError(f"data.max_bad_share: got {config.data.max_bad_share}, accepted is a share 0-1")
     if config.align.contrastive_weight == 0 and config.align.ot_weight == 0:
         raise EcgotError("align: contrastive_weight and ot_weight are both 0, so there is nothing to learn")
-    if config.align.batch_size < 2:
-        raise EcgotError("align.batch_size: got 1, accepted is at least 2, as a contrast needs two records")
+    for section in ("align", "report"):
+        if getattr(config, section).batch_size < 2:
+            raise EcgotError(f"{section}.batch_size: got 1, accepted is at least 2")
+    if config.report.hidden_size % 2:
+        raise EcgotError(f"report.hidden_size: got {config.report.hidden_size}, accepted is an even number")
     overlap = set(config.data.train_folds) & set(config.data.validation_folds)
     if overlap:
         raise EcgotError(f"data: folds {sorted(overlap)} are in train_folds and in validation_folds")

@@ -1,34 +1,17 @@
 """Stage 2: a language model learns to write reports from the frozen encoder's tokens."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ecgot.data.dataset import EcgDataset
 from ecgot.models.alignment import AlignmentModel
-from ecgot.models.reporter import Reporter, build_reporter, empty_reporter, save_language_model_shape
-from ecgot.train.align import waveforms
-from ecgot.train.run import Progress, Run, choose_device, epoch_order, train_epochs
-
-
-@torch.no_grad()
-def encode(
-    model: AlignmentModel, dataset: EcgDataset, *, progress: Progress, task: str = "encoding"
-) -> tuple[Tensor, Tensor]:
-    """Encoder tokens [n, N, D] fp16 and masks [n, N] of every record, on the CPU.
-
-    The encoder is frozen in stage 2, so it sees each record once, not once an epoch.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    tokens, masks = [], []
-    for rows in torch.arange(len(dataset)).split(128):
-        encoded = model.encoder(*waveforms(dataset, rows, device))
-        tokens.append(encoded.tokens.half().cpu())
-        masks.append(encoded.mask.cpu())
-        progress.bar(task, int(rows[-1]) + 1, len(dataset))
-    return torch.cat(tokens), torch.cat(masks)
+from ecgot.models.reporter import SCRATCH, Reporter, build_reporter, empty_reporter, save_language_model_shape
+from ecgot.train.batches import encode, epoch_order
+from ecgot.train.config import ReportConfig
+from ecgot.train.run import Progress, Run, choose_device, train_epochs
 
 
 def train_reporter(
@@ -36,14 +19,14 @@ def train_reporter(
 ) -> Reporter:
     """Train stage 2 into ``run`` and return the reporter in eval mode; ``model`` stays as it is.
 
-    All records must have report text, see :func:`ecgot.train.align.with_reports`.
+    All records must have report text, see :func:`ecgot.train.batches.with_reports`.
     """
     config = run.config()
     settings, device = config.report, choose_device(config.device)
     torch.manual_seed(config.seed)
     reporter = build_reporter(
         settings.language_model,
-        int(model.encoder.width),  # type: ignore[arg-type]
+        model.ecg_width,
         reports=train.reports,
         max_tokens=settings.max_tokens,
         hidden_size=settings.hidden_size,
@@ -69,16 +52,11 @@ def train_reporter(
             "validation_loss": _mean_loss(reporter, validation_tokens, validation_mask, validation.reports),
         }
 
-    decays = [p for p in reporter.parameters() if p.dim() > 1]
-    others = [p for p in reporter.parameters() if p.dim() <= 1]
     train_epochs(
         run,
         "report",
         reporter,
-        [
-            {"params": decays, "lr": settings.learning_rate},
-            {"params": others, "lr": settings.learning_rate, "weight_decay": 0.0},
-        ],
+        _parameter_groups(reporter, settings),
         epochs=settings.epochs,
         steps=len(epoch_order(len(train), settings.batch_size, 0, 0)),
         weight_decay=settings.weight_decay,
@@ -94,6 +72,20 @@ def load_reporter(run: Run, ecg_width: int) -> Reporter:
     reporter = empty_reporter(run.folder / "language_model", ecg_width, max_tokens=config.report.max_tokens)
     run.load("report", reporter)
     return reporter.to(choose_device(config.device)).eval()
+
+
+def _parameter_groups(reporter: Reporter, settings: ReportConfig) -> list[dict[str, Any]]:
+    """Weight decay for matrices alone; a pretrained language model has a rate of its own."""
+    pretrained = settings.language_model != SCRATCH
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    for name, parameter in reporter.named_parameters():
+        own = pretrained and name.startswith("language_model.")
+        rate = settings.pretrained_learning_rate if own else settings.learning_rate
+        groups.setdefault((rate, parameter.dim() > 1), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate} | ({} if decays else {"weight_decay": 0.0})
+        for (rate, decays), parameters in groups.items()
+    ]
 
 
 @torch.no_grad()

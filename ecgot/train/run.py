@@ -10,11 +10,11 @@ STAGE.resume.pt         optimizer and schedule after the last whole epoch; gone 
 
 import json
 import math
-import os
 import pickle
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ecgot.errors import EcgotError
-from ecgot.models.text import save_atomically
+from ecgot.files import write_atomically, write_text
+from ecgot.models.text import save_tensors
 from ecgot.train.config import Config, differences, from_json
-
-POOLED_BATCHES = 20
 
 
 @dataclass
@@ -48,6 +47,8 @@ class Run:
     def create(cls, folder: Path, config: Config, *, resume: bool) -> "Run":
         """Make the folder and write the configuration, or open it again to resume.
 
+        A stage that has not begun may get other settings: those of stage 2 may change until it is trained.
+
         Raises:
             EcgotError: it already holds a run and ``resume`` is off, or the run has another configuration.
         """
@@ -56,13 +57,16 @@ class Run:
             if not resume:
                 raise EcgotError(f"out: {folder} already holds a run; name another folder, or add --resume")
             changed = differences(run.config(), config)
+            fixed = [line for line in changed if run.begun("report") or not line.startswith("report.")]
+            if fixed:
+                raise EcgotError(f"out: {folder} was trained with another configuration ({fixed[0]})")
             if changed:
-                raise EcgotError(f"out: {folder} was trained with another configuration ({changed[0]})")
+                write_text(path, config.to_json())
             return run
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise EcgotError(f"out: {folder} exists and is not an empty folder")
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, config.to_json())
+        write_text(path, config.to_json())
         return run
 
     @classmethod
@@ -82,14 +86,15 @@ class Run:
         path = self.folder / "config.json"
         try:
             return from_json(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise EcgotError(f"run: {path} is not valid JSON ({error})") from error
 
     def log(self, stage: str, epoch: int, metrics: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Add one line to metrics.jsonl, in place of what a cut-off run may have said of the same epoch."""
         line = {"stage": stage, "epoch": epoch} | {key: round(value, 6) for key, value in metrics.items()}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        kept = [old for old in self.metrics() if (old["stage"], old["epoch"]) != (stage, epoch)]
+        text = "".join(json.dumps(each) + "\n" for each in (*kept, line))
+        write_text(self.folder / "metrics.jsonl", text)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
@@ -98,13 +103,17 @@ class Run:
             return []
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
+    def begun(self, stage: str) -> bool:
+        """Whether the stage has left weights or a state."""
+        return self._weights(stage).exists() or self._resume(stage).exists()
+
     def done(self, stage: str) -> bool:
         """Whether the stage has been trained to its end."""
         return self._weights(stage).exists() and not self._resume(stage).exists()
 
     def save(self, stage: str, model: nn.Module) -> None:
         shaping = json.dumps(_shaping(self.config(), stage))
-        save_atomically(_distinct(model.state_dict()), self._weights(stage), {"ecgot": shaping})
+        save_tensors(_distinct(model.state_dict()), self._weights(stage), {"ecgot": shaping})
 
     def load(self, stage: str, model: nn.Module) -> None:
         """Fill ``model`` with the stage's weights.
@@ -142,10 +151,7 @@ class Run:
             raise EcgotError(f"run: {path} does not fit the configured model ({[*missing, *unexpected][0]})")
 
     def save_state(self, stage: str, state: dict[str, Any]) -> None:
-        path = self._resume(stage)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        write_atomically(self._resume(stage), lambda temporary: torch.save(state, temporary))
 
     def load_state(self, stage: str) -> dict[str, Any] | None:
         path = self._resume(stage)
@@ -212,6 +218,7 @@ def train_epochs(
         torch.manual_seed(run.config().seed * 100_003 + number)  # a resumed run draws what this one draws
         metrics = epoch(number, step)
         metrics["seconds"] = time.perf_counter() - start
+        metrics |= _peak_memory()
         run.log(stage, number + 1, metrics)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         progress.note(f"{stage}: epoch {number + 1}/{epochs}: {shown}")
@@ -231,34 +238,22 @@ def train_epochs(
     run.finish(stage)
 
 
+def _peak_memory() -> dict[str, float]:
+    """Peak resident memory of the process so far, in GB, where the system tells it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+
+
 def rate_factor(step: int, total: int) -> float:
     """Learning rate of a step, as a share of the top rate: up in the first fifth, then down to 0 (cosine)."""
     warm_up = max(1, total // 5)
     if step < warm_up:
         return (step + 1) / (warm_up + 1)
     return (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, total - warm_up)))) / 2
-
-
-def epoch_order(
-    count: int, batch_size: int, seed: int, epoch: int, lengths: Tensor | None = None
-) -> list[Tensor]:
-    """Shuffled batches of row numbers; depends on seed and epoch alone, so that a resumed run repeats it.
-
-    Args:
-        lengths: [count], of each row's text: batches then hold texts of like length, which pad less.
-
-    A batch of one record is left out: neither batch norm nor a contrast can use it.
-    """
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    rows = torch.randperm(count, generator=generator)
-    if lengths is not None:
-        # Sorted within pools of some batches alone, so that a batch still is a random draw of its length.
-        pools = rows.split(POOLED_BATCHES * batch_size)
-        rows = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in pools])
-    batches = [batch for batch in rows.split(batch_size) if len(batch) > 1]
-    if lengths is None:
-        return batches
-    return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def choose_device(name: str) -> torch.device:
@@ -273,18 +268,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _shaping(config: Config, stage: str) -> dict[str, Any]:
-    values: dict[str, Any] = {"encoder.name": config.encoder.name, "data.leads": list(config.data.leads)}
-    if stage == "align":
-        return values | {"text.name": config.text.name, "align.width": config.align.width}
-    return values | {"report.language_model": config.report.language_model}
+    """The settings that a checkpoint was made for and must be used with."""
+    flat = {
+        f"{section}.{key}": value
+        for section, values in asdict(config).items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    }
+    names = ["encoder.name", "data.leads", "data.fs_hz", "data.seconds"]
+    names += {
+        "align": ["text.name", "text.train", "text.max_tokens", "align.width"],
+        "report": ["report.language_model"],
+    }[stage]
+    return {name: list(flat[name]) if isinstance(flat[name], tuple) else flat[name] for name in names}
 
 
 def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:

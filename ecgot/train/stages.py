@@ -9,7 +9,8 @@ from ecgot.errors import EcgotError
 from ecgot.models.encoder import encoder
 from ecgot.models.reporter import check_language_model
 from ecgot.models.text import TextEncoder
-from ecgot.train.align import load_alignment, train_alignment, with_reports
+from ecgot.train.align import load_alignment, train_alignment
+from ecgot.train.batches import with_reports
 from ecgot.train.config import Config
 from ecgot.train.report import train_reporter
 from ecgot.train.run import Progress, Run, choose_device
@@ -88,6 +89,8 @@ def load_folds(
     )
     for skipped in dataset.skipped:
         progress.note(f"skipped: {skipped.reason}")
+    if dataset.flat:
+        progress.note(f"data: {len(dataset.flat)} records have a flat lead, which they keep")
     silent = sum(not report for report in dataset.reports)
     progress.note(
         f"data: folds {', '.join(map(str, folds))}: {len(dataset)} records, {len(dataset.skipped)} skipped, "

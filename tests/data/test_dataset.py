@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import wfdb
 
 from ecgot.data import dataset as module
 from ecgot.data.dataset import load_dataset
@@ -104,6 +105,25 @@ def test_one_bad_record_is_named_and_skipped(root, tmp_path):
         assert 1 not in data.table.ecg_id
         expected = read_record(root / data.table.record_paths[0]).signal_mv
         np.testing.assert_allclose(data.waveforms_mv([0])[0], expected, atol=6e-4)
+
+
+def test_a_record_with_a_flat_lead_stays_and_is_named(root, tmp_path):
+    path = first_record(root)
+    record = wfdb.rdrecord(str(path.with_suffix("")))
+    record.p_signal[:, 3] = 0
+    wfdb.wrsamp(
+        record.record_name,
+        fs=record.fs,
+        units=record.units,
+        sig_name=record.sig_name,
+        p_signal=record.p_signal,
+        fmt=record.fmt,
+        write_dir=str(path.parent),
+    )
+    for _ in range(2):  # from the files, then from the cache
+        data = load_dataset(root, cache_dir=tmp_path / "cache")
+        assert len(data) == 40
+        assert data.flat == {"records100/00000/00001_lr": ["aVR"]}
 
 
 def test_too_many_bad_records_stop(root, tmp_path):

@@ -112,6 +112,37 @@ def test_acute_infarcts_raise_st_in_their_territory(ecgs, code, lead):
     assert st(acute) > st(having(ecgs, "NORM", without=blocks)) + 0.08
 
 
+@pytest.mark.parametrize(("code", "lead"), [("IMI", "aVF"), ("ASMI", "V2"), ("LMI", "V6")])
+def test_infarcts_leave_q_waves_in_their_territory_alone(ecgs, code, lead):
+    def q_wave(found, lead):
+        return np.median([beat(e, lead, -0.06, 0.0).min() for e in found])
+
+    blocks = ("PVC", "CLBBB", "CRBBB")
+    others = [c for c in ("IMI", "ASMI", "LMI") if c != code]
+    infarcts = having(ecgs, code, without=(*blocks, *others))
+    normal = having(ecgs, "NORM", without=blocks)
+    assert q_wave(infarcts, lead) < q_wave(normal, lead) - 0.3
+    for elsewhere in {"aVF", "V2", "V6"} - {lead}:
+        assert abs(q_wave(infarcts, elsewhere) - q_wave(normal, elsewhere)) < 0.25
+
+
+def test_a_first_degree_block_delays_the_qrs_after_the_p_wave(ecgs):
+    def p_peak_s(code):
+        found = having(ecgs, code, without=("PVC", "CLBBB", "CRBBB", "AFIB", "STACH", "SBRAD"))
+        return np.median([-0.36 + np.argmax(beat(e, "II", -0.36, -0.07)) / e.fs_hz for e in found])
+
+    assert p_peak_s("1AVB") < -0.22 < p_peak_s("NORM") < -0.12
+
+
+def test_premature_beats_come_early_and_sinus_beats_do_not(ecgs):
+    def shortest(found):
+        """The shortest interval between beats as a share of the median one."""
+        return np.median([np.diff(peaks(e)).min() / np.median(np.diff(peaks(e))) for e in found])
+
+    assert shortest(having(ecgs, "PVC", without=("AFIB",))) < 0.8
+    assert shortest(having(ecgs, "NORM", without=("PVC", "AFIB"))) > 0.9
+
+
 def test_hypertrophy_raises_voltage_and_low_voltage_lowers_it(ecgs):
     def sokolow(code):
         """S in V1 plus R in V5, in mV."""

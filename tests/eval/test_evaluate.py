@@ -14,7 +14,8 @@ from ecgot.eval.ranking import rank
 from ecgot.eval.reading import read
 from ecgot.eval.zeroshot import class_scores, embed_prompts, read_prompts, select_prompts
 from ecgot.models.text import TextEncoder
-from ecgot.train.align import load_alignment, waveforms
+from ecgot.train.align import load_alignment
+from ecgot.train.batches import waveforms
 from ecgot.train.config import resolve
 from ecgot.train.run import Run
 from ecgot.train.stages import train
@@ -87,8 +88,11 @@ def test_reports_depend_on_the_ecg(evaluation):
 
 def test_evaluation_leaves_its_files(trained, evaluation):
     saved = json.loads((trained.folder / "evaluation.json").read_text())
-    assert saved == json.loads(json.dumps(evaluation.to_dict()))
+    whole = json.loads(json.dumps(evaluation.to_dict()))
+    assert saved == {key: value for key, value in whole.items() if key != "examples"}
     assert saved["folds"] == list(HELD_OUT)
+    assert saved["settings"]["references"] == "report column"
+    assert saved["settings"]["config"] == json.loads((trained.folder / "config.json").read_text())
     with open(trained.folder / "generated_reports.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == evaluation.references == evaluation.records

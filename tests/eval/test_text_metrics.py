@@ -64,4 +64,5 @@ def test_unequal_numbers_are_an_error():
 
 
 def test_every_metric_has_its_dialect():
-    assert {name.split("_")[0] for name in NAMES} == DIALECT.keys()
+    assert {name.split("_")[0] for name in NAMES} | {"references"} == DIALECT.keys()
+    assert "nrefs:1|case:lc|eff:no|tok:13a|smooth:exp" in DIALECT["bleu"]

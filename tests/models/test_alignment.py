@@ -64,7 +64,8 @@ def test_transport_alone_reaches_every_encoder_parameter(model):
     loss = AlignmentLoss(contrastive_weight=0.0, ot_weight=1.0)
     ecg = model.embed_ecg(torch.randn(4, 12, 500))
     terms = loss(ecg, model.embed_text(text_tokens()), torch.arange(4), model.temperature)
-    assert set(terms) == {"ot", "loss"}
+    assert set(terms) == {"ot", "ot_converged", "loss"}
+    assert 0 <= terms["ot_converged"] <= 1
     terms["loss"].backward()
     for name, parameter in [*model.encoder.named_parameters(), *model.project_ecg.named_parameters()]:
         assert parameter.grad is not None, name

@@ -5,7 +5,7 @@ import torch
 from transformers import T5Config, T5Model
 
 from ecgot.errors import EcgotError
-from ecgot.models.text import TextEncoder, TokenStore, embed_texts, save_atomically
+from ecgot.models.text import TextEncoder, TokenStore, embed_texts, save_tensors
 
 TEXTS = ("sinus rhythm", "left bundle branch block", "ecg", "normal ecg . st wave - normal")
 
@@ -89,7 +89,7 @@ def test_a_damaged_cache_is_made_anew(bert, tmp_path):
 
 def test_nothing_half_written_is_left(tmp_path):
     with pytest.raises(TypeError):
-        save_atomically({"shared": torch.zeros(2, 2).T}, tmp_path / "x.safetensors", {"not text": 3})  # type: ignore[dict-item]
+        save_tensors({"shared": torch.zeros(2, 2).T}, tmp_path / "x.safetensors", {"not text": 3})  # type: ignore[dict-item]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -121,4 +121,4 @@ def test_unknown_models_are_named(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     assert "minilm" in str(caught.value)
     with pytest.raises(EcgotError, match="at least one text"):
-        embed_texts(None, ())  # type: ignore[arg-type]
+        embed_texts(None, (), cache_dir=None)  # type: ignore[arg-type]

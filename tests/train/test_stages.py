@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from ecgot.data import dataset as dataset_module
 from ecgot.errors import EcgotError
 from ecgot.models.text import TextEncoder
-from ecgot.train.align import ReportSource, load_alignment, with_reports
+from ecgot.train.align import ReportSource, load_alignment
+from ecgot.train.batches import epoch_order, with_reports
 from ecgot.train.config import Config, resolve
 from ecgot.train.report import load_reporter
-from ecgot.train.run import Progress, Run, epoch_order, rate_factor
+from ecgot.train.run import Progress, Run, rate_factor
 from ecgot.train.stages import train
 from tests.conftest import small_settings
 
@@ -148,6 +149,35 @@ def test_stage_two_follows_alone_and_needs_stage_one(settings, tmp_path, cache_d
     assert_equal(weights(both, "report"), weights(run, "report"))
 
 
+def test_settings_of_stage_two_may_change_until_it_has_begun(settings, tmp_path, cache_dir):
+    train(resolve(None, settings), tmp_path / "run", stages=["align"], cache_dir=cache_dir)
+    other = resolve(None, [*settings, "report.layers=2"])
+    run = train(other, tmp_path / "run", stages=["report"], cache_dir=cache_dir)
+    assert run.config() == other
+    with pytest.raises(EcgotError, match=r"report\.layers: 2 against 1"):
+        train(resolve(None, settings), tmp_path / "run", resume=True, cache_dir=cache_dir)
+
+
+def test_an_epoch_trained_again_replaces_its_metrics(tmp_path):
+    run = Run.create(tmp_path / "run", Config(), resume=False)
+    for epoch, loss in ((1, 3.0), (2, 2.0), (2, 1.0)):
+        run.log("align", epoch, {"loss": loss})
+    assert [(line["epoch"], line["loss"]) for line in run.metrics()] == [(1, 3.0), (2, 1.0)]
+
+
+def test_another_frozen_text_encoder_under_the_same_name_is_refused(settings, tmp_path, cache_dir, tiny_bert):
+    path = tmp_path / "bert"
+    shutil.copytree(tiny_bert, path)
+    config = resolve(None, [*settings, f"text.name={path}"])
+    run = train(config, tmp_path / "run", stages=["align"], cache_dir=cache_dir)
+    text = TextEncoder(str(path))
+    load_alignment(run, text)
+    with torch.no_grad():
+        next(text.parameters()).add_(1)
+    with pytest.raises(EcgotError, match="trained with another text encoder"):
+        load_alignment(run, text)
+
+
 def test_no_label_reaches_the_alignment(settings, few, tmp_path, cache_dir):
     config = resolve(None, settings)
     first = train(config, tmp_path / "a", stages=["align"], cache_dir=cache_dir)
@@ -174,7 +204,7 @@ def test_a_stored_report_is_looked_up_by_row(tiny_bert, dataset):
     from ecgot.models.text import embed_texts
 
     text = TextEncoder(str(tiny_bert)).eval()
-    store = embed_texts(text, sorted(set(dataset.reports)))
+    store = embed_texts(text, sorted(set(dataset.reports)), cache_dir=None)
     source = ReportSource(dataset.reports, text, store)
     rows = torch.tensor([5, 0, 77])
     tokens, ids = source.batch(rows, torch.device("cpu"))
@@ -186,10 +216,14 @@ def test_a_stored_report_is_looked_up_by_row(tiny_bert, dataset):
 
 
 def test_records_without_report_take_no_part(dataset):
-    table = replace(dataset.table, reports=("",) * (len(dataset) - 1) + ("sinus rhythm",))
-    assert len(with_reports(replace(dataset, table=table))) == 1
-    with pytest.raises(EcgotError, match="usable report text"):
-        with_reports(replace(dataset, table=replace(table, reports=("",) * len(dataset))))
+    def only(*reports: str):
+        table = replace(dataset.table, reports=("",) * (len(dataset) - len(reports)) + reports)
+        return with_reports(replace(dataset, table=table))
+
+    assert only("sinus rhythm", "atrial fibrillation").reports == ("sinus rhythm", "atrial fibrillation")
+    for too_few in ((), ("sinus rhythm",)):
+        with pytest.raises(EcgotError, match=f"got {len(too_few)} records with usable report text"):
+            only(*too_few)
 
 
 def test_an_existing_run_or_folder_is_not_overwritten(settings, tmp_path, cache_dir):

@@ -1,0 +1,75 @@
+"""Records as the models take them: batches of waveforms, and every record encoded once."""
+
+import torch
+from torch import Tensor
+
+from ecgot.data.dataset import EcgDataset
+from ecgot.errors import EcgotError
+from ecgot.models.alignment import AlignmentModel
+from ecgot.train.run import Progress
+
+POOLED_BATCHES = 20
+
+
+def with_reports(dataset: EcgDataset) -> EcgDataset:
+    """The records that have usable report text; the others take no part in training.
+
+    Raises:
+        EcgotError: fewer than two have.
+    """
+    rows = [row for row, report in enumerate(dataset.reports) if report]
+    if len(rows) < 2:
+        raise EcgotError(
+            f"data: got {len(rows)} records with usable report text of {len(dataset)}, accepted are 2 or "
+            "more; name a CSV with ecg_id,report by --reports"
+        )
+    return dataset.select(rows)
+
+
+def waveforms(dataset: EcgDataset, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Waveforms [b, L, T] in mV of ``rows`` [b], and their lengths where one is shorter than T."""
+    index = rows.numpy()
+    signal = torch.from_numpy(dataset.waveforms_mv(index)).to(device)
+    lengths = torch.from_numpy(dataset.lengths[index])
+    return signal, None if bool((lengths == signal.shape[2]).all()) else lengths.to(device)
+
+
+@torch.no_grad()
+def encode(
+    model: AlignmentModel, dataset: EcgDataset, *, progress: Progress, task: str = "encoding"
+) -> tuple[Tensor, Tensor]:
+    """Encoder tokens [n, N, D] fp16 and masks [n, N] of every record, on the CPU.
+
+    Where the encoder is frozen it sees each record once, not once an epoch.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    tokens, masks = [], []
+    for rows in torch.arange(len(dataset)).split(128):
+        encoded = model.encoder(*waveforms(dataset, rows, device))
+        tokens.append(encoded.tokens.half().cpu())
+        masks.append(encoded.mask.cpu())
+        progress.bar(task, int(rows[-1]) + 1, len(dataset))
+    return torch.cat(tokens), torch.cat(masks)
+
+
+def epoch_order(
+    count: int, batch_size: int, seed: int, epoch: int, lengths: Tensor | None = None
+) -> list[Tensor]:
+    """Shuffled batches of row numbers; depends on seed and epoch alone, so that a resumed run repeats it.
+
+    Args:
+        lengths: [count], of each row's text: batches then hold texts of like length, which pad less.
+
+    A batch of one record is left out: neither batch norm nor a contrast can use it.
+    """
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    rows = torch.randperm(count, generator=generator)
+    if lengths is not None:
+        # Sorted within pools of some batches alone, so that a batch still is a random draw of its length.
+        pools = rows.split(POOLED_BATCHES * batch_size)
+        rows = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in pools])
+    batches = [batch for batch in rows.split(batch_size) if len(batch) > 1]
+    if lengths is None:
+        return batches
+    return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
