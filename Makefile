@@ -1,5 +1,5 @@
 # make demo   the whole way once on synthetic ECGs, in minutes on a CPU; leaves everything in runs/demo
-# make test   format, lint, types, kernel compilation, tests
+# make test   format, lint, types, the kernels' resources, tests
 # make bench  the benchmark suite
 # make clean  remove the virtual environment and runs/demo
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -28,7 +28,7 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m ecgot.kernels.compile_check
+	$(BIN)/python -m ecgot.kernels.resources --spills none
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
 

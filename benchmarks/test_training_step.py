@@ -43,7 +43,7 @@ def _terms(
     mask = torch.arange(LONGEST, device=device) < words[:, None]
     text = TextTokens(tokens, mask, masked_mean(tokens, mask))
     text_id = torch.arange(BATCH, device=device)
-    return lambda: loss(model.embed_ecg(waveform), model.embed_text(text), text_id, model.temperature)
+    return lambda: loss(model.embed_ecg(waveform), model.embed_text(text), text_id, model)
 
 
 def _check_gradients(model: AlignmentModel, terms: dict[str, Tensor]) -> None:

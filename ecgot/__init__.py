@@ -12,7 +12,15 @@ from ecgot.version import __version__
 if TYPE_CHECKING:
     from ecgot.data.dataset import load_dataset
     from ecgot.data.record import read_record
-    from ecgot.kernels.sinkhorn import SinkhornLoss, SinkhornOutput, sinkhorn
+    from ecgot.kernels.sinkhorn import (
+        SinkhornLoss,
+        SinkhornOutput,
+        sinkhorn,
+        sinkhorn_divergence,
+        sinkhorn_from_cost,
+        sinkhorn_pairwise,
+        sinkhorn_varlen,
+    )
     from ecgot.models.encoder import encoder
 
 __all__ = [
@@ -24,6 +32,10 @@ __all__ = [
     "load_dataset",
     "read_record",
     "sinkhorn",
+    "sinkhorn_divergence",
+    "sinkhorn_from_cost",
+    "sinkhorn_pairwise",
+    "sinkhorn_varlen",
 ]
 _HOME = {
     "SinkhornLoss": "ecgot.kernels.sinkhorn",
@@ -33,6 +45,10 @@ _HOME = {
     "load_dataset": "ecgot.data.dataset",
     "read_record": "ecgot.data.record",
     "sinkhorn": "ecgot.kernels.sinkhorn",
+    "sinkhorn_divergence": "ecgot.kernels.sinkhorn",
+    "sinkhorn_from_cost": "ecgot.kernels.sinkhorn",
+    "sinkhorn_pairwise": "ecgot.kernels.sinkhorn",
+    "sinkhorn_varlen": "ecgot.kernels.sinkhorn",
 }
 
 

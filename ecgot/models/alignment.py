@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecgot.kernels import sinkhorn
+from ecgot.kernels import sinkhorn, sinkhorn_pairwise
 from ecgot.models.encoder import EncoderOutput, ResNet1d
 from ecgot.models.text import TextTokens
 
@@ -44,6 +44,7 @@ class AlignmentModel(nn.Module):
         self.text_fingerprint: Tensor
         self.register_buffer("text_fingerprint", torch.zeros(16, dtype=torch.uint8))
         self.log_temperature = nn.Parameter(torch.tensor(0.07).log())
+        self.log_ot_temperature = nn.Parameter(torch.tensor(0.07).log())
 
     def embed_ecg(self, waveform: Tensor, lengths: Tensor | None = None) -> Embedding:
         """waveform [B, L, T] in mV, lengths [B]: see the encoder."""
@@ -63,6 +64,11 @@ class AlignmentModel(nn.Module):
         """The contrastive loss's temperature, kept above 0.01 (as in CLIP) so that logits stay below 100."""
         return self.log_temperature.exp().clamp_min(0.01)
 
+    @property
+    def ot_temperature(self) -> Tensor:
+        """That of the contrast by transport, alike."""
+        return self.log_ot_temperature.exp().clamp_min(0.01)
+
 
 def _embedding(projected: Tensor, mask: Tensor, pooled: Tensor) -> Embedding:
     return Embedding(projected, mask, F.normalize(pooled, dim=-1))
@@ -76,26 +82,31 @@ def _project_valid(projection: nn.Linear, tokens: Tensor, mask: Tensor) -> Tenso
     return whole.index_copy(0, valid, projected).view(*mask.shape, -1)
 
 
-def contrastive_loss(ecg: Tensor, text: Tensor, text_id: Tensor, temperature: Tensor) -> Tensor:
+def contrastive_loss(similarity: Tensor, text_id: Tensor, temperature: Tensor) -> Tensor:
     """InfoNCE over a batch, both directions, with identical reports as positives of each other.
 
     Args:
-        ecg, text: [B, E], unit length.
+        similarity: [B, B], of each ECG (row) to each report.
         text_id: [B], equal where reports are the same text. An ECG's targets are spread evenly over all
             columns that hold its report: otherwise the same words would be right and wrong at once.
         temperature: [].
     """
-    logits = ecg @ text.T / temperature
+    logits = similarity / temperature
     same = text_id[:, None] == text_id[None, :]
     target = same / same.sum(1, keepdim=True)  # symmetric, so it serves both directions
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+OT_PAIRS = ("all", "matched")
+
+
 class AlignmentLoss(nn.Module):
-    """contrastive_weight * contrastive loss + ot_weight * transport cost between matched token sets.
+    """contrastive_weight * contrast of the pooled embeddings + ot_weight * transport between token sets.
 
     Args:
         contrastive_weight, ot_weight: 0 leaves a term out (and its cost).
+        ot_pairs: "all": transport between each ECG and each report of the batch is the similarity of a second
+            contrast; "matched": the mean cost between each ECG and its own report.
         eps, max_iter, tol: of :func:`ecgot.sinkhorn`, on the cosine cost.
     """
 
@@ -103,29 +114,35 @@ class AlignmentLoss(nn.Module):
         self,
         *,
         contrastive_weight: float = 1.0,
-        ot_weight: float = 0.5,
+        ot_weight: float = 1.0,
+        ot_pairs: str = "all",
         eps: float = 0.1,
         max_iter: int = 50,
         tol: float = 1e-3,
     ) -> None:
         super().__init__()
-        self.contrastive_weight, self.ot_weight = contrastive_weight, ot_weight
+        if ot_pairs not in OT_PAIRS:
+            raise ValueError(f"ot_pairs: got {ot_pairs!r}, accepted are {' and '.join(map(repr, OT_PAIRS))}")
+        self.contrastive_weight, self.ot_weight, self.ot_pairs = contrastive_weight, ot_weight, ot_pairs
         self.eps, self.max_iter, self.tol = eps, max_iter, tol
 
     def forward(
-        self, ecg: Embedding, text: Embedding, text_id: Tensor, temperature: Tensor
+        self, ecg: Embedding, text: Embedding, text_id: Tensor, model: AlignmentModel
     ) -> dict[str, Tensor]:
         """The terms and their weighted sum: "loss", "contrastive", "ot" (those with a weight).
 
         With "ot" comes "ot_converged", the share of its problems that converged; it carries no gradient.
+        ``model`` holds the temperatures.
         """
         terms: dict[str, Tensor] = {}
         total = ecg.pooled.new_zeros(())
         if self.contrastive_weight:
-            terms["contrastive"] = contrastive_loss(ecg.pooled, text.pooled, text_id, temperature)
+            similarity = ecg.pooled @ text.pooled.T
+            terms["contrastive"] = contrastive_loss(similarity, text_id, model.temperature)
             total = total + self.contrastive_weight * terms["contrastive"]
         if self.ot_weight:
-            transport = sinkhorn(
+            solve = sinkhorn_pairwise if self.ot_pairs == "all" else sinkhorn
+            transport = solve(
                 ecg.tokens,
                 text.tokens,
                 eps=self.eps,
@@ -135,7 +152,10 @@ class AlignmentLoss(nn.Module):
                 max_iter=self.max_iter,
                 tol=self.tol,
             )
-            terms["ot"] = transport.value.mean()
+            if self.ot_pairs == "all":
+                terms["ot"] = contrastive_loss(-transport.value, text_id, model.ot_temperature)
+            else:
+                terms["ot"] = transport.value.mean()
             terms["ot_converged"] = transport.converged.float().mean()
             total = total + self.ot_weight * terms["ot"]
         return terms | {"loss": total}
@@ -143,18 +163,13 @@ class AlignmentLoss(nn.Module):
 
 def transport_similarity(ecg: Embedding, text: Embedding, *, eps: float, max_iter: int, tol: float) -> Tensor:
     """Minus the transport cost between each ECG and each text: [B, K]; every pair is solved alone."""
-    columns = []
-    for k in range(len(text.tokens)):
-        columns.append(
-            -sinkhorn(
-                ecg.tokens,
-                text.tokens[k].expand(len(ecg.tokens), -1, -1),
-                eps=eps,
-                cost="cosine",
-                x_mask=ecg.mask,
-                y_mask=text.mask[k].expand(len(ecg.tokens), -1),
-                max_iter=max_iter,
-                tol=tol,
-            ).value
-        )
-    return torch.stack(columns, dim=1)
+    return -sinkhorn_pairwise(
+        ecg.tokens,
+        text.tokens,
+        eps=eps,
+        cost="cosine",
+        x_mask=ecg.mask,
+        y_mask=text.mask,
+        max_iter=max_iter,
+        tol=tol,
+    ).value

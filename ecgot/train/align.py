@@ -75,6 +75,7 @@ def train_alignment(
     loss = AlignmentLoss(
         contrastive_weight=settings.contrastive_weight,
         ot_weight=settings.ot_weight,
+        ot_pairs=settings.ot_pairs,
         eps=settings.ot_eps,
         max_iter=settings.ot_max_iter,
         tol=settings.ot_tol,
@@ -89,7 +90,7 @@ def train_alignment(
         for done, rows in enumerate(batches):
             ecg = model.embed_ecg(*waveforms(train, rows, device))
             tokens, ids = source.batch(rows, device)
-            terms = loss(ecg, model.embed_text(tokens), ids, model.temperature)
+            terms = loss(ecg, model.embed_text(tokens), ids, model)
             step(terms["loss"])
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(batches)

@@ -54,7 +54,8 @@ class AlignConfig:
     text_learning_rate: float = 2e-5  # of the text encoder, where it is trained
     weight_decay: float = 0.05
     contrastive_weight: float = 1.0
-    ot_weight: float = 0.5
+    ot_weight: float = 1.0
+    ot_pairs: str = "all"  # transport between all ECGs and reports of a batch as a contrast; or "matched"
     ot_eps: float = 0.1  # on the cosine cost, which lies in [0, 2]
     ot_max_iter: int = 50
     ot_tol: float = 1e-3
@@ -263,6 +264,8 @@ def _check(config: Config) -> None:
         raise EcgotError(f"data.max_bad_share: got {config.data.max_bad_share}, accepted is a share 0-1")
     if config.align.contrastive_weight == 0 and config.align.ot_weight == 0:
         raise EcgotError("align: contrastive_weight and ot_weight are both 0, so there is nothing to learn")
+    if config.align.ot_pairs not in ("all", "matched"):
+        raise EcgotError(f"align.ot_pairs: got {config.align.ot_pairs!r}, accepted are all and matched")
     for section in ("align", "report"):
         if getattr(config, section).batch_size < 2:
             raise EcgotError(f"{section}.batch_size: got 1, accepted is at least 2")

@@ -1,5 +1,6 @@
 """The OT solver against oracles. Run with TRITON_INTERPRET=1 (or on a GPU) it tests the Triton kernels."""
 
+import importlib.util
 import math
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 from ecgot.kernels import SinkhornLoss, dispatch, reference, sinkhorn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKEND = "triton" if dispatch.INTERPRETED or DEVICE == "cuda" else "torch"
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+FP64 = "numba" if DEVICE == "cpu" and HAS_NUMBA else "torch"
+BACKEND = "triton" if dispatch.INTERPRETED or DEVICE == "cuda" else FP64
 
 # (absolute value, absolute gradient), and why.
 TOLERANCE = {
@@ -21,18 +24,6 @@ TOLERANCE = {
 }
 # No size is a multiple of anything; single points and single columns are in.
 SHAPES = [(3, 7, 5, 3), (2, 17, 33, 19), (2, 1, 9, 40), (1, 30, 1, 1), (4, 3, 3, 70)]
-
-
-@pytest.fixture
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN, so that an element a kernel forgot to write shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor.fill_(-(2**30))
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def problem(shape, *, seed=0, masked=False, weighted=False, dtype=torch.float32) -> dict[str, Tensor]:
@@ -110,7 +101,7 @@ def test_dtypes(dtype):
     tol = 1e-10 if dtype == torch.float64 else 1e-5
     out = sinkhorn(**tensors, eps=0.2, tol=tol, max_iter=20_000)
     assert out.value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert out.backend == (BACKEND if dtype == torch.float16 else "torch")
+    assert out.backend == (BACKEND if dtype == torch.float16 else FP64)
     close(out.value, value, TOLERANCE[dtype][0])
     (grad,) = torch.autograd.grad(out.value.sum(), tensors["x"])
     assert grad.dtype == dtype
@@ -138,7 +129,8 @@ def test_the_gradient_at_a_point_without_weight_is_its_potential():
     a = torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0, 0.0]], device=DEVICE, requires_grad=True)
     out = sinkhorn(**tensors, a=a, eps=0.5)
     (grad,) = torch.autograd.grad(out.value.sum(), a)
-    torch.testing.assert_close(grad, out.f)
+    difference = grad - out.f  # a constant: potentials are determined up to one
+    torch.testing.assert_close(difference, difference[:, :1].expand_as(difference))
 
 
 def test_subnormal_weights_count_as_none():
@@ -481,9 +473,9 @@ def test_nan_input_is_not_called_converged():
     assert out.value[1].isnan()
 
 
-def test_too_large_for_the_chip_takes_torch():
+def test_too_large_for_the_chip_streams():
     x = torch.randn(1, 300, 2, device=DEVICE)
-    assert sinkhorn(x, x, eps=0.5).backend == "torch"
+    assert sinkhorn(x, x, eps=0.5).backend == ("triton-streaming" if BACKEND == "triton" else BACKEND)
 
 
 # --- composable ---------------------------------------------------------------------------------------------
@@ -494,11 +486,27 @@ def test_opcheck(optional):
     tensors = problem((2, 5, 4, 3), masked=optional, weighted=optional)
     tensors = {name: t.nan_to_num(0.0) if name in "xy" else t for name, t in tensors.items()}
     x, y = tensors["x"].requires_grad_(), tensors["y"].requires_grad_()
-    weights = [tensors[n].float().requires_grad_() if optional else None for n in ("a", "b")]
-    masks = [tensors.get("x_mask"), tensors.get("y_mask")]
-    centres = [points.detach().mean(1) for points in (x, y)]
-    args = (x, y, *weights, *masks, *centres, 0.2, "sqeuclidean", 50, 1e-4)
-    torch.library.opcheck(torch.ops.ecgot.sinkhorn_fwd.default, args)
+    a, b = (tensors.get(name, torch.full(size, 1 / size[1])) for name, size in (("a", (2, 5)), ("b", (2, 4))))
+    a, b = a.float().requires_grad_(), b.float().requires_grad_()
+    x_centre, y_centre = (x.detach().mean(1), y.detach().mean(1)) if optional else (None, None)
+    init = torch.zeros(2, 4, device=DEVICE) if optional else None
+    eps = torch.tensor([0.2, 0.3], device=DEVICE)
+    rho = 1.0 if optional else math.inf
+    kind = ("sqeuclidean", rho, rho, False, "fp32")
+    args = (x, y, a.to(DEVICE), b.to(DEVICE), x_centre, y_centre, eps)
+    torch.library.opcheck(torch.ops.ecgot.sinkhorn.default, (*args, init, *kind, 50, 1e-4, 0.5))
+    _, f, g, *_, kept = torch.ops.ecgot.sinkhorn(*args, init, *kind, 50, 1e-4, 0.0)
+    f, g = f.detach(), g.detach()
+    with torch.no_grad():
+        args = tuple(None if t is None else t.detach() for t in args)
+        torch.library.opcheck(
+            torch.ops.ecgot.sinkhorn_pull.default,
+            (*args, f, g, torch.ones(2, device=DEVICE), None, None, kept.detach(), *kind),
+        )
+        torch.library.opcheck(
+            torch.ops.ecgot.sinkhorn_implicit.default,
+            (*args, f, g, torch.ones_like(f) / f.shape[1], torch.ones_like(g) / g.shape[1], *kind),
+        )
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -526,18 +534,6 @@ def test_output_object_leaves_a_compiled_function():
     compiled = torch.compile(lambda x, y: sinkhorn(x, y, eps=0.2), fullgraph=True, backend="aot_eager")
     out = compiled(tensors["x"], tensors["y"])
     torch.testing.assert_close(out.plan().sum((1, 2)), torch.ones(2, device=DEVICE))
-
-
-def test_second_derivative_is_refused_not_wrong():
-    tensors = problem((1, 3, 3, 2))
-    x = tensors["x"].requires_grad_()
-    (grad,) = torch.autograd.grad(sinkhorn(**tensors, eps=0.2).value.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd formula"):
-        grad.sum().backward()
-    a = torch.full((1, 3), 1 / 3, device=DEVICE, requires_grad=True)
-    (grad,) = torch.autograd.grad(sinkhorn(**tensors, a=a, eps=0.2).value.sum(), a, create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd formula"):
-        torch.autograd.grad((grad * torch.arange(3.0, device=DEVICE)).sum(), x)
 
 
 def test_forward_mode_is_refused_not_wrong():
@@ -585,7 +581,10 @@ def test_loss_module_reduces():
         ({"eps": math.nan}, "eps: got nan"),
         ({"eps": 1e31}, r"eps: got 1e\+31"),
         ({"x": torch.zeros(2, 5, 3).to_sparse()}, "x: got torch.sparse_coo, accepted are dense"),
-        ({"cost": "manhattan"}, "cost: got 'manhattan', accepted are 'sqeuclidean' and 'cosine'"),
+        (
+            {"cost": "manhattan"},
+            "cost: got 'manhattan', accepted are 'sqeuclidean', 'euclidean', 'cosine', 'dot'",
+        ),
         ({"max_iter": 0}, "max_iter: got 0"),
         ({"tol": -1.0}, "tol: got -1.0"),
         ({"tol": math.inf}, "tol: got inf"),
