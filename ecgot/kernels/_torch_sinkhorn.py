@@ -326,13 +326,19 @@ def implicit(
     bare = torch.where(b > 0, 0.0, grad_g)  # a column without weight passes its gradient on, and gets none
     rows = grad_f - tau_y * a * to_rows(bare * per_c)
     rhs = torch.where(b > 0, grad_g, 0.0) - tau_x * b * to_columns(rows * per_r)
+    # What cancels in the right-hand side leaves rounding, which is no equation to solve.
+    terms = torch.where(b > 0, grad_g, 0.0).abs() + tau_x * b * to_columns((rows * per_r).abs())
+    rounding = 8 * torch.finfo(rhs.dtype).eps * terms
     diagonal = b * c
+    if problem.balanced:  # singular: what is left of the gauge must go, or the iteration would chase it
+        total = diagonal.sum(1, keepdim=True)
+        rhs = rhs - diagonal * rhs.sum(1, keepdim=True) / torch.where(total > 0, total, 1.0)
 
     def matvec(q: Tensor) -> Tensor:
         inner = a * per_r * to_rows(b * q)
         return diagonal * q - tau_x * tau_y * b * to_columns(inner)
 
-    q = conjugate_gradients(matvec, rhs, diagonal, max_iter, tol)
+    q = conjugate_gradients(matvec, rhs, rounding, diagonal, max_iter, tol)
     mu = diagonal * q + bare
     lam = grad_f - tau_y * a * to_rows(mu * per_c)
     left, right, eps = tau_x * lam * per_r, tau_y * mu * per_c, problem.eps[:, None]
@@ -340,14 +346,23 @@ def implicit(
 
 
 def conjugate_gradients(
-    matvec: Callable[[Tensor], Tensor], rhs: Tensor, diagonal: Tensor, max_iter: int, tol: float
+    matvec: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    rounding: Tensor,
+    diagonal: Tensor,
+    max_iter: int,
+    tol: float,
 ) -> Tensor:
-    """Solve B symmetric systems [B, M], preconditioned by their diagonal; each stops at its own residual."""
+    """Solve B symmetric systems [B, M], preconditioned by their diagonal; each stops at its own residual.
+
+    Args:
+        rounding: [B, M], errors of the right-hand side: a residual of their size is solved.
+    """
     inverse = torch.where(diagonal > 0, 1 / torch.where(diagonal > 0, diagonal, 1.0), 0.0)
     q, residual = torch.zeros_like(rhs), rhs
     z = inverse * residual
     direction, rho = z, (residual * z).sum(1, keepdim=True)
-    goal = tol * tol * rho
+    goal = torch.maximum(tol * tol * rho, (rounding.square() * inverse).sum(1, keepdim=True))
     for iteration in range(1, max_iter + 1):
         going = rho > goal
         if _may_look(going, iteration) and not bool(going.any()):

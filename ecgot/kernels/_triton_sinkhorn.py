@@ -44,6 +44,7 @@ GIVEN = tl.constexpr(4)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 SAFE = tl.constexpr(1e10)  # of u and v: what underflowed in K, below 2^-126, still is below 1e-18 of a row
+ROUNDING = tl.constexpr(8 * 2.0**-23)
 UNSAFE = tl.constexpr(1e-10)
 MAX_EXPONENT = tl.constexpr(120.0)  # of exp2: a larger one would overflow, and inf * 0 is NaN
 
@@ -550,12 +551,18 @@ def _sinkhorn_implicit_kernel(
     bare = tl.where(b > 0, 0.0, grad_g)  # a column without weight passes its gradient on, and gets none
     inner = (grad_f - tau_y * a * _to_rows(kernel, bare * per_c)) * per_r
     residual = tl.where(b > 0, grad_g, 0.0) - tau_x * b * _to_columns(kernel, inner)
+    # What cancels in the right-hand side leaves rounding, which is no equation to solve.
+    rounding = tl.where(b > 0, tl.abs(grad_g), 0.0) + tau_x * b * _to_columns(kernel, tl.abs(inner))
+    rounding = rounding * ROUNDING
     diagonal = b * c
     preconditioner = _inverse(diagonal)
+    if tau_x * tau_y == 1.0:  # singular: what is left of the gauge must go, or the iteration would chase it
+        total = tl.sum(diagonal, axis=0)
+        residual -= diagonal * (tl.sum(residual, axis=0) / tl.where(total > 0, total, 1.0))
     q = tl.zeros((BLOCK_M,), dtype=tl.float32)
     direction = preconditioner * residual
     rho = tl.sum(residual * direction, axis=0)
-    goal = tol * tol * rho
+    goal = tl.maximum(tol * tol * rho, tl.sum(rounding * rounding * preconditioner, axis=0))
     iteration = 0
     while (rho > goal) & (iteration < max_iter):
         inner = a * per_r * _to_rows(kernel, b * direction)
