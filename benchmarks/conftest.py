@@ -8,10 +8,9 @@ part of it, as they are part of a training step. All products are true fp32 (no 
 """
 
 import csv
-import importlib.metadata
 import math
 import os
-import platform
+import statistics
 import subprocess
 import tempfile
 import time
@@ -22,9 +21,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ecgot.kernels.dispatch import HAS_TRITON, INTERPRETED
+from ecgot.bench import OURS, Measurement, as_row, origin
+from ecgot.kernels.dispatch import INTERPRETED
 
-OURS = "ecgot"
 COLUMNS = (
     "benchmark",
     "provider",
@@ -32,12 +31,21 @@ COLUMNS = (
     "device",
     "torch",
     "triton",
+    "pot",
+    "geomloss",
+    "numba",
     "ecgot commit",
+    "steps",
     "rounds",
     "median_ms",
-    "min_ms",
-    "stddev_ms",
+    "q20_ms",
+    "q80_ms",
+    "value_error",
+    "gradient_error",
+    "marginal_error",
     "max_error",
+    "peak_mb",
+    "refused",
 )
 # A measurement gets as many rounds as fit in the budget, within these bounds.
 BUDGET_S, LEAST_ROUNDS, MOST_ROUNDS = 0.5, 5, 100
@@ -73,23 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if "s" not in config.option.reportchars:
         config.option.reportchars += "s"  # why something was not timed is part of the result
     config.stash[ROWS] = []
-    config.stash[ORIGIN] = {
-        "device": _device_name(),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if HAS_TRITON else "none",
-        "ecgot commit": _commit(config.rootpath),
-    }
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        fields = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        name = next((value.strip() for key, _, value in fields if key.strip() == "model name"), name)
-    return f"{name}, {torch.get_num_threads()} threads"
+    config.stash[ORIGIN] = {**origin(), "ecgot commit": _commit(config.rootpath)}
 
 
 def _commit(root: Path) -> str:
@@ -171,6 +163,23 @@ def measure(
     return run
 
 
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[str, list[Measurement]], None]:
+    """record(benchmark, measurements): into the CSV; fails where ecgot was refused."""
+
+    def run(name: str, measurements: list[Measurement]) -> None:
+        for measurement in measurements:
+            values = as_row(measurement)
+            shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}
+            request.config.stash[ROWS].append(
+                {"benchmark": name} | {k: v for k, v in shown.items() if v is not None}
+            )
+            if measurement.provider == OURS and measurement.refused:
+                pytest.fail(f"{OURS} is not timed: {measurement.refused}")
+
+    return run
+
+
 def _rounds(function: Callable[[], None]) -> int:
     function()  # compiles, tunes, allocates
     start = time.perf_counter()
@@ -180,9 +189,14 @@ def _rounds(function: Callable[[], None]) -> int:
 
 
 def _timing(benchmark: BenchmarkFixture) -> Row:
-    stats = benchmark.stats.stats
-    times = {"median_ms": stats.median, "min_ms": stats.min, "stddev_ms": stats.stddev}
-    return {"rounds": stats.rounds} | {name: f"{1e3 * seconds:.4g}" for name, seconds in times.items()}
+    times = sorted(benchmark.stats.stats.data)
+    last = len(times) - 1
+    chosen = {
+        "median_ms": statistics.median(times),
+        "q20_ms": times[last // 5],
+        "q80_ms": times[4 * last // 5],
+    }
+    return {"rounds": len(times)} | {name: f"{1e3 * seconds:.4g}" for name, seconds in chosen.items()}
 
 
 # --- CSV ----------------------------------------------------------------------------------------------------

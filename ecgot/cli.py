@@ -1,4 +1,4 @@
-"""The command line: synth, train, evaluate, report."""
+"""The command line: synth, train, evaluate, report, bench."""
 
 import json
 import sys
@@ -32,8 +32,56 @@ cache = click.option(
 def cli() -> None:
     """Teach language models to read electrocardiograms, aligned by optimal transport.
 
-    synth makes a data set, train trains on one, evaluate measures a trained run, report reads one record.
+    synth makes a data set, train trains on one, evaluate measures a trained run, report reads one record,
+    bench times the transport solver.
     """
+
+
+@cli.command()
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch (default: torch's).")
+@as_json
+def bench(threads: int | None, as_json: bool) -> None:
+    """Time the transport solver against torch, POT and geomloss, where installed, at equal marginal error.
+
+    Each provider's result is checked against fp64 first. The whole suite is ``pytest benchmarks/``.
+    """
+    import torch
+
+    from ecgot import bench as suite
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    origin, rows = suite.origin(), []
+    with _progress(as_json) as (bar, _):
+        for number, case in enumerate(suite.SHORT):
+            bar("bench", number, len(suite.SHORT) + 1)
+            rows += suite.compare(case, device)
+        bar("bench", len(suite.SHORT), len(suite.SHORT) + 1)
+        rows += suite.compare_pairs(suite.PairsCase(), device)
+        bar("bench", len(suite.SHORT) + 1, len(suite.SHORT) + 1)
+    if as_json:
+        _print({"origin": origin, "rows": [suite.as_row(row) for row in rows]}, True)
+        return
+    console = Console()
+    for table in _bench_tables(rows):
+        console.print(table)
+    console.print(", ".join(f"{name} {value}" for name, value in origin.items()))
+
+
+def _bench_tables(rows: list[Any]) -> Iterator[Table]:
+    for case in dict.fromkeys(row.case for row in rows):
+        table = Table("provider", "ms", "20 %", "80 %", "against ecgot", "value error", "MB", title=case)
+        of_case = [row for row in rows if row.case == case]
+        ours = next(row for row in of_case if row.provider == "ecgot")
+        for row in of_case:
+            if row.refused:
+                table.add_row(row.provider, "-", "-", "-", "-", row.refused, "-")
+                continue
+            times = [f"{value:.2f}" for value in (row.median_ms, row.q20_ms, row.q80_ms)]
+            ratio = f"{row.median_ms / ours.median_ms:.1f} x"
+            table.add_row(row.provider, *times, ratio, f"{row.value_error:.0e}", f"{row.peak_mb:.1f}")
+        yield table
 
 
 @cli.command()

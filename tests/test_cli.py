@@ -90,7 +90,7 @@ def test_json_is_one_object_and_nothing_else(ecgot, tmp_path, run_dir, few):
 def test_help_explains_every_command_and_setting(ecgot):
     code, out, _ = ecgot("--help")
     assert code == 0
-    for command in ("synth", "train", "evaluate", "report"):
+    for command in ("synth", "train", "evaluate", "report", "bench"):
         assert command in out
         code, text, _ = ecgot(command, "--help")
         assert code == 0

@@ -1,0 +1,88 @@
+"""How the time of a solve grows with the batch, the points, the dimension and 1 / eps.
+
+    python benchmarks/growth.py OUT.csv OUT.png [--threads N]
+
+measures ecgot and its peers around one case, one dimension at a time, and draws the curves.
+"""
+
+import argparse
+import csv
+import dataclasses
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ecgot import bench
+
+CENTRE = bench.Case(32, 64, 64, 64, 0.1, 1e-4)
+CURVES: dict[str, list[Any]] = {
+    "batch": [1, 4, 16, 64, 256],
+    "n": [16, 32, 64, 128, 256, 512],  # M grows with N
+    "d": [16, 64, 256, 1024],
+    "eps": [0.4, 0.2, 0.1, 0.05, 0.025],
+}
+TITLES = {"batch": "B", "n": "N = M", "d": "D", "eps": "1 / eps"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("csv", type=Path)
+    parser.add_argument("png", type=Path)
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows = measure(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with options.csv.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, options.png)
+
+
+def measure(device: torch.device) -> list[dict[str, Any]]:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    stamp = bench.origin() | {"ecgot commit": done.stdout.strip() or "unknown"}
+    rows = []
+    for curve, values in CURVES.items():
+        for value in values:
+            case = dataclasses.replace(CENTRE, **{curve: value} | ({"m": value} if curve == "n" else {}))
+            for found in bench.compare(case, device):
+                print(
+                    f"{found.case}  {found.provider:12} {found.refused or f'{found.median_ms:.2f} ms'}",
+                    flush=True,
+                )
+                rows.append({"curve": curve, "at": value} | bench.as_row(found) | stamp)
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(16, 4), sharey=True)
+    for axis, curve in zip(axes, CURVES, strict=True):
+        for provider in bench.SOLVERS:
+            points = [
+                (1 / row["at"] if curve == "eps" else row["at"], row["median_ms"])
+                for row in rows
+                if row["curve"] == curve and row["provider"] == provider and row["median_ms"] is not None
+            ]
+            axis.plot(*zip(*points, strict=True), marker="o", label=provider) if points else None
+        axis.set(xscale="log", yscale="log", xlabel=TITLES[curve])
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("forward + backward, ms")
+    axes[-1].legend()
+    figure.suptitle(f"{CENTRE}; {rows[0]['device']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    main()
