@@ -46,8 +46,17 @@ def _exp_of(x):
     return polynomial
 
 
+@njit(nogil=True, fastmath=FAST | {"nnan"}, error_model="numpy", cache=True)
+def _highest(row, g):
+    """max_j row_j + g_j. Without heed of NaN, which would keep it from vector registers: the caller knows."""
+    top = row.dtype.type(-np.inf)
+    for j in range(len(row)):
+        top = max(top, row[j] + g[j])
+    return top
+
+
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-def _row_pass(S, r, c, b, g, temperature, lse, K, absorb):
+def _row_pass(S, r, c, b, g, temperature, lse, K, absorb, h):
     """lse_i = T log sum_j b_j exp((S_ij + g_j) / T); where ``absorb``, K_ij = exp(S_ij + g_j - lse_i).
 
     The block of S begins at row r and column c. (A view of it would hide that its rows are contiguous.)
@@ -56,17 +65,16 @@ def _row_pass(S, r, c, b, g, temperature, lse, K, absorb):
     real = S.dtype.type
     lowest, one = real(-np.inf), real(1)
     rate = one / temperature
+    for j in range(m):
+        h[j] = g[j] if b[j] > 0 else lowest
     for i in range(n):
         row, out = S[r + i][c : c + m], K[i]
-        top = lowest
-        for j in range(m):
-            value = row[j] + g[j] if b[j] > 0 else lowest
-            top = max(top, value)
+        top = _highest(row, h)
         if top == lowest:  # every cost is infinite
             top = real(0)
         total = real(0)
-        for j in range(m):  # of columns without weight the exponent may be too large
-            e = _exp((row[j] + g[j] - top) * rate) if b[j] > 0 else real(0)
+        for j in range(m):
+            e = _exp((row[j] + h[j] - top) * rate)
             out[j] = e
             total += b[j] * e
         lse[i] = top + temperature * math.log(total)
@@ -201,7 +209,7 @@ def _solve(S, r, c, a, b, p, q, tau_x, tau_y, f, g, start, scaling, tol, max_ite
     while temperature > one:
         damped_x = one / (one + temperature * (one / tau_x - one))
         damped_y = one / (one + temperature * (one / tau_y - one))
-        _row_pass(S, r, c, b, g, temperature, lse, K, False)
+        _row_pass(S, r, c, b, g, temperature, lse, K, False, t)
         _damp(lse, damped_x, p, f)
         _column_pass(S, r, c, a, f, temperature, t, v, w)
         _damp(w, damped_y, q, g)
@@ -211,7 +219,7 @@ def _solve(S, r, c, a, b, p, q, tau_x, tau_y, f, g, start, scaling, tol, max_ite
     updated = False  # whether g is an update from f, so that there is a plan to judge
     error = real(np.inf)
     while True:
-        _row_pass(S, r, c, b, g, one, lse, K, True)
+        _row_pass(S, r, c, b, g, one, lse, K, True, t)
         _damp(lse, tau_x, p, u_next)
         if updated:
             error = _residual(a, f, u_next, tau_x, p)
