@@ -38,6 +38,8 @@ def check_points(x: Tensor, y: Tensor, *, dims: int = 3, same_batch: bool = True
 def check_floating(name: str, points: Any, dims: int, accepted: str) -> None:
     if not isinstance(points, Tensor):
         raise TypeError(f"{name}: got {type(points).__name__}, accepted is a torch.Tensor")
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(points):
+        raise RuntimeError(f"{name}: got a tensor under torch.vmap, accepted are batches in the first dimension")
     if points.dim() != dims:
         raise ValueError(f"{name}: got shape {tuple(points.shape)}, accepted is {accepted}")
     if points.dtype not in DTYPES or points.layout != torch.strided:

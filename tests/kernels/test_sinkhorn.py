@@ -542,6 +542,13 @@ def test_forward_mode_is_refused_not_wrong():
         torch.func.jvp(lambda x: sinkhorn(x, tensors["y"], eps=0.2).value, (tensors["x"],), (tensors["x"],))
 
 
+def test_vmap_is_refused_in_one_line():
+    tensors = problem((2, 5, 4, 3))
+    x = torch.stack([tensors["x"], tensors["x"]])
+    with pytest.raises(RuntimeError, match=r"x: got a tensor under torch\.vmap, accepted are batches"):
+        torch.vmap(lambda x: sinkhorn(x, tensors["y"], eps=0.2).value)(x)
+
+
 def test_eps_may_vary_in_a_compiled_function():
     tensors = problem((2, 5, 4, 3))
     compiled = torch.compile(
