@@ -39,7 +39,7 @@ def check_floating(name: str, points: Any, dims: int, accepted: str) -> None:
     if not isinstance(points, Tensor):
         raise TypeError(f"{name}: got {type(points).__name__}, accepted is a torch.Tensor")
     if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(points):
-        raise RuntimeError(f"{name}: got a tensor under torch.vmap, accepted are batches in the first dimension")
+        raise RuntimeError(f"{name}: got a tensor under torch.vmap, accepted are batches in dimension 0")
     if points.dim() != dims:
         raise ValueError(f"{name}: got shape {tuple(points.shape)}, accepted is {accepted}")
     if points.dtype not in DTYPES or points.layout != torch.strided:
