@@ -4,9 +4,9 @@ Costs are formed for a few problems at a time, so that they stay in cache, and a
 are formed from the points that exist alone, all texts of a batch in one matrix product.
 """
 
-import itertools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -21,7 +21,6 @@ from ecgot.kernels._problem import Problem, cost_of, inverse_norm, prepared
 from ecgot.kernels._torch_sinkhorn import Pull, Result, chain, start_temperature
 
 CELLS = 2**20  # of the costs that are formed at once, 4 MB in fp32
-ROUNDS = 4  # parts of the work for each thread, as some problems take longer
 
 
 def fits(n: int, m: int) -> bool:
@@ -45,14 +44,18 @@ def solve(
     tau_x, tau_y = (tau.contiguous() for tau in problem.damping())
     start = start_temperature(problem) if scaling else torch.ones_like(problem.eps)
 
-    for first, last, s, at in clouds.chunks(out=kept):
-        arguments = (
-            clouds.usable[first:last], at["row"], at["rows"], at["column"], at["columns"], clouds.x.weights,
-            at["a"], clouds.y.weights, at["b"], clouds.x_terms, clouds.y_terms, tau_x[first:last],
-            tau_y[first:last], f, at["f"], g, at["g"], start[first:last], scaling, tol, max_iter,
-            error[first:last], iterations[first:last],
-        )  # fmt: skip
-        _run(loops.solve_blocks, last - first, s, arguments)
+    def task(begin: int, end: int) -> None:
+        for first, last, s, at in clouds.chunks(begin, end, out=kept):
+            arguments = (
+                clouds.usable[first:last], at["row"], at["rows"], at["column"], at["columns"],
+                clouds.x.weights, at["a"], clouds.y.weights, at["b"], clouds.x_terms, clouds.y_terms,
+                tau_x[first:last],
+                tau_y[first:last], f, at["f"], g, at["g"], start[first:last], scaling, tol, max_iter,
+                error[first:last], iterations[first:last],
+            )  # fmt: skip
+            _run(loops.solve_blocks, last - first, s, arguments)
+
+    _in_threads(len(problem.a), task)
     eps = problem.eps[:, None]
     x_terms, y_terms = clouds.x_terms, clouds.y_terms
     if problem.pairs:
@@ -87,49 +90,64 @@ def pull(problem: Problem, given: Pull, kept: Tensor) -> tuple[Tensor, Tensor | 
     scale = torch.where(clouds.usable, given.scale.reshape(-1), 0.0)
     if problem.cost == "euclidean":
         scale = scale / problem.eps  # the loop divides by a distance in units of eps
-    whole: list[Tensor] = []
     sums_wanted = problem.cost in ("sqeuclidean", "euclidean")
-    if problem.cost != "given":
-        x, y = clouds.x.finite_points(), clouds.y.finite_points()
-        to_y, to_x = torch.empty_like(x), torch.zeros_like(y)
-        rows_sum, columns_sum = x.new_zeros(x.shape[:-1]), y.new_zeros(y.shape[:-1])
-    for first, last, s, at in clouds.chunks(kept=kept):
-        # Of one problem each the whole block is written, as all of it goes into the products below.
-        rows, columns = (
-            (at["rows"], at["columns"]) if problem.pairs else (at["row"] * 0 + n, at["row"] * 0 + m)
-        )
-        arguments = (
-            at["row"], rows, at["column"], columns, clouds.x.weights, at["a"], clouds.y.weights,
-            at["b"], f, at["f"], g, at["g"], scale[first:last], problem.cost == "euclidean",
-        )  # fmt: skip
-        _run(loops.pull_blocks, last - first, s, arguments)
-        if problem.cost == "given":
-            whole.append(s.view(last - first, n, m))
-        elif problem.pairs:
-            rows = slice(int(at["row_start"]), int(at["row_start"]) + len(s))
-            torch.mm(s, y, out=to_y[rows])
-            to_x.addmm_(s.T, x[rows])
-            if sums_wanted:
-                torch.sum(s, 1, out=rows_sum[rows])
-                columns_sum += s.sum(0)
-        else:
-            q, some = s.view(last - first, n, m), slice(first, last)
-            torch.bmm(q, y[some], out=to_y[some])
-            torch.bmm(q.mT, x[some], out=to_x[some])
-            if sums_wanted:
-                torch.sum(q, 2, out=rows_sum[some])
-                torch.sum(q, 1, out=columns_sum[some])
-    if problem.cost == "given":
-        grad = torch.cat(whole) if whole else problem.eps.new_zeros(problem.x.shape)
+    given_cost = problem.cost == "given"
+    x, y = (f, g) if given_cost else (clouds.x.finite_points(), clouds.y.finite_points())
+    to_y, row_sums = torch.empty_like(x), x.new_zeros(x.shape[:-1])
+    whole = problem.eps.new_empty(problem.x.shape) if given_cost else None
+
+    def task(begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Fills its rows of to_y and row_sums; returns what it adds to Q^T x and to the sums of columns."""
+        # Of problems (no pairs) each has columns of its own; those of pairs are shared by all tasks.
+        own = slice(None) if problem.pairs else slice(begin, end)
+        to_x, column_sums = torch.zeros_like(y[own]), y.new_zeros(y[own].shape[:-1])
+        for first, last, s, at in clouds.chunks(begin, end, kept=kept):
+            # Of one problem each the whole block is written, as all of it goes into the products below.
+            rows, columns = (
+                (at["rows"], at["columns"]) if problem.pairs else (at["row"] * 0 + n, at["row"] * 0 + m)
+            )
+            arguments = (
+                at["row"], rows, at["column"], columns, clouds.x.weights, at["a"], clouds.y.weights,
+                at["b"], f, at["f"], g, at["g"], scale[first:last], problem.cost == "euclidean",
+            )  # fmt: skip
+            _run(loops.pull_blocks, last - first, s, arguments)
+            if whole is not None:
+                whole[first:last] = s.view(last - first, n, m)
+            elif problem.pairs:
+                some = slice(int(at["row_start"]), int(at["row_start"]) + len(s))
+                torch.mm(s, y, out=to_y[some])
+                to_x.addmm_(s.T, x[some])
+                if sums_wanted:
+                    torch.sum(s, 1, out=row_sums[some])
+                    column_sums += s.sum(0)
+            else:
+                q, some, mine = (
+                    s.view(last - first, n, m),
+                    slice(first, last),
+                    slice(first - begin, last - begin),
+                )
+                torch.bmm(q, y[some], out=to_y[some])
+                torch.bmm(q.mT, x[some], out=to_x[mine])
+                if sums_wanted:
+                    torch.sum(q, 2, out=row_sums[some])
+                    torch.sum(q, 1, out=column_sums[mine])
+        return to_x, column_sums
+
+    parts = _in_threads(len(problem.a), task)
+    if whole is not None:
         if clouds.x.order is not None:
-            grad = torch.zeros_like(grad).scatter(1, clouds.x.order[:, :, None].expand_as(grad), grad)
+            whole = torch.zeros_like(whole).scatter(1, clouds.x.order[:, :, None].expand_as(whole), whole)
         if clouds.y.order is not None:
-            grad = torch.zeros_like(grad).scatter(2, clouds.y.order[:, None, :].expand_as(grad), grad)
-        return grad.to(problem.x.dtype), None
+            whole = torch.zeros_like(whole).scatter(2, clouds.y.order[:, None, :].expand_as(whole), whole)
+        return whole.to(problem.x.dtype), None
     assert problem.y is not None
+    if problem.pairs:
+        to_x, column_sums = (sum(tensors[1:], tensors[0]) for tensors in zip(*parts, strict=True))
+    else:
+        to_x, column_sums = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return (
-        clouds.x.gradient(problem.x, to_y, rows_sum).to(problem.x.dtype),
-        clouds.y.gradient(problem.y, to_x, columns_sum).to(problem.y.dtype),
+        clouds.x.gradient(problem.x, to_y, row_sums).to(problem.x.dtype),
+        clouds.y.gradient(problem.y, to_x, column_sums).to(problem.y.dtype),
     )
 
 
@@ -241,17 +259,23 @@ class _Clouds:
         elif problem.cost == "cosine":
             self.x_terms = self.x_terms - 1 / eps[:, None]
 
-    def chunks(self, *, out: Tensor | None = None, kept: Tensor | None = None) -> Iterator[Chunk]:
-        """Pieces of the batch; without pairs S goes into ``out`` [B, N, M], or comes from ``kept``."""
-        if self.problem.pairs:
-            return self._pairs()
-        return self._one_by_one(*(None if t is None or t.dim() < 3 else t for t in (out, kept)))
+    def chunks(
+        self, begin: int, end: int, *, out: Tensor | None = None, kept: Tensor | None = None
+    ) -> Iterator[Chunk]:
+        """Pieces of the clouds of x from ``begin`` to ``end``.
 
-    def _one_by_one(self, out: Tensor | None, kept: Tensor | None) -> Iterator[Chunk]:
-        problem, (n, m) = self.problem, self.problem.size
+        Without pairs S goes into ``out`` [B, N, M], or comes from ``kept``, unless these are empty.
+        """
+        if self.problem.pairs:
+            return self._pairs(begin, end)
+        buffers = (None if t is None or t.dim() < 3 else t for t in (out, kept))
+        return self._one_by_one(begin, end, *buffers)
+
+    def _one_by_one(self, begin: int, end: int, out: Tensor | None, kept: Tensor | None) -> Iterator[Chunk]:
+        n, m = self.problem.size
         step = max(1, CELLS // max(1, n * m))
-        for first in range(0, len(problem.a), step):
-            last = min(first + step, len(problem.a))
+        for first in range(begin, end, step):
+            last = min(first + step, end)
             number = np.arange(last - first)
             at = {
                 "row": number * n,
@@ -283,13 +307,13 @@ class _Clouds:
             return torch.baddbmm(s, x, y.mT, beta=0, alpha=self.common_scale, out=s)
         return torch.bmm(x, y.mT, out=s).mul_(scale)
 
-    def _pairs(self) -> Iterator[Chunk]:
+    def _pairs(self, begin: int, end: int) -> Iterator[Chunk]:
         problem, (n, m) = self.problem, self.problem.size
         k = len(problem.b)
         x_at, y_at = self.x.offsets.numpy(), self.y.offsets.numpy()
         step = max(1, CELLS // max(1, n * int(y_at[-1])))
-        for first in range(0, len(problem.a), step):
-            last = min(first + step, len(problem.a))
+        for first in range(begin, end, step):
+            last = min(first + step, end)
             i, j = (
                 index.ravel() for index in np.meshgrid(np.arange(first, last), np.arange(k), indexing="ij")
             )
@@ -312,24 +336,47 @@ class _Clouds:
 
 
 def _run(loop: Callable[..., None], count: int, matrix: Tensor, arguments: tuple[Any, ...]) -> None:
-    """loop(matrix, *arguments, first, last) over ``count`` blocks, in as many threads as torch has."""
+    """loop(matrix, *arguments, 0, count)."""
     s = matrix.numpy()
     real = s.dtype.type  # a Python float would make the loops count in fp64
-    arrays = [s] + [
+    arrays = [
         a.numpy().reshape(-1) if isinstance(a, Tensor) else real(a) if isinstance(a, float) else a
         for a in arguments
     ]
+    loop(s, *arrays, 0, count)
+
+
+def _in_threads(count: int, task: Callable[[int, int], Any]) -> list[Any]:
+    """task(begin, end) over 0 to ``count``, in as many parts and threads as torch has; at least one part.
+
+    Each thread makes its own matrix products, one at a time: torch's threads wait by spinning, and would take
+    the cores from the loops between two products.
+    """
+    inference = torch.is_inference_mode_enabled()
+
+    def run(begin: int, end: int) -> Any:
+        with torch.inference_mode(inference), torch.no_grad():
+            return task(begin, end)
+
     workers = torch.get_num_threads()
-    edges = np.linspace(0, count, min(count, ROUNDS * workers if workers > 1 else 1) + 1).astype(int)
-    spans = [span for span in itertools.pairwise(edges) if span[0] < span[1]]
-    if len(spans) <= 1 or workers == 1:
-        for span in spans:
-            loop(*arrays, *span)
-        return
-    list(_pool(workers, os.getpid()).map(lambda span: loop(*arrays, *span), spans))
+    edges = np.linspace(0, count, min(count, workers) + 1).astype(int).tolist() if count else [0, 0]
+    if len(edges) == 2:
+        return [run(*edges)]
+    pool = _pool(workers, os.getpid())
+    return list(pool.map(run, edges[:-1], edges[1:]))
 
 
 @lru_cache(maxsize=1)
 def _pool(workers: int, _process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked one needs its own. The loops leave Python's lock."""
-    return ThreadPoolExecutor(workers, thread_name_prefix="ecgot")
+    """Threads of this process (a forked one needs its own) in which torch's operators do not fork further."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="ecgot")
+    all_there = threading.Barrier(workers)
+
+    def alone(_: int) -> None:
+        all_there.wait()
+        torch.set_num_threads(1)
+
+    list(pool.map(alone, range(workers)))
+    torch.set_num_threads(before)  # the number is the thread's own, but for what MKL makes of it
+    return pool
