@@ -362,8 +362,12 @@ def _in_threads(count: int, task: Callable[[int, int], Any]) -> list[Any]:
     edges = np.linspace(0, count, min(count, workers) + 1).astype(int).tolist() if count else [0, 0]
     if len(edges) == 2:
         return [run(*edges)]
-    pool = _pool(workers, os.getpid())
+    with _POOL_LOCK:
+        pool = _pool(workers, os.getpid())
     return list(pool.map(run, edges[:-1], edges[1:]))
+
+
+_POOL_LOCK = threading.Lock()
 
 
 @lru_cache(maxsize=1)

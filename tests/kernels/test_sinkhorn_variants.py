@@ -5,6 +5,7 @@ Run with TRITON_INTERPRET=1 (or on a GPU) it tests the Triton kernels.
 
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -426,6 +427,17 @@ def test_torch_path_alone(rho, monkeypatch):
     (grad,) = torch.autograd.grad(pairs.value.trace(), x, retain_graph=True)
     (expected,) = torch.autograd.grad(out.value.sum(), x)
     torch.testing.assert_close(grad, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_many_threads_at_once_and_the_number_of_torchs_threads():
+    before = torch.get_num_threads()
+    batches = [problem((6, 9, 7, 4), seed=seed, masked=True) for seed in range(8)]
+    expected = [sinkhorn(**tensors, eps=0.1).value for tensors in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda tensors: sinkhorn(**tensors, eps=0.1).value, batches))
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    assert torch.get_num_threads() == before
 
 
 def test_fifty_thousand_points_need_no_matrix():
