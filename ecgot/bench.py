@@ -166,7 +166,7 @@ GPU_PAIRS = PairsCase(512, 512, 64, 32, 128, iterations=20)
 
 
 def pairs_ecgot(x: Tensor, y: Tensor, case: PairsCase) -> Tensor:
-    return sinkhorn_pairwise(x, y, eps=case.eps, cost="cosine", max_iter=case.iterations, tol=0).value
+    return sinkhorn_pairwise(x, y, eps=case.eps, cost="cosine", max_iter=case.iterations, tol=0)
 
 
 def pairs_torch(x: Tensor, y: Tensor, case: PairsCase) -> Tensor:

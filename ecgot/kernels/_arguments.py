@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 COSTS = ("sqeuclidean", "euclidean", "cosine", "dot")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PRECISIONS = ("fp32", "tf32")
+MOST_SCALING = 0.999  # in fp32 a factor nearer to 1 may be 1, and annealing would not end
 ABSENT = -1.0  # stands in the solvers' weights for a point that does not exist
 
 
@@ -93,8 +94,8 @@ def check_iterations(max_iter: Any, tol: Any, scaling: Any) -> tuple[int, float,
         raise ValueError(f"max_iter: got {max_iter!r}, accepted is an integer >= 1")
     if not (is_real(tol) and 0 <= tol < math.inf):
         raise ValueError(f"tol: got {tol!r}, accepted is a number >= 0")
-    if scaling is not None and not (is_real(scaling) and 0 < scaling < 1):
-        raise ValueError(f"scaling: got {scaling!r}, accepted is None or a number between 0 and 1")
+    if scaling is not None and not (is_real(scaling) and 0 < scaling <= MOST_SCALING):
+        raise ValueError(f"scaling: got {scaling!r}, accepted is None or a number > 0, up to {MOST_SCALING}")
     return int(max_iter), float(tol), 0.0 if scaling is None else float(scaling)
 
 

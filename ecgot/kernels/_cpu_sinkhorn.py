@@ -23,17 +23,12 @@ from ecgot.kernels._torch_sinkhorn import Pull, Result, chain, start_temperature
 CELLS = 2**20  # of the costs that are formed at once, 4 MB in fp32
 
 
-def fits(n: int, m: int) -> bool:
-    """Whether the costs of one problem may be held: beyond, they leave every cache and rows go one by one."""
-    return n * m <= 2**24
-
-
 def solve(
     problem: Problem, init: Tensor | None, max_iter: int, tol: float, scaling: float, kept: Tensor
 ) -> Result:
     """As :func:`ecgot.kernels._torch_sinkhorn.solve`; ``kept`` [B, N, M], where it is not empty, gets S."""
     (n, m), dtype = problem.size, problem.dtype
-    shape = (len(problem.a), len(problem.b)) if problem.pairs else (len(problem.a),)
+    shape = problem.shape
     count = math.prod(shape)
     clouds = _Clouds(problem)
     f, g = torch.zeros(count, n, dtype=dtype), torch.zeros(count, m, dtype=dtype)
@@ -86,7 +81,7 @@ def pull(problem: Problem, given: Pull, kept: Tensor) -> tuple[Tensor, Tensor | 
         t.reshape(len(eps), t.shape[-1]) / eps for t in (clouds.x.compact(given.f), clouds.y.compact(given.g))
     )
     f += clouds.x_terms.repeat_interleave(pairs, 0)
-    g += clouds.y_terms.repeat(len(f) // len(clouds.y_terms), 1) if len(f) else 0
+    g += clouds.y_terms.repeat(len(f) // len(clouds.y_terms), 1)
     scale = torch.where(clouds.usable, given.scale.reshape(-1), 0.0)
     if problem.cost == "euclidean":
         scale = scale / problem.eps  # the loop divides by a distance in units of eps
@@ -252,7 +247,7 @@ class _Clouds:
         eps = problem.eps[:1] if problem.pairs else problem.eps
         self.scale = (2 if problem.cost == "sqeuclidean" else 1) / eps
         same = bool((self.scale == self.scale[:1]).all())
-        self.common_scale = self.scale[0].item() if same and len(self.scale) else None
+        self.common_scale = self.scale[0].item() if same else None
         self.x_terms, self.y_terms = torch.zeros_like(self.x.weights), torch.zeros_like(self.y.weights)
         if problem.cost == "sqeuclidean":
             self.x_terms, self.y_terms = (-side.square / eps[:, None] for side in (self.x, self.y))
@@ -273,7 +268,7 @@ class _Clouds:
 
     def _one_by_one(self, begin: int, end: int, out: Tensor | None, kept: Tensor | None) -> Iterator[Chunk]:
         n, m = self.problem.size
-        step = max(1, CELLS // max(1, n * m))
+        step = max(1, CELLS // (n * m))
         for first in range(begin, end, step):
             last = min(first + step, end)
             number = np.arange(last - first)
@@ -359,7 +354,7 @@ def _in_threads(count: int, task: Callable[[int, int], Any]) -> list[Any]:
             return task(begin, end)
 
     workers = torch.get_num_threads()
-    edges = np.linspace(0, count, min(count, workers) + 1).astype(int).tolist() if count else [0, 0]
+    edges = np.linspace(0, count, min(count, workers) + 1).astype(int).tolist()
     if len(edges) == 2:
         return [run(*edges)]
     with _POOL_LOCK:

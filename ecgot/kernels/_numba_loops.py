@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+TINY = 2.0**-126
 SAFE = 1e10  # of u and v: what underflowed in K, below 1e-38, then still is below 1e-18 of a row
 # Sums may be reordered, which lets them use vector registers; NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -117,14 +118,23 @@ def _damp(lse, tau, term, out):
         out[i] = -tau * lse[i] + (one - tau) * term[i]
 
 
+@njit(nogil=True, fastmath=FAST, error_model="numpy", inline="always")
+def _row_error(a, f, f_next, tau, term):
+    """|row marginal - a exp(-f / rho)| of a row; f_next is the update from g."""
+    one, target = type(f)(1), type(f)(1)
+    if tau < one:
+        # Far clouds: the target underflows while the step to it overflows, and 0 * inf would be NaN.
+        target = max(math.exp(-(f - term) * (one / tau - one)), type(f)(TINY))
+    return a * (target * abs(math.expm1((f - f_next) / tau)))
+
+
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
 def _residual(a, f, f_next, tau, term):
     """L1 distance of the row marginals of (f, g) from those that f asks for; f_next is the update from g."""
-    one, error = f.dtype.type(1), f.dtype.type(0)
+    error = f.dtype.type(0)
     for i in range(len(a)):
         if a[i] > 0:
-            target = a[i] * math.exp(-(f[i] - term[i]) * (one / tau - one)) if tau < one else a[i]
-            error += target * abs(math.expm1((f[i] - f_next[i]) / tau))
+            error += _row_error(a[i], f[i], f_next[i], tau, term[i])
     return error
 
 
@@ -162,8 +172,7 @@ def _damped_sweep(K, a, w, f, f_next, u_next, t, lse, tau, term):
         f_next[i] = -tau * (math.log(s) + lse[i]) + (one - tau) * term[i]
         u_next[i] = math.exp(f_next[i] + lse[i])
         if a[i] > 0:
-            target = a[i] * math.exp(-(f[i] - term[i]) * (one / tau - one))
-            error += target * abs(math.expm1((f[i] - f_next[i]) / tau))
+            error += _row_error(a[i], f[i], f_next[i], tau, term[i])
             z = a[i] * u_next[i]
             for j in range(m):
                 t[j] += z * row[j]

@@ -79,6 +79,9 @@ def _kept(problem: Problem) -> Tensor:
 def _solve(
     problem: Problem, init: Tensor | None, max_iter: int, tol: float, scaling: float, kept: Tensor
 ) -> Result:
+    if problem.nothing:
+        shape, (n, m), zeros = problem.shape, problem.size, problem.eps.new_zeros
+        return zeros(*shape, n), zeros(*shape, m), zeros(shape), zeros(shape, dtype=torch.int32)
     name = backend(problem)
     if name == "numba":
         from ecgot.kernels import _cpu_sinkhorn
@@ -98,15 +101,10 @@ def _solve(
 
 @sinkhorn_op.register_fake
 def _(x, y, a, b, x_centre, y_centre, eps, init, cost, rho_x, rho_y, pairs, *_settings):  # type: ignore[no-untyped-def]
-    shape = (a.shape[0], b.shape[0]) if pairs else (a.shape[0],)
-    return (
-        eps.new_empty(shape),
-        eps.new_empty(*shape, a.shape[1]),
-        eps.new_empty(*shape, b.shape[1]),
-        eps.new_empty(shape),
-        eps.new_empty(shape, dtype=torch.int32),
-        _kept(Problem(x, y, a, b, x_centre, y_centre, eps, cost, rho_x, rho_y, pairs)),
-    )
+    problem = Problem(x, y, a, b, x_centre, y_centre, eps, cost, rho_x, rho_y, pairs)
+    shape, (n, m), empty = problem.shape, problem.size, eps.new_empty
+    iterations = empty(shape, dtype=torch.int32)
+    return empty(shape), empty(*shape, n), empty(*shape, m), empty(shape), iterations, _kept(problem)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -195,6 +193,8 @@ def pull_op(
 
 
 def _pull(problem: Problem, given: Pull, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+    if problem.nothing:
+        return torch.zeros_like(problem.x), None if problem.y is None else torch.zeros_like(problem.y)
     name = backend(problem)
     if name == "numba" and given.left is None:
         from ecgot.kernels import _cpu_sinkhorn

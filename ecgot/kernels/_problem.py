@@ -58,6 +58,16 @@ class Problem:
         return self.a.shape[1], self.b.shape[1]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """[B], or [B, K] of pairs."""
+        return (len(self.a), len(self.b)) if self.pairs else (len(self.a),)
+
+    @property
+    def nothing(self) -> bool:
+        """No problem, or none with points: the solvers are spared it."""
+        return not all((*self.shape, *self.size))
+
+    @property
     def balanced(self) -> bool:
         return math.isinf(self.rho_x) and math.isinf(self.rho_y)
 
@@ -134,7 +144,7 @@ class Problem:
             eps = eps.view(solvable.shape)
         value = _dual_side(a, f, self.rho_x) + _dual_side(b, g, self.rho_y)
         if not self.balanced:
-            moved = b_mass if math.isinf(self.rho_y) else (b * torch.exp(-g / self.rho_y)).sum(-1)
+            moved = b_mass if math.isinf(self.rho_y) else _weighted(b, torch.exp(-g / self.rho_y))
             value = value - eps * (moved - a_mass * b_mass)
         # Without a plan nothing moves, and what a finite rho penalises is all that there is.
         alone = (0.0 if math.isinf(self.rho_x) else self.rho_x * a_mass) + (
@@ -175,7 +185,12 @@ def _damping(rho: float, eps: Tensor) -> Tensor:
 def _dual_side(weight: Tensor, potential: Tensor, rho: float) -> Tensor:
     if math.isinf(rho):
         return (weight * potential).sum(-1)
-    return -rho * (weight * torch.expm1(-potential / rho)).sum(-1)
+    return -rho * _weighted(weight, torch.expm1(-potential / rho))
+
+
+def _weighted(weight: Tensor, moved: Tensor) -> Tensor:
+    """The sum over points that weigh something: at the others ``moved`` may be infinite."""
+    return torch.where(weight > 0, weight * moved, 0.0).sum(-1)
 
 
 def _dual_slope(potential: Tensor, rho: float, eps: Tensor, other_mass: Tensor) -> Tensor:

@@ -37,26 +37,15 @@ def solve(problem: Problem, init: Tensor | None, max_iter: int, tol: float, scal
     per_x = n * m * (len(problem.b) if problem.pairs else 1)
     if per_x > CELLS and not problem.pairs and problem.cost != "given":
         return iterate(problem, by_chunks(problem), init, max_iter, tol, scaling)
-    step = max(1, CELLS // max(1, per_x))
+    step = max(1, CELLS // per_x)
     parts = []
     for start in range(0, len(problem.a), step):
         part = problem.rows(start, min(start + step, len(problem.a)))
         first = None if init is None else init[start : start + step]
         parts.append(iterate(part, stored(part), first, max_iter, tol, scaling))
-    if not parts:
-        empty = problem.eps.new_empty
-        parts = [
-            (empty(0, n), empty(0, m), empty(0), torch.empty(0, dtype=torch.int32, device=problem.a.device))
-        ]
     f, g, error, iterations = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return _shaped(problem, f, g, error, iterations)
-
-
-def _shaped(problem: Problem, f: Tensor, g: Tensor, error: Tensor, iterations: Tensor) -> Result:
-    if not problem.pairs:
-        return f, g, error, iterations
-    (n, m), pairs = problem.size, (len(problem.a), len(problem.b))
-    return f.view(*pairs, n), g.view(*pairs, m), error.view(pairs), iterations.view(pairs)
+    shape = problem.shape
+    return f.view(*shape, n), g.view(*shape, m), error.view(shape), iterations.view(shape)
 
 
 def stored(problem: Problem) -> Softmins:
@@ -79,7 +68,7 @@ def _logsumexp(exponent: Tensor, log_weight: Tensor, temperature: Tensor | None,
 def by_chunks(problem: Problem) -> Softmins:
     """With the costs of some rows in memory at a time, formed anew for each update."""
     n, m = problem.size
-    step = max(1, CELLS // max(1, m * len(problem.a)))
+    step = max(1, CELLS // (m * len(problem.a)))
     log_a, log_b = (weight.log() for weight in problem.weights())
     points = problem.points()
 
@@ -115,7 +104,7 @@ def iterate(
     g = torch.zeros_like(problem.b) if init is None else init / eps
     g, annealing = _annealed(problem, softmins, g, scaling)
 
-    solvable = problem.solvable()
+    solvable, tiny = problem.solvable(), torch.finfo(a.dtype).tiny
     f = torch.zeros_like(problem.a)
     error = torch.where(solvable, math.inf, 0.0).to(a.dtype)
     iterations = torch.where(solvable, annealing, 0)
@@ -126,9 +115,10 @@ def iterate(
         g_now = -tau_y * softmins.columns(f_now, None)
         f_next = -tau_x * softmins.rows(g_now, None)
         # With f at its fixed point row i sums to a_i exp(-f_i / rho); it is off by the step to the next f.
-        target = a * torch.exp(-(1 / tau_x - 1) * f_now)
-        # Points without weight may overflow here; they carry no mass, so they carry no error.
-        residual = torch.where(a > 0, target * torch.expm1((f_now - f_next) / tau_x).abs(), 0.0).sum(1)
+        # Far clouds: the target underflows while the step to it overflows, and 0 * inf would be NaN.
+        target = torch.exp(-(1 / tau_x - 1) * f_now).clamp_min(tiny)
+        step = torch.expm1((f_now - f_next) / tau_x).abs()
+        residual = torch.where(a > 0, a * (target * step), 0.0).sum(1)  # points without weight may overflow
         f, g = torch.where(going[:, None], f_now, f), torch.where(going[:, None], g_now, g)
         error = torch.where(going, residual, error)
         iterations = torch.where(going, annealing + iteration, iterations)
@@ -143,7 +133,8 @@ def iterate(
 def _may_look(tensor: Tensor, iteration: int) -> bool:
     if tensor.device.type == "cpu":
         return True
-    return iteration % CHECK_EVERY == 0 and not torch.cuda.is_current_stream_capturing()
+    capturing = tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return iteration % CHECK_EVERY == 0 and not capturing
 
 
 def _annealed(problem: Problem, softmins: Softmins, g: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -152,7 +143,7 @@ def _annealed(problem: Problem, softmins: Softmins, g: Tensor, scaling: float) -
         return g, torch.zeros_like(problem.eps, dtype=torch.int32)
     start = start_temperature(problem)
     if start.device.type == "cpu":
-        steps = math.ceil(math.log(max(1.0, start.max().item() if len(start) else 1.0)) / -math.log(scaling))
+        steps = math.ceil(math.log(max(1.0, start.max().item())) / -math.log(scaling))
     else:
         steps = math.ceil(math.log(MOST_ANNEALING) / -math.log(scaling))
     taken = torch.zeros_like(problem.eps, dtype=torch.int32)
@@ -216,8 +207,7 @@ class Pull:
 def pull(problem: Problem, given: Pull) -> tuple[Tensor, Tensor | None]:
     """The gradient of sum Q_ij C_ij, Q held fast, in x [B, N, D] and y [B, M, D]; with cost "given" in C."""
     n, m = problem.size
-    per_x = max(1, n * m * (len(problem.b) if problem.pairs else 1))
-    step = max(1, CELLS // per_x)
+    step = max(1, CELLS // (n * m * (len(problem.b) if problem.pairs else 1)))
     grads_x, grads_y = [], []
     for start in range(0, len(problem.a), step):
         stop = min(start + step, len(problem.a))
@@ -229,8 +219,6 @@ def pull(problem: Problem, given: Pull) -> tuple[Tensor, Tensor | None]:
             grad_y = grad_y.view(stop - start, *problem.b.shape, grad_y.shape[2]).sum(0, keepdim=True)
         grads_x.append(grad_x)
         grads_y.append(grad_y)
-    if not grads_x:
-        return torch.zeros_like(problem.x), None if problem.y is None else torch.zeros_like(problem.y)
     grad_x = torch.cat(grads_x).to(problem.x.dtype)
     if problem.y is None:
         return grad_x, None
@@ -242,9 +230,9 @@ def _pull_by_rows(problem: Problem, given: Pull) -> tuple[Tensor, Tensor | None]
     n, m = problem.size
     if problem.cost == "given":
         return given.weights(problem), None
-    step = max(1, CELLS // max(1, m * len(problem.a)))
+    step = max(1, CELLS // (m * len(problem.a)))
     grads_x, grad_y = [], None
-    for start in range(0, max(n, 1), step):
+    for start in range(0, n, step):
         some = slice(start, start + step)
         part = problem.with_rows(some)
         left = None if given.left is None else given.left[:, some]

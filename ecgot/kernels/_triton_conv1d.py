@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecgot.kernels.dispatch import INTERPRETED
+from ecgot.kernels.dispatch import INTERPRETED, launch
 
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 
@@ -152,7 +152,9 @@ def _conv1d_fwd(
         batch * triton.cdiv(t_out, configuration["BLOCK_T"]),
         triton.cdiv(c_out, configuration["BLOCK_O"]),
     )
-    _conv1d_fwd_kernel[grid](
+    launch(
+        _conv1d_fwd_kernel,
+        grid,
         x,
         weight.permute(2, 1, 0).contiguous(),
         y_ptr=y,

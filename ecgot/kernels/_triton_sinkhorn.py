@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ecgot.kernels._problem import Problem
 from ecgot.kernels._torch_sinkhorn import Pull, Result, start_temperature
+from ecgot.kernels.dispatch import launch
 
 # Problems whose tile is at most this, and no side of it longer than its MAX_BLOCK, stay in registers.
 MAX_TILE = 128 * 128
@@ -46,6 +47,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 SAFE = tl.constexpr(1e10)  # of u and v: what underflowed in K, below 2^-126, still is below 1e-18 of a row
 ROUNDING = tl.constexpr(8 * 2.0**-23)
 UNSAFE = tl.constexpr(1e-10)
+TINY = tl.constexpr(2.0**-126)
 MAX_EXPONENT = tl.constexpr(120.0)  # of exp2: a larger one would overflow, and inf * 0 is NaN
 
 
@@ -168,6 +170,15 @@ def _column_scaling(t, b, g, tau, BALANCED: tl.constexpr):
 
 
 @triton.jit
+def _row_error(a, f, f_next, tau):
+    """|row marginal - a exp(-f / rho)| of each row; f_next is the update from g."""
+    # Far clouds: the target underflows while the step to it overflows, and 0 * inf would be NaN.
+    target = tl.maximum(tl.exp2(-f * (1.0 / tau - 1.0)), TINY)
+    step = tl.abs(tl.exp2((f - f_next) / tau) - 1.0)
+    return tl.where(a > 0, a * (target * step), 0.0)  # points without weight may overflow
+
+
+@triton.jit
 def _outside(scaling, weight):  # -> how many that weigh are out of range
     out = (scaling > SAFE) | (scaling < UNSAFE)
     return tl.sum((out & (weight > 0)).to(tl.int32), axis=0)
@@ -278,10 +289,7 @@ def _sinkhorn_fwd_kernel(
             lse = temperature * (top + tl.log2(s))
             f_next = -_damping(rho_x, eps * temperature) * lse
             if judge:
-                # Points without weight may overflow here; they carry no mass, so they carry no error.
-                target = a * tl.exp2(-f * (1.0 / tau_x - 1.0))
-                step = tl.abs(tl.exp2((f - f_next) / tau_x) - 1.0)
-                error = tl.sum(tl.where(a > 0, target * step, 0.0), axis=0)
+                error = tl.sum(_row_error(a, f, f_next, tau_x), axis=0)
                 going = (error > tol) & (iteration < last)  # so that NaN stops as well
             if going:
                 f = f_next
@@ -306,9 +314,7 @@ def _sinkhorn_fwd_kernel(
                         else:
                             f_next = -tau_x * (tl.log2(s) + lse)
                             u_next = tl.exp2(f_next + lse)
-                            target = a * tl.exp2(-f * (1.0 / tau_x - 1.0))
-                            step = tl.abs(tl.exp2((f - f_next) / tau_x) - 1.0)
-                            error = tl.sum(tl.where(a > 0, target * step, 0.0), axis=0)
+                            error = tl.sum(_row_error(a, f, f_next, tau_x), axis=0)
                         t = tl.sum(kernel * tl.where(a > 0, a * u_next, 0.0)[:, None], axis=0)
                         v_next = _column_scaling(t, b, g, tau_y, BALANCED)
                         outside = _outside(v_next, b)
@@ -677,7 +683,7 @@ def exchanged(shared: dict[str, Any]) -> dict[str, Any]:
 def solve(problem: Problem, init: Tensor | None, max_iter: int, tol: float, scaling: float) -> Result:
     """Launch the solver; returns f, g, marginal error and iterations."""
     n, m = problem.size
-    shape = (len(problem.a), len(problem.b)) if problem.pairs else (len(problem.a),)
+    shape = problem.shape
     empty = problem.eps.new_empty
     f, error = empty(*shape, n), empty(shape)
     g = (
@@ -687,24 +693,25 @@ def solve(problem: Problem, init: Tensor | None, max_iter: int, tol: float, scal
     )
     iterations = empty(shape, dtype=torch.int32)
     start = start_temperature(problem) if scaling else torch.ones_like(problem.eps)
-    if math.prod(shape):
-        _sinkhorn_fwd_kernel[(math.prod(shape),)](
-            **_shared(problem),
-            start_ptr=start.contiguous(),
-            f_ptr=f,
-            g_ptr=g,
-            error_ptr=error,
-            iterations_ptr=iterations,
-            K=shape[-1],
-            rho_x=problem.rho_x,
-            rho_y=problem.rho_y,
-            tol=tol,
-            scaling=scaling,
-            max_iter=max_iter,
-            PAIRS=problem.pairs,
-            BALANCED=problem.balanced,
-            **_tile_configuration(n, m),
-        )
+    launch(
+        _sinkhorn_fwd_kernel,
+        (math.prod(shape),),
+        **_shared(problem),
+        start_ptr=start.contiguous(),
+        f_ptr=f,
+        g_ptr=g,
+        error_ptr=error,
+        iterations_ptr=iterations,
+        K=shape[-1],
+        rho_x=problem.rho_x,
+        rho_y=problem.rho_y,
+        tol=tol,
+        scaling=scaling,
+        max_iter=max_iter,
+        PAIRS=problem.pairs,
+        BALANCED=problem.balanced,
+        **_tile_configuration(n, m),
+    )
     return f, g, error, iterations
 
 
@@ -756,11 +763,11 @@ def pull(problem: Problem, given: Pull) -> tuple[Tensor, Tensor]:
 def _one_side(points: Tensor, arguments: dict[str, Any]) -> Tensor:
     grad = torch.empty(points.shape, dtype=points.dtype, device=points.device)
     count, n, d = points.shape
-    if not (grad.numel() and arguments["M"] and arguments["others"]):
-        return grad.zero_()
+    if not d:
+        return grad
     configuration = _pull_configuration(n, arguments["M"], d)
     grid = (count, triton.cdiv(n, configuration["BLOCK_N"]), triton.cdiv(d, configuration["BLOCK_OUT"]))
-    _sinkhorn_pull_kernel[grid](**arguments, grad_x_ptr=grad, **configuration)
+    launch(_sinkhorn_pull_kernel, grid, **arguments, grad_x_ptr=grad, **configuration)
     return grad
 
 
@@ -770,7 +777,9 @@ def implicit(
     """Launch the linear solve of :func:`ecgot.kernels._torch_sinkhorn.implicit`."""
     left, right, grad_a, grad_b = (f.new_zeros(t.shape) for t in (f, g, f, g))
     if f.numel() and g.numel():
-        _sinkhorn_implicit_kernel[(len(f),)](
+        launch(
+            _sinkhorn_implicit_kernel,
+            (len(f),),
             **_shared(problem),
             f_ptr=f.contiguous(),
             g_ptr=g.contiguous(),

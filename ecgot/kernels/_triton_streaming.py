@@ -28,6 +28,7 @@ from ecgot.kernels._triton_sinkhorn import (
     compile_case,
     exchanged,
 )
+from ecgot.kernels.dispatch import launch
 
 CONFIGURATION = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
 
@@ -94,19 +95,26 @@ def softmins(problem: Problem) -> Softmins:
     swapped = exchanged(shared)
     once = torch.ones_like(problem.eps)
 
-    def launch(arguments: dict[str, Any], potential: Tensor, temperature: Tensor | None) -> Tensor:
+    def update(arguments: dict[str, Any], potential: Tensor, temperature: Tensor | None) -> Tensor:
         batch, n = len(problem.a), arguments["N"]
         lse = torch.empty(batch, n, dtype=torch.float32, device=potential.device)
         if lse.numel():
             heat = once if temperature is None else temperature.contiguous()
-            _softmin_kernel[(batch, triton.cdiv(n, CONFIGURATION["BLOCK_N"]))](
-                **arguments, temperature_ptr=heat, g_ptr=potential.contiguous(), lse_ptr=lse, **CONFIGURATION
+            grid = (batch, triton.cdiv(n, CONFIGURATION["BLOCK_N"]))
+            launch(
+                _softmin_kernel,
+                grid,
+                **arguments,
+                temperature_ptr=heat,
+                g_ptr=potential.contiguous(),
+                lse_ptr=lse,
+                **CONFIGURATION,
             )
         return lse
 
     return Softmins(
-        rows=lambda g, temperature: launch(shared, g, temperature),
-        columns=lambda f, temperature: launch(swapped, f, temperature),
+        rows=lambda g, temperature: update(shared, g, temperature),
+        columns=lambda f, temperature: update(swapped, f, temperature),
     )
 
 

@@ -10,7 +10,7 @@ p + q.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -65,11 +65,15 @@ class SinkhornOutput:
     def apply(self, v: Tensor, *, transpose: bool = False) -> Tensor:
         """P v [B, N, E] of v [B, M, E], or P^T v [B, M, E] of v [B, N, E]; differentiable once.
 
-        Rows of P are formed some at a time, and again for the gradient: memory is O((N + M) E).
+        Rows of P are formed some at a time (2^24 numbers), and again for the gradient: beyond that, memory is
+        O((N + M) E).
         """
         n, m = self._problem.size
         wanted = (len(self.f), n if transpose else m)
-        if v.dim() != 3 or tuple(v.shape[:2]) != wanted:
+        arguments.check_floating("v", v, 3, f"[{wanted[0]}, {wanted[1]}, E]")
+        if v.device != self.f.device:
+            raise ValueError(f"v: got device {v.device}, accepted is that of x, {self.f.device}")
+        if tuple(v.shape[:2]) != wanted:
             raise ValueError(f"v: got shape {tuple(v.shape)}, accepted is [{wanted[0]}, {wanted[1]}, E]")
         if transpose:
             parts = self._by_rows(lambda part, f, g, some: part.plan(f, g).mT @ v[:, some].to(f.dtype))
@@ -94,7 +98,9 @@ class SinkhornOutput:
             plan, cost = part.plan(f, g), part.cost_matrix()
             if terms is not None:
                 cost = cost + terms[0][:, some, None] + terms[1][:, None, :]
-            return torch.where(plan > 0, plan * cost, 0.0).sum((1, 2)) + plan.sum((1, 2)) * 0
+            # A forbidden pair costs infinity and carries nothing; NaN in the plan is not 0 and stays.
+            moved = plan != 0
+            return torch.where(moved, plan * torch.where(moved, cost, 0.0), 0.0).sum((1, 2))
 
         return torch.stack(self._by_rows(part_cost)).sum(0)
 
@@ -112,8 +118,8 @@ class SinkhornOutput:
                 return function(part, f[:, some], g, some)
 
         starts = range(0, max(n, 1), step)
-        if len(starts) == 1:
-            return [of_rows(0)]
+        if not torch.is_grad_enabled():
+            return [of_rows(start) for start in starts]
         return [checkpoint(of_rows, start, use_reentrant=False) for start in starts]
 
     def _check_unchanged(self) -> None:
@@ -169,11 +175,12 @@ def sinkhorn(
             p = 2: rho = 2 * reach**2 on the cost here.)
         max_iter: most iterations at ``eps``, >= 1; one is an update of f and of g.
         tol: a problem stops when its marginal error is at most this, >= 0.
-        scaling: anneal: begin with eps as large as the costs and multiply it by this, between 0 and 1, after
-            each iteration until it is ``eps``. It pays where eps is small.
+        scaling: anneal: begin with eps as large as the costs and multiply it by this, > 0 and at most 0.999,
+            after each iteration until it is ``eps``. It pays where eps is small.
         init: the potential g [B, M] of an earlier solution to start from.
-        precision: of the products of fp32 points on a GPU, ``"fp32"`` (three TF32 products, or IEEE) or
-            ``"tf32"``. fp16 and bf16 points are multiplied as they are and summed in fp32.
+        precision: of the products on a GPU, ``"fp32"`` (three TF32 products, or IEEE) or ``"tf32"`` (one).
+            fp16 and bf16 points are exact in TF32, and always take one product where nothing is subtracted
+            from them first (cosine, dot).
 
     Returns:
         SinkhornOutput. ``value`` is differentiable twice in x, y, a and b (envelope theorem: exact at
@@ -409,7 +416,15 @@ class SinkhornPairwiseOutput:
     backend: str
 
 
+@overload
 def sinkhorn_pairwise(
+    x: Tensor, y: Tensor, *, full_output: Literal[True], **settings: Any
+) -> SinkhornPairwiseOutput: ...
+@overload
+def sinkhorn_pairwise(
+    x: Tensor, y: Tensor, *, full_output: Literal[False] = ..., **settings: Any
+) -> Tensor: ...
+def sinkhorn_pairwise(  # type: ignore[misc]  # the overloads leave its settings unnamed
     x: Tensor,
     y: Tensor,
     *,
@@ -426,20 +441,22 @@ def sinkhorn_pairwise(
     tol: float = 1e-4,
     scaling: float | None = None,
     precision: str = "fp32",
-) -> SinkhornPairwiseOutput:
+    full_output: bool = False,
+) -> Tensor | SinkhornPairwiseOutput:
     """Entropic optimal transport between each of B clouds and each of K others: late interaction.
 
     Args:
         x: [B, N, D], weights ``a`` [B, N], mask ``x_mask`` [B, N].
         y: [K, M, D], weights ``b`` [K, M], mask ``y_mask`` [K, M].
         eps: a number.
+        full_output: return a :class:`SinkhornPairwiseOutput`: the values, and how each pair was solved.
         The others are those of :func:`sinkhorn`.
 
     Returns:
-        SinkhornPairwiseOutput with ``value`` [B, K], differentiable once in x, y, a and b. Forward and
-        backward hold no [B, K, N, M] tensor: costs are formed for a few pairs at a time, in the backward pass
-        again; what is kept are the potentials, B K (N + M) numbers. Pairs with an empty cloud have value 0.
-        NaN in a cloud makes the values of its pairs NaN, and where these enter a loss, its gradients.
+        The values [B, K] in units of the cost, differentiable once in x, y, a and b. Forward and backward
+        hold no [B, K, N, M] tensor: costs are formed for a few pairs at a time, in the backward pass again;
+        what is kept are the potentials, B K (N + M) numbers. Pairs with an empty cloud have value 0. NaN in a
+        cloud makes the values of its pairs NaN, and where these enter a loss, its gradients.
     """
     x, y = arguments.check_points(x, y, same_batch=False)
     arguments.check_cost(cost)
@@ -463,6 +480,8 @@ def sinkhorn_pairwise(
     value, _, _, error, iterations = _call(problem, None, max_iter, tol, factor)
     if means is not None:
         value = value + _between(*means, a, b)
+    if not full_output:
+        return value
     return SinkhornPairwiseOutput(
         value=value,
         marginal_error=error,
@@ -501,21 +520,24 @@ def _centres(
         return None, None
     with torch.no_grad():
         x_mean, y_mean = _mean(x, a), _mean(y, b)
-        if on_cpu(x) and _near_origin(x, a, x_mean) and _near_origin(y, b, y_mean):
-            return None, None
+        if on_cpu(x):
+            near = _near_origin(x, a, x_mean) & _near_origin(y, b, y_mean)
+            if bool(near.all()):
+                return None, None
+            x_mean, y_mean = (torch.where(near[:, None], 0.0, mean) for mean in (x_mean, y_mean))
         if cost == "sqeuclidean" and balanced:
             return x_mean, y_mean
         middle = (x_mean + y_mean) / 2
         return middle, middle.clone()  # an operator's arguments may not share memory
 
 
-def _near_origin(points: Tensor, weights: Tensor, mean: Tensor) -> bool:
-    """Whether moving each cloud to its mean would shorten its longest point by little: then it stays."""
+def _near_origin(points: Tensor, weights: Tensor, mean: Tensor) -> Tensor:
+    """[B], whether moving a cloud to its mean would shorten its longest point by little: then it stays."""
     if not points.numel():
-        return True
+        return torch.ones(len(points), dtype=torch.bool)
     length = torch.linalg.vector_norm(points, dim=2, dtype=mean.dtype)
     longest = torch.where(weights > 0, length, 0.0).amax(1)
-    return bool((4 * torch.linalg.vector_norm(mean, dim=1) <= longest).all())
+    return 4 * torch.linalg.vector_norm(mean, dim=1) <= longest
 
 
 def _mean(points: Tensor, weights: Tensor) -> Tensor:

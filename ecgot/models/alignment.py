@@ -1,12 +1,14 @@
 """Alignment of ECG and report tokens in one space: a contrastive loss and an optimal-transport loss."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecgot.kernels import sinkhorn, sinkhorn_pairwise
+from ecgot.kernels.sinkhorn import SinkhornOutput, SinkhornPairwiseOutput
 from ecgot.models.encoder import EncoderOutput, ResNet1d
 from ecgot.models.text import TextTokens
 
@@ -141,20 +143,13 @@ class AlignmentLoss(nn.Module):
             terms["contrastive"] = contrastive_loss(similarity, text_id, model.temperature)
             total = total + self.contrastive_weight * terms["contrastive"]
         if self.ot_weight:
-            solve = sinkhorn_pairwise if self.ot_pairs == "all" else sinkhorn
-            transport = solve(
-                ecg.tokens,
-                text.tokens,
-                eps=self.eps,
-                cost="cosine",
-                x_mask=ecg.mask,
-                y_mask=text.mask,
-                max_iter=self.max_iter,
-                tol=self.tol,
-            )
+            settings = _transport_settings(ecg, text, self.eps, self.max_iter, self.tol)
+            transport: SinkhornOutput | SinkhornPairwiseOutput
             if self.ot_pairs == "all":
+                transport = sinkhorn_pairwise(ecg.tokens, text.tokens, **settings, full_output=True)
                 terms["ot"] = contrastive_loss(-transport.value, text_id, model.ot_temperature)
             else:
+                transport = sinkhorn(ecg.tokens, text.tokens, **settings)
                 terms["ot"] = transport.value.mean()
             terms["ot_converged"] = transport.converged.float().mean()
             total = total + self.ot_weight * terms["ot"]
@@ -163,13 +158,11 @@ class AlignmentLoss(nn.Module):
 
 def transport_similarity(ecg: Embedding, text: Embedding, *, eps: float, max_iter: int, tol: float) -> Tensor:
     """Minus the transport cost between each ECG and each text: [B, K]; every pair is solved alone."""
-    return -sinkhorn_pairwise(
-        ecg.tokens,
-        text.tokens,
-        eps=eps,
-        cost="cosine",
-        x_mask=ecg.mask,
-        y_mask=text.mask,
-        max_iter=max_iter,
-        tol=tol,
-    ).value
+    return -sinkhorn_pairwise(ecg.tokens, text.tokens, **_transport_settings(ecg, text, eps, max_iter, tol))
+
+
+def _transport_settings(
+    ecg: Embedding, text: Embedding, eps: float, max_iter: int, tol: float
+) -> dict[str, Any]:
+    sides = {"x_mask": ecg.mask, "y_mask": text.mask}
+    return sides | {"cost": "cosine", "eps": eps, "max_iter": max_iter, "tol": tol}

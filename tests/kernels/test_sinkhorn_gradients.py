@@ -103,7 +103,7 @@ def test_divergence_once_and_twice(masked, rho):
 def test_pairs(cost, rho):
     x, y = points(masked=True, shape=(3, 4, 2, 3)), points(masked=True, shape=(2, 2, 5, 3))
     masks = {"x_mask": x["x_mask"], "y_mask": y["y_mask"]}
-    value = lambda x, y: sinkhorn_pairwise(x, y, eps=0.3, cost=cost, **masks, **rho, **EXACT).value  # noqa: E731
+    value = lambda x, y: sinkhorn_pairwise(x, y, eps=0.3, cost=cost, **masks, **rho, **EXACT)  # noqa: E731
     leaves = (x["x"].requires_grad_(), y["y"].requires_grad_())
     assert torch.autograd.gradcheck(value, leaves, eps=1e-5, atol=1e-6)
 

@@ -3,6 +3,7 @@
 Run with TRITON_INTERPRET=1 (or on a GPU) it tests the Triton kernels.
 """
 
+import itertools
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,24 @@ def test_masses_are_free_where_unbalanced(rho):
     close(grad[:, 3], (up - down) / 2e-4, 1e-3)
 
 
+@pytest.mark.parametrize("shift", [10, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rho", MARGINALS, ids=str)
+def test_far_clouds_where_a_marginal_may_be_missed(rho, dtype, shift):
+    """Targets of marginals underflow there while steps to them overflow."""
+    tensors = problem((2, 7, 5, 3), weighted=True)
+    tensors = {k: t.to(dtype) for k, t in tensors.items()}
+    tensors["y"] = tensors["y"] + shift
+    value, _ = solved(tensors, eps=0.1, max_iter=500, tol=-1.0, **rho)
+    x = tensors["x"].requires_grad_()
+    out = sinkhorn(**tensors, eps=0.1, max_iter=500, tol=1e-6, **rho)
+    assert out.converged.all()
+    assert (out.iterations > 1).all()
+    torch.testing.assert_close(out.value.cpu().double(), value, rtol=2e-6, atol=0)
+    (grad,) = torch.autograd.grad(out.value.sum(), x)
+    assert grad.isfinite().all()
+
+
 def test_unbalanced_equals_geomloss_reach():
     geomloss = pytest.importorskip("geomloss")
     tensors = problem((3, 13, 8, 5))
@@ -129,10 +148,23 @@ def test_an_infinite_cost_forbids_a_pair():
     assert (out.plan()[:, 0, :3] < 1e-12).all()
     finite = sinkhorn_from_cost(cost.clamp_max(50.0), eps=0.2, tol=1e-6)
     torch.testing.assert_close(out.value, finite.value, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.transport_cost(), finite.transport_cost(), atol=1e-5, rtol=0)
+    leaf, bounded = cost.clone().requires_grad_(), cost.clamp_max(50.0).requires_grad_()
+    for outcome in (
+        lambda out: out.value.sum(),
+        lambda out: out.plan().square().sum(),
+        lambda out: out.transport_cost().sum(),
+    ):
+        found, expected = (
+            torch.autograd.grad(outcome(sinkhorn_from_cost(c, eps=0.2, tol=1e-6)), c)[0]
+            for c in (leaf, bounded)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     cost[1, 2, 2] = math.nan
     out = sinkhorn_from_cost(cost, eps=0.2, tol=1e-6)
     assert out.converged.tolist() == [True, False]
     assert out.value[1].isnan()
+    assert out.transport_cost()[1].isnan()
 
 
 def test_eps_of_each_problem():
@@ -263,6 +295,8 @@ def test_apply_and_the_rest_are_what_the_plan_says(whole, monkeypatch):
         torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-6)
     with pytest.raises(ValueError, match=r"v: got shape \(2, 9, 3\), accepted is \[2, 7, E\]"):
         out.apply(u)
+    with pytest.raises(TypeError, match=r"v: got list, accepted is a torch\.Tensor"):
+        out.apply([1.0])
 
 
 def test_the_value_is_the_transport_cost_and_the_entropy():
@@ -289,7 +323,7 @@ def test_pairs_are_problems_of_their_own(cost, rho, poisoned_empty):
     a = x_side["a"].float().requires_grad_()
     sides = {"x_mask": x_side["x_mask"], "y_mask": y_side["y_mask"]}
     settings = {"eps": 0.2, "cost": cost, "tol": 1e-6, "max_iter": 5000} | rho
-    out = sinkhorn_pairwise(x, y, a=a, **sides, **settings)
+    out = sinkhorn_pairwise(x, y, a=a, **sides, **settings, full_output=True)
     assert out.value.shape == (4, 3)
     assert out.converged.all()
     assert out.backend == BACKEND
@@ -309,12 +343,41 @@ def test_pairs_are_problems_of_their_own(cost, rho, poisoned_empty):
         torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("rho", [{}, {"rho_x": 0.5, "rho_y": 0.5}], ids=str)
+def test_pairs_against_the_reference(cost, rho):
+    x_side, y_side = problem((3, 7, 3, 5), masked=True), problem((4, 3, 6, 5), seed=1, masked=True)
+    rhos = {"rho": rho["rho_x"]} if rho else {}
+    masks = {"x_mask": x_side["x_mask"], "y_mask": y_side["y_mask"]}
+    found = sinkhorn_pairwise(
+        x_side["x"], y_side["y"], **masks, eps=0.2, cost=cost, tol=1e-6, max_iter=5000, **rhos
+    )
+    for i, j in itertools.product(range(3), range(4)):
+        pair = {"x": x_side["x"][i : i + 1], "y": y_side["y"][j : j + 1]}
+        pair |= {"x_mask": masks["x_mask"][i : i + 1], "y_mask": masks["y_mask"][j : j + 1]}
+        value, _ = solved(pair, eps=0.2, cost=cost, **rho)
+        close(found[i, j], value[0], 3e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 4), (2, 5, 0, 4), (0, 5, 0, 4), (2, 0, 3, 4), (2, 5, 3, 0)])
+@pytest.mark.parametrize("rho", [{}, {"rho": 0.5}], ids=str)
+def test_no_pairs_and_no_points(shape, rho):
+    count_x, n, count_y, m = shape
+    x = torch.randn(count_x, n, 3, device=DEVICE, requires_grad=True)
+    y = torch.randn(count_y, m, 3, device=DEVICE, requires_grad=True)
+    value = sinkhorn_pairwise(x, y, eps=0.3, scaling=0.5, **rho)
+    assert value.shape == (count_x, count_y)
+    value.sum().backward()
+    assert (x.grad == 0).all()
+    assert (y.grad == 0).all()
+
+
 def test_pairs_far_from_the_origin_and_from_each_other():
     tensors = problem((3, 7, 5, 4))
     x, y = tensors["x"] + 100, tensors["y"] - 50
-    out = sinkhorn_pairwise(x.requires_grad_(), y, eps=0.2, tol=1e-5)
+    out = sinkhorn_pairwise(x.requires_grad_(), y, eps=0.2, tol=1e-5, full_output=True)
     exact = sinkhorn_pairwise(x.detach().double(), y.double(), eps=0.2, tol=1e-10, max_iter=10_000)
-    torch.testing.assert_close(out.value.double(), exact.value, rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.value.double(), exact, rtol=1e-6, atol=0)
     assert out.converged.all()
 
 
@@ -331,8 +394,7 @@ def test_pairs_keep_their_memory(monkeypatch):
         "_run",
         lambda loop, count, s, rest: seen.append(s.numel()) or run(loop, count, s, rest),
     )
-    out = sinkhorn_pairwise(x.requires_grad_(), y, eps=0.5)
-    out.value.sum().backward()
+    sinkhorn_pairwise(x.requires_grad_(), y, eps=0.5).sum().backward()
     assert len(seen) >= 20
     assert max(seen) <= 2000
 
@@ -344,7 +406,9 @@ def test_empty_clouds_of_pairs_are_zero_and_nan_stays_where_it_is():
     y[2, 0, 0] = math.nan
     tensors["y_mask"][2, 0] = True
     x = tensors["x"].requires_grad_()
-    out = sinkhorn_pairwise(x, y, x_mask=tensors["x_mask"], y_mask=tensors["y_mask"], eps=0.2)
+    out = sinkhorn_pairwise(
+        x, y, x_mask=tensors["x_mask"], y_mask=tensors["y_mask"], eps=0.2, full_output=True
+    )
     assert (out.value[1] == 0).all()
     assert out.value[[0, 2], 2].isnan().all()
     assert out.value[:, :2].isfinite().all()
@@ -358,7 +422,7 @@ def test_empty_clouds_of_pairs_are_zero_and_nan_stays_where_it_is():
 def test_second_derivatives_of_pairs_are_refused():
     tensors = problem((2, 4, 3, 2))
     x = tensors["x"].requires_grad_()
-    value = sinkhorn_pairwise(x, tensors["y"], eps=0.2).value
+    value = sinkhorn_pairwise(x, tensors["y"], eps=0.2)
     (grad,) = torch.autograd.grad(value.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="accepted are first derivatives"):
         grad.sum().backward()
@@ -368,7 +432,7 @@ def test_pairs_compile_whole():
     tensors = problem((3, 6, 5, 4))
 
     def step(x, y):
-        return sinkhorn_pairwise(x * 2, y, eps=0.2, cost="cosine").value.sum()
+        return sinkhorn_pairwise(x * 2, y, eps=0.2, cost="cosine").sum()
 
     x = tensors["x"].requires_grad_()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -423,10 +487,18 @@ def test_torch_path_alone(rho, monkeypatch):
         x, tensors["y"], x_mask=tensors["x_mask"], y_mask=tensors["y_mask"], a=tensors["a"], b=tensors["b"],
         eps=0.2, tol=1e-6, max_iter=5000, **rho,
     )  # fmt: skip
-    close(pairs.value.diagonal(), value, 3e-5)
-    (grad,) = torch.autograd.grad(pairs.value.trace(), x, retain_graph=True)
+    close(pairs.diagonal(), value, 3e-5)
+    (grad,) = torch.autograd.grad(pairs.trace(), x, retain_graph=True)
     (expected,) = torch.autograd.grad(out.value.sum(), x)
     torch.testing.assert_close(grad, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_far_problem_does_not_change_its_batch_mates():
+    near = problem((3, 9, 7, 4), weighted=True)
+    far = near | {"x": near["x"].clone(), "y": near["y"].clone()}
+    far["x"][1] += 1000
+    values = [sinkhorn(**tensors, eps=0.2).value for tensors in (near, far)]
+    assert (values[0] == values[1]).tolist() == [True, False, True]
 
 
 def test_many_threads_at_once_and_the_number_of_torchs_threads():
@@ -459,7 +531,8 @@ def test_fifty_thousand_points_need_no_matrix():
     [
         ({"rho": 0.0}, "rho: got 0.0, accepted is None or a number > 0"),
         ({"rho": 1.0, "rho_x": 1.0}, "rho: got it beside rho_x or rho_y"),
-        ({"scaling": 1.0}, "scaling: got 1.0, accepted is None or a number between 0 and 1"),
+        ({"scaling": 1.0}, "scaling: got 1.0, accepted is None or a number > 0, up to 0.999"),
+        ({"scaling": 0.99999999}, "scaling: got 0.99999999, accepted is None or a number > 0, up to 0.999"),
         ({"init": torch.zeros(2, 5)}, r"init: got torch.float32 \(2, 5\)"),
         ({"init": [0.0]}, "init: got list"),
         ({"precision": "bf16"}, "precision: got 'bf16', accepted are 'fp32' and 'tf32'"),
