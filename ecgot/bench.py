@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import math
+import os
 import platform
 import statistics
 import time
@@ -364,6 +365,7 @@ def _peak_mb(call: Callable[[], object], device: torch.device) -> float:
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes its own notes to stderr
     with torch.profiler.profile(profile_memory=True) as profiler:
         call()
     held = peak = 0

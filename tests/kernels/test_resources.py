@@ -163,6 +163,30 @@ print(json.dumps([dataclasses.asdict(check(case, {target!r})) for case in last.v
         assert outcome["exponentials"] + outcome["multiply_adds"] + outcome["matrix_products"] > 0
 
 
+def test_an_iteration_of_the_balanced_solver_is_multiply_adds_alone() -> None:
+    code = """
+import dataclasses, json
+from ecgot.kernels.resources import cases, check
+tiles = {(128, 128), (256, 64), (32, 32)}
+chosen = {}
+for case in cases("sm_90", everything=True, kernel="sinkhorn_fwd"):
+    constants = dict(case.constants)
+    tile = constants["BLOCK_N"], constants["BLOCK_M"]
+    if constants["BALANCED"] and constants["COST"] == 0 and tile in tiles:
+        chosen.setdefault(tile, case)  # fp32, no pairs
+print(json.dumps([dataclasses.asdict(check(case, "sm_90")) for case in chosen.values()]))
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)
+    assert len(outcomes) == 3
+    for outcome in outcomes:
+        assert outcome["exponentials"] == 0, outcome
+        assert outcome["matrix_products"] == 0, outcome
+        assert outcome["stack_accesses"] == 0, outcome
+        assert outcome["multiply_adds"] > 0, outcome
+
+
 def test_the_inner_loop_of_nvidia_code_is_the_one_that_iterates() -> None:
     instructions = parse_sass(SASS)
     assert len(instructions) == 26

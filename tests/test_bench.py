@@ -1,0 +1,92 @@
+"""The benchmark's gate and clock, and the command, on cases of a few points."""
+
+import json
+import math
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from ecgot import bench
+from ecgot.cli import cli
+
+CASE = bench.Case(3, 7, 5, 4, eps=0.2)
+PAIRS = bench.PairsCase(4, 4, 6, 5, 4, iterations=10)
+CPU = torch.device("cpu")
+
+
+def _shifted(x, y, case, steps):
+    value, plan = bench._torch(x, y, case, steps)
+    return value + 0.01, plan
+
+
+def _without_gradient_in_y(x, y, case, steps):
+    value, plan = bench._torch(x, y.detach(), case, steps)
+    return value + 0 * y.sum(), plan
+
+
+def test_a_right_provider_is_timed_at_the_tolerance():
+    rows = {row.provider: row for row in bench.compare(CASE, CPU, ("ecgot", "torch"))}
+    assert list(rows) == ["ecgot", "torch"]
+    for row in rows.values():
+        assert not row.refused
+        assert 0 < row.q20_ms <= row.median_ms <= row.q80_ms
+        assert row.rounds >= bench.LEAST_ROUNDS
+        assert row.marginal_error <= CASE.tol * bench.ROUNDING[0] + bench.ROUNDING[1]
+        assert row.peak_mb > 0
+    assert rows["torch"].steps >= 2
+    assert rows["ecgot"].steps is None  # it stops by itself
+
+
+def test_a_wrong_value_or_gradient_is_not_timed(monkeypatch):
+    monkeypatch.setitem(bench.SOLVERS, "wrong", ("torch", _shifted))
+    (row,) = bench.compare(CASE, CPU, ["wrong"])
+    assert "value error" in row.refused
+    assert math.isnan(row.median_ms)
+    monkeypatch.setitem(bench.SOLVERS, "wrong", ("torch", _without_gradient_in_y))
+    (row,) = bench.compare(CASE, CPU, ["wrong"])
+    assert "gradient error" in row.refused
+    assert "value" not in row.refused
+
+
+def test_a_provider_that_stops_too_early_is_not_timed(monkeypatch):
+    monkeypatch.setitem(bench.SOLVERS, "early", ("torch", lambda x, y, case, _: bench._torch(x, y, case, 1)))
+    monkeypatch.setattr(bench, "MOST_STEPS", 60)
+    (row,) = bench.compare(CASE, CPU, ["early"])
+    assert "marginal error" in row.refused
+
+
+def test_what_is_not_installed_or_fails_is_a_row(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory\nmore")
+
+    monkeypatch.setitem(bench.SOLVERS, "absent", ("no_such_package", fails))
+    monkeypatch.setitem(bench.SOLVERS, "fails", ("torch", fails))
+    rows = bench.compare(CASE, CPU, ["absent", "fails"])
+    assert [row.refused for row in rows] == ["no_such_package is not installed", "out of memory"]
+
+
+def test_wrong_pairs_are_not_timed(monkeypatch):
+    monkeypatch.setitem(bench.PAIRS, "wrong", lambda x, y, case: bench.pairs_torch(x, y, case) * 1.1)
+    rows = {row.provider: row for row in bench.compare_pairs(PAIRS, CPU)}
+    assert "value error" in rows["wrong"].refused
+    assert not rows["ecgot"].refused
+    assert rows["ecgot"].median_ms > 0
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_command(as_json, monkeypatch):
+    monkeypatch.setattr(bench, "SHORT", [CASE])
+    monkeypatch.setattr(bench, "PairsCase", lambda: PAIRS)
+    monkeypatch.setattr(bench, "MOST_ROUNDS", 5)
+    run = CliRunner().invoke(cli, ["bench", *(["--json"] if as_json else [])])
+    assert run.exit_code == 0, run.output
+    if not as_json:
+        assert "against ecgot" in run.output
+        assert "1.0 x" in run.output
+        return
+    found = json.loads(run.stdout)
+    assert found["origin"]["torch"] == torch.__version__
+    of_case = [row for row in found["rows"] if row["case"] == str(CASE)]
+    assert {row["provider"] for row in of_case} == set(bench.SOLVERS)
+    assert all((row["median_ms"] is None) == bool(row["refused"]) for row in found["rows"])
