@@ -76,6 +76,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             ]
             axis.plot(*zip(*points, strict=True), marker="o", label=provider) if points else None
         axis.set(xscale="log", yscale="log", xlabel=TITLES[curve])
+        at = [1 / value if curve == "eps" else value for value in CURVES[curve]]
+        axis.set_xticks(at, [f"{value:g}" for value in at])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("forward + backward, ms")
     axes[-1].legend()

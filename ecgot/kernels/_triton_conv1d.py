@@ -178,18 +178,18 @@ def _conv1d_fwd(
 
 
 def compile_cases(
-    precision: str,
+    hip: bool,
 ) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """(name, kernel, signature, constexprs, options) of every launch above that an encoder can ask for.
 
-    precision: of the fp32 products, in place of the one for the GPUs that torch is built for.
+    hip: as where torch is built for AMD's GPUs, in place of what it is built for.
     """
     sizes = [2**power for power in range(4, 10)]  # a configuration knows no other
     for dtype, torch_dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
         found = [_configuration(t, c, o, torch_dtype) for t, c, o in itertools.product(sizes, repeat=3)]
         for configuration in {str(each): each for each in found}.values():
             if dtype == "fp32":
-                configuration["PRECISION"] = precision
+                configuration["PRECISION"] = "ieee" if hip else "tf32x3"
             for k, activation in itertools.product((1, 5, 15), ACTIVATIONS):  # the encoders' kernel sizes
                 for given in itertools.product((False, True), repeat=4):
                     yield _compile_case(dtype, configuration, k, activation, given)

@@ -610,28 +610,42 @@ def fits_implicit(n: int, m: int) -> bool:
     return fits(n, m) and _block(n) * _block(m) <= MAX_IMPLICIT_TILE
 
 
-def _tile_configuration(n: int, m: int) -> dict[str, Any]:
+def _tile_configuration(n: int, m: int, hip: bool = bool(torch.version.hip)) -> dict[str, Any]:
     """Blocks and warps of a kernel that holds a whole n x m problem."""
     block_n, block_m = _block(n), _block(m)
-    cells = block_n * block_m
     return {
         "BLOCK_N": block_n,
         "BLOCK_M": block_m,
         # 16 columns of x and y at a time: with 32 the products' operands push the tile out of the registers.
         "BLOCK_D": 16,
-        "num_warps": 1 if cells <= 16 * 16 else 4 if cells <= 32 * 32 else 8,
+        "num_warps": _warps(block_n, block_m, hip),
         "num_stages": 1,
     }
 
 
-def _pull_configuration(n: int, m: int, d: int) -> dict[str, Any]:
+def _warps(block_n: int, block_m: int, hip: bool) -> int:
+    """The fewest whose registers hold the tile: small problems then share a multiprocessor.
+
+    Found by compiling every tile with 1 to 16. AMD's are twice as wide.
+    """
+    cells = block_n * block_m
+    if hip:
+        return 1 if cells <= 16 * 16 else 2 if cells <= 32 * 64 else 4 if cells <= 64 * 128 else 8
+    if cells == 32 * 64 and max(block_n, block_m) == 64:
+        return 4
+    return 1 if cells <= 16 * 16 else 2 if cells <= 32 * 32 else 8
+
+
+def _pull_configuration(n: int, m: int, d: int, hip: bool = bool(torch.version.hip)) -> dict[str, Any]:
     """Its products want a smaller tile than the solver's loop."""
+    block_n, block_m = min(_block(n), MAX_PULL_N), min(_block(m), MAX_PULL_M)
+    cells = block_n * block_m
     return {
-        "BLOCK_N": min(_block(n), MAX_PULL_N),
-        "BLOCK_M": min(_block(m), MAX_PULL_M),
+        "BLOCK_N": block_n,
+        "BLOCK_M": block_m,
         "BLOCK_D": 16,
         "BLOCK_OUT": min(_block(d), PULL_WIDTH),
-        "num_warps": 4,
+        "num_warps": 2 if cells <= 16 * 32 else 4 if cells <= 32 * 32 or hip else 8,
         "num_stages": 1,
     }
 
@@ -801,15 +815,13 @@ def implicit(
 # --- what compiles ------------------------------------------------------------------------------------------
 
 
-def compile_cases(
-    precision: str,
-) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+def compile_cases(hip: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """(name, kernel, signature, constexprs, options) of every launch above; some come twice.
 
-    precision: of the fp32 products, in place of the one for the GPUs that torch is built for.
+    hip: as where torch is built for AMD's GPUs, in place of what it is built for.
     """
     sides = [2**power for power in range(4, 9)]
-    precisions = (precision,) if precision == "ieee" else (precision, "tf32")
+    precisions = fp32_precisions(hip)
     for n, m in itertools.product(sides, sides):
         if not fits(n, m):
             continue
@@ -820,17 +832,26 @@ def compile_cases(
                     if pairs and cost == "given":
                         continue
                     flags = kind | {"PAIRS": pairs, "BALANCED": balanced}
-                    yield compile_case(_sinkhorn_fwd_kernel, dtype, cost, flags, _tile_configuration(n, m))
+                    yield compile_case(
+                        _sinkhorn_fwd_kernel, dtype, cost, flags, _tile_configuration(n, m, hip)
+                    )
                 if fits_implicit(n, m):
                     yield compile_case(
-                        _sinkhorn_implicit_kernel, dtype, cost, kind, _tile_configuration(n, m)
+                        _sinkhorn_implicit_kernel, dtype, cost, kind, _tile_configuration(n, m, hip)
                     )
     for n, m, d in itertools.product(sides, sides, (16, 32, 64)):
         for dtype, cost, used in itertools.product(("fp32", "fp16", "bf16"), list(COSTS)[:4], precisions):
             kind = {"COST": COSTS[cost], "CENTRED": cost in ("sqeuclidean", "euclidean"), "PRECISION": used}
             for implicit_too in (False, True):
                 flags = kind | {"IMPLICIT": implicit_too}
-                yield compile_case(_sinkhorn_pull_kernel, dtype, cost, flags, _pull_configuration(n, m, d))
+                yield compile_case(
+                    _sinkhorn_pull_kernel, dtype, cost, flags, _pull_configuration(n, m, d, hip)
+                )
+
+
+def fp32_precisions(hip: bool) -> tuple[str, ...]:
+    """What ``_precision`` may answer for fp32 points."""
+    return ("ieee",) if hip else ("tf32x3", "tf32")
 
 
 def compile_case(

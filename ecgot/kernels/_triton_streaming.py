@@ -27,6 +27,7 @@ from ecgot.kernels._triton_sinkhorn import (
     _shared,
     compile_case,
     exchanged,
+    fp32_precisions,
 )
 from ecgot.kernels.dispatch import launch
 
@@ -119,11 +120,11 @@ def softmins(problem: Problem) -> Softmins:
 
 
 def compile_cases(
-    precision: str,
+    hip: bool,
 ) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """As :func:`ecgot.kernels._triton_sinkhorn.compile_cases`."""
-    precisions = (precision,) if precision == "ieee" else (precision, "tf32")
-    for dtype, cost, used in itertools.product(("fp32", "fp16", "bf16"), list(COSTS)[:4], precisions):
+    kinds = itertools.product(("fp32", "fp16", "bf16"), list(COSTS)[:4], fp32_precisions(hip))
+    for dtype, cost, used in kinds:
         flags = {
             "COST": COSTS[cost],
             "CENTRED": cost in ("sqeuclidean", "euclidean"),

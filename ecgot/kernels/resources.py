@@ -44,24 +44,22 @@ class Target:
     """A GPU as Triton names it.
 
     shared_bytes: the shared memory that one program may have there.
-    precision: of fp32 products, as the launchers choose it where torch is built for that GPU.
     """
 
     backend: str
     architecture: int | str
     warp_size: int
     shared_bytes: int
-    precision: str
 
 
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 * 1024, "tf32x3"),
-    "sm_90": Target("cuda", 90, 32, 227 * 1024, "tf32x3"),
-    "sm_100": Target("cuda", 100, 32, 227 * 1024, "tf32x3"),
-    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, "ieee"),
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
 }
 TENSOR_MEMORY_COLUMNS = 512  # that one program may have, on the GPUs with tensor memory
-# Each has compile_cases(precision), built from what its launchers read.
+# Each has compile_cases(hip), built from what its launchers read.
 MODULES = (
     "ecgot.kernels._triton_sinkhorn",
     "ecgot.kernels._triton_streaming",
@@ -111,7 +109,7 @@ def cases(target: str, everything: bool = False, kernel: str = "") -> Iterator[C
     """
     kernels: dict[str, dict[Case, None]] = {}  # the inner dictionaries are ordered sets
     for module in MODULES:
-        found = importlib.import_module(module).compile_cases(TARGETS[target].precision)
+        found = importlib.import_module(module).compile_cases(TARGETS[target].backend == "hip")
         for name, function, *parts in found:
             if kernel not in function.__name__:
                 continue

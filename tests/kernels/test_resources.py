@@ -32,7 +32,7 @@ import triton.language as tl
 def broken(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), undefined)
 
-def compile_cases(precision):
+def compile_cases(hip):
     yield "16", broken, {"x_ptr": "*fp32", "BLOCK": "constexpr"}, {"BLOCK": 16}, {"num_warps": 4}
 """
 
@@ -53,7 +53,7 @@ def held(x_ptr, steps, N: tl.constexpr, M: tl.constexpr, EXPONENTIALS: tl.conste
             tile = tl.exp2(tile)
     tl.store(x_ptr + at, total)
 
-def compile_cases(precision):
+def compile_cases(hip):
     signature = {"x_ptr": "*fp32", "steps": "i32"} | dict.fromkeys(("N", "M", "EXPONENTIALS"), "constexpr")
     for exponentials in (False, True):
         constants = {"N": ROWS, "M": 256, "EXPONENTIALS": exponentials}
