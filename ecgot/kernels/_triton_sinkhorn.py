@@ -645,7 +645,13 @@ def _pull_configuration(n: int, m: int, d: int, hip: bool = bool(torch.version.h
         "BLOCK_M": block_m,
         "BLOCK_D": 16,
         "BLOCK_OUT": min(_block(d), PULL_WIDTH),
-        "num_warps": 2 if cells <= 16 * 32 else 4 if cells <= 32 * 32 or hip else 8,
+        "num_warps": 1
+        if cells <= 16 * 16
+        else 2
+        if cells <= 16 * 32
+        else 4
+        if cells <= 32 * 32 or hip
+        else 8,
         "num_stages": 1,
     }
 

@@ -195,9 +195,9 @@ def sinkhorn(
     In fp32, values are exact to about 1e-6 of the greater of eps and the largest cost between points after
     each cloud is moved to its own mean (both to the mean of the two where unbalanced or Euclidean): clouds
     may lie anywhere, but where one cloud's own clusters lie d apart, differences of 1e-7 d^2 in the squared
-    distance are lost. Choose eps above that, or fp64. Where unbalanced, a mass moves by exp(error / rho): with
-    1e-7 of the largest cost not far below rho, use fp64, as no marginal error shows what rounding did. Derivatives are reverse-mode: ``torch.func.jvp`` and
-    ``torch.func.grad`` over it are refused.
+    distance are lost. Choose eps above that, or fp64. Where unbalanced, a mass moves by exp(error / rho):
+    use fp64 where 1e-7 of the largest cost is not far below rho; no marginal error shows what rounding did.
+    Derivatives are reverse-mode: ``torch.func.jvp`` and ``torch.func.grad`` over it are refused.
 
     On CUDA, problems of up to 128 x 128 points (or 256 x 64, ...) with any D are solved by one Triton program
     each, in one launch; larger ones by a streaming kernel in O((N + M) D) memory; fp64 takes the torch path.
