@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.conftest import OURS, Measure
 from ecgot.kernels import conv1d
-from ecgot.models.encoder import ConvNorm, encoder
+from ecgot.models.encoders import plain_encoder
 
 BATCH = 64
 SAMPLES = 1000
@@ -47,16 +47,17 @@ def _encoder_shapes() -> list[Shape]:
     """Those of the encoder's layers, as it calls them."""
     shapes: dict[Shape, None] = {}
 
-    def note(module: ConvNorm, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        assert isinstance(module, nn.Conv1d)
         c_out, c_in, kernel_size = module.weight.shape
-        shapes[Shape(c_in, c_out, kernel_size, module.stride, inputs[0].shape[1])] = None
+        shapes[Shape(c_in, c_out, kernel_size, module.stride[0], inputs[0].shape[2])] = None
 
-    model = encoder("resnet1d_small").eval()
+    model = plain_encoder("resnet1d_small").eval()
     for module in model.modules():
-        if isinstance(module, ConvNorm):
+        if isinstance(module, nn.Conv1d):
             module.register_forward_hook(note)
     with torch.no_grad():
-        model(torch.zeros(1, model.leads, SAMPLES))
+        model(torch.zeros(1, 12, SAMPLES))
     return list(shapes)
 
 

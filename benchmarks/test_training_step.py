@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.conftest import OURS, Measure
 from ecgot.models.alignment import AlignmentLoss, AlignmentModel
-from ecgot.models.encoder import encoder, masked_mean
+from ecgot.models.encoders import encoder, masked_mean
 from ecgot.models.text import TextTokens
 
 BATCH, LEADS, SAMPLES = 64, 12, 1000

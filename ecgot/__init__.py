@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         sinkhorn_pairwise,
         sinkhorn_varlen,
     )
-    from ecgot.models.encoder import encoder
+    from ecgot.models.encoders import encoder
 
 __all__ = [
     "EcgotError",
@@ -40,7 +40,7 @@ __all__ = [
 _HOME = {
     "SinkhornLoss": "ecgot.kernels.sinkhorn",
     "SinkhornOutput": "ecgot.kernels.sinkhorn",
-    "encoder": "ecgot.models.encoder",
+    "encoder": "ecgot.models.encoders",
     "kernels": "ecgot.kernels",
     "load_dataset": "ecgot.data.dataset",
     "read_record": "ecgot.data.record",

@@ -31,7 +31,7 @@ from ecgot.eval.zeroshot import (
 )
 from ecgot.files import write_text
 from ecgot.models.alignment import AlignmentModel
-from ecgot.models.encoder import EncoderOutput, masked_mean
+from ecgot.models.encoders import EncoderOutput, masked_mean
 from ecgot.models.reporter import Reporter
 from ecgot.models.text import TextEncoder
 from ecgot.train.align import load_alignment

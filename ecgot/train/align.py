@@ -10,7 +10,7 @@ from torch import Tensor
 from ecgot.data.dataset import EcgDataset
 from ecgot.errors import EcgotError
 from ecgot.models.alignment import AlignmentLoss, AlignmentModel
-from ecgot.models.encoder import encoder
+from ecgot.models.encoders import encoder
 from ecgot.models.text import TextEncoder, TextTokens, TokenStore, embed_texts
 from ecgot.train.batches import epoch_order, waveforms
 from ecgot.train.config import Config

@@ -6,6 +6,7 @@ from torch import Tensor
 from ecgot.data.dataset import EcgDataset
 from ecgot.errors import EcgotError
 from ecgot.models.alignment import AlignmentModel
+from ecgot.models.encoders import folded
 from ecgot.train.run import Progress
 
 POOLED_BATCHES = 20
@@ -44,9 +45,10 @@ def encode(
     """
     model.eval()
     device = next(model.parameters()).device
+    encoder = folded(model.encoder)
     tokens, masks = [], []
     for rows in torch.arange(len(dataset)).split(128):
-        encoded = model.encoder(*waveforms(dataset, rows, device))
+        encoded = encoder(*waveforms(dataset, rows, device))
         tokens.append(encoded.tokens.half().cpu())
         masks.append(encoded.mask.cpu())
         progress.bar(task, int(rows[-1]) + 1, len(dataset))

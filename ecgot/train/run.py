@@ -291,7 +291,7 @@ def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         identity = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() == 0 or identity not in seen:
-            kept[name] = tensor
+            kept[name] = tensor.contiguous()  # safetensors refuses others, such as channels-last weights
             seen.add(identity)
     return kept
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from ecgot.data.dataset import EcgDataset, default_cache_dir, load_dataset
 from ecgot.data.ptbxl import check_patient_split
 from ecgot.errors import EcgotError
-from ecgot.models.encoder import encoder
+from ecgot.models.encoders import encoder
 from ecgot.models.reporter import check_language_model
 from ecgot.models.text import TextEncoder
 from ecgot.train.align import load_alignment, train_alignment

@@ -12,7 +12,7 @@ from ecgot.errors import EcgotError
 from ecgot.eval.zeroshot import EmbeddedPrompts, class_scores, embed_prompts, read_prompts, select_prompts
 from ecgot.kernels import reference
 from ecgot.models.alignment import AlignmentModel, Embedding
-from ecgot.models.encoder import encoder
+from ecgot.models.encoders import encoder
 from ecgot.models.text import TextEncoder
 from ecgot.train.config import AlignConfig
 

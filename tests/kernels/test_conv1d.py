@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ecgot.kernels import conv1d, dispatch
+from ecgot.kernels import conv1d, conv1d_backends, dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = dispatch.INTERPRETED or DEVICE == "cuda"
 OPTIONAL = ("bias", "scale", "shift", "residual")
 
-# (B, T, C_in, C_out, K, stride, padding, dilation): nothing is a multiple of anything.
+# (B, T, C_in, C_out, K, stride, padding, dilation[, groups]): nothing is a multiple of anything.
 SHAPES = [
     (2, 37, 12, 19, 5, 1, 2, 1),
     (3, 50, 12, 33, 15, 2, 7, 1),
@@ -21,6 +21,12 @@ SHAPES = [
     (2, 41, 17, 70, 3, 3, 1, 2),
     (1, 130, 1, 1, 4, 1, 0, 3),
     (2, 9, 70, 196, 1, 2, 0, 1),
+    (2, 33, 48, 66, 5, 2, 2, 1, 3),  # groups of 16 channels
+    (2, 21, 12, 6, 4, 1, 3, 1, 2),  # of few
+    (2, 40, 70, 70, 7, 1, 3, 2, 70),  # depthwise
+    (2, 40, 5, 10, 3, 4, 1, 2, 5),  # depthwise with two outputs each; a stride and a dilation with a factor
+    (1, 30, 4, 40, 3, 1, 1, 1, 4),  # one channel to ten
+    (2, 30, 12, 8, 5, 4, 3, 2, 1),  # two of the four phases of the stride meet no tap
 ]
 # Error allowed against fp64 on inputs of the dtype, and why.
 TOLERANCE = {
@@ -32,7 +38,18 @@ TOLERANCE = {
 
 
 def oracle(
-    x, weight, bias=None, scale=None, shift=None, residual=None, *, stride, padding, dilation, activation
+    x,
+    weight,
+    bias=None,
+    scale=None,
+    shift=None,
+    residual=None,
+    *,
+    stride,
+    padding,
+    dilation,
+    groups=1,
+    activation=None,
 ):
     """Taps one after the other, in fp64: no convolution of torch's is involved."""
     batch, length, channels = x.shape
@@ -44,7 +61,9 @@ def oracle(
     y = 0
     for tap in range(k):
         rows = [t * stride + tap * dilation for t in range(t_out)]
-        y = y + torch.einsum("btc,oc->bto", padded[:, rows], weight[:, :, tap])
+        x_groups = padded[:, rows].unflatten(2, (groups, -1))
+        w_groups = weight[:, :, tap].unflatten(0, (groups, -1))
+        y = y + torch.einsum("btgc,goc->btgo", x_groups, w_groups).flatten(2)
     y = y if bias is None else y + bias
     y = y if scale is None else y * scale
     y = y if shift is None else y + shift
@@ -61,12 +80,12 @@ def oracle(
 def layer(
     shape, *, optional=OPTIONAL, dtype=torch.float32, seed=0
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    batch, length, c_in, c_out, k, stride, padding, dilation = shape
+    batch, length, c_in, c_out, k, stride, padding, dilation, groups = (*shape, 1)[:9]
     t_out = (length + 2 * padding - dilation * (k - 1) - 1) // stride + 1
     generator = torch.Generator().manual_seed(seed)
     sizes = {
         "x": (batch, length, c_in),
-        "weight": (c_out, c_in, k),
+        "weight": (c_out, c_in // groups, k),
         "bias": (c_out,),
         "scale": (c_out,),
         "shift": (c_out,),
@@ -77,8 +96,8 @@ def layer(
         for name, size in sizes.items()
         if name in ("x", "weight", *optional)
     }
-    tensors["weight"] /= math.sqrt(c_in * k)
-    return tensors, {"stride": stride, "padding": padding, "dilation": dilation}
+    tensors["weight"] /= math.sqrt(c_in // groups * k)
+    return tensors, {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
 
 
 def check_against_oracle(tensors, geometry, activation, tolerance):
@@ -167,6 +186,81 @@ def test_strided_input():
     check_against_oracle(tensors, geometry, "relu", TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[9]])
+def test_what_lies_beyond_a_record_is_not_read(shape):
+    tensors, geometry = layer(shape, optional=("bias",))
+    lengths = torch.tensor([9, 31, 50][: shape[0]])
+    tensors["x"] = torch.where(
+        torch.arange(shape[1]).to(DEVICE)[:, None] < lengths.to(DEVICE)[:, None, None], tensors["x"], math.nan
+    )
+    x, weight = (tensors[name].requires_grad_() for name in ("x", "weight"))
+    y = conv1d(**tensors, **geometry, lengths=lengths)
+    alone = [conv1d(x[b : b + 1, :n], weight, tensors["bias"], **geometry)[0] for b, n in enumerate(lengths)]
+    for padded, cropped in zip(y, alone, strict=True):
+        torch.testing.assert_close(padded[: len(cropped)], cropped)
+    total = lambda rows: sum(r[: len(c)].square().sum() for r, c in zip(rows, alone, strict=True))  # noqa: E731
+    grads, expected = (torch.autograd.grad(total(rows), (x, weight)) for rows in (y, alone))
+    for grad, expected_grad in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_precisions(precision):
+    tensors, geometry = layer(SHAPES[1], optional=())
+    expected = conv1d(**tensors, **geometry)
+    y = conv1d(**tensors, **geometry, precision=precision)
+    torch.testing.assert_close(y, expected, atol=2e-2 if precision == "tf32" else 1e-5, rtol=1e-5)
+
+
+def error_of_torch(tensors, geometry, cotangent):
+    """y and gradients of torch.nn.functional.conv1d, channels-first, in the tensors' dtype."""
+    x, weight = (tensors[name].detach().clone().requires_grad_() for name in ("x", "weight"))
+    y = torch.nn.functional.conv1d(x.transpose(1, 2), weight, **geometry).transpose(1, 2)
+    return y, *torch.autograd.grad(y, (x, weight), cotangent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(4))
+def test_error_is_at_most_twice_that_of_torch(dtype, seed):
+    generator = torch.Generator().manual_seed(200 + seed)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
+    groups = (1, 1, 4, 12)[seed]
+    shape = (2, draw(60, 150), 12 * draw(1, 4), 196 if seed == 0 else 12 * draw(1, 4), draw(1, 9))
+    shape = (*shape, draw(1, 3), draw(0, 4), 1, groups)
+    tensors, geometry = layer(shape, optional=(), dtype=dtype, seed=seed)
+    leaves = [t.requires_grad_() for t in tensors.values()]
+    y = conv1d(*leaves, **geometry)
+    cotangent = torch.randn(y.shape, generator=generator).to(y)
+    ours = (y, *torch.autograd.grad(y, leaves, cotangent))
+    torchs = error_of_torch(tensors, geometry, cotangent)
+    truth = [t.detach().double().requires_grad_() for t in leaves]
+    expected = oracle(*truth, **geometry)
+    expected = (expected, *torch.autograd.grad(expected, truth, cotangent.double()))
+    for name, a, b, c in zip(("y", "x", "weight"), ours, torchs, expected, strict=True):
+        error, theirs = ((t.double() - c).square().mean().sqrt().item() for t in (a, b))
+        # Sums in fp32 may come out exact by chance; an ulp of the largest entry is no error.
+        assert error <= 2 * theirs + torch.finfo(torch.float32).eps * c.abs().max().item(), name
+
+
+def test_the_same_input_gives_the_same_bits():
+    tensors, geometry = layer((3, 300, 12, 33, 5, 2, 2, 1), optional=())
+    leaves = [t.requires_grad_() for t in tensors.values()]
+    y = conv1d(*leaves, **geometry)
+    first, second = (torch.autograd.grad(y.square().sum(), leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_choice_of_backend_can_be_seen_and_forced():
+    wide = conv1d_backends((512, 512, 3), dtype=torch.bfloat16)
+    narrow = conv1d_backends((64, 64, 5), stride=2, dtype=torch.bfloat16)
+    assert set(wide.values()) == {"torch"}
+    assert narrow == {"forward": "triton", "input_gradient": "torch", "weight_gradient": "triton"}
+    tensors, geometry = layer(SHAPES[0], optional=())
+    outputs = [conv1d(**tensors, **geometry, backend=backend) for backend in ("auto", "torch", "triton")]
+    for y in outputs[1:]:
+        torch.testing.assert_close(y, outputs[0], atol=1e-5, rtol=1e-5)
+
+
 def test_empty_batch():
     tensors, geometry = layer((0, 20, 3, 4, 5, 1, 2, 1), optional=("bias", "scale"))
     leaves = {name: t.requires_grad_() for name, t in tensors.items()}
@@ -196,15 +290,20 @@ def test_gradients_by_finite_differences(activation):
     assert torch.autograd.gradcheck(apply, [t.requires_grad_() for t in tensors.values()])
 
 
-@pytest.mark.skipif(not TRITON, reason="the operator runs Triton alone: set TRITON_INTERPRET=1 or use a GPU")
-@pytest.mark.parametrize("optional", [(), OPTIONAL])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_opcheck(optional, activation):
-    tensors, geometry = layer((2, 7, 3, 4, 3, 2, 1, 1), optional=optional)
-    t = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-    args = (t["x"], t["weight"], t.get("bias"), *geometry.values())
-    args += (t.get("scale"), t.get("shift"), t.get("residual"), activation)
-    torch.library.opcheck(torch.ops.ecgot.conv1d_fwd.default, args)
+@pytest.mark.parametrize("statistics", [False, True])
+def test_opcheck(statistics):
+    (x, w), c = (t.values() for t in layer((2, 7, 3, 4, 3, 2, 1, 1), optional=()))
+    vectors = [torch.rand(3, device=DEVICE) for _ in range(3)]
+    lengths = torch.tensor([7, 4], dtype=torch.int32, device=DEVICE)
+    signal = (x, *vectors, "relu", lengths)
+    after = (None, None, None, None, None, statistics, lengths // 2, "fp32", "auto")
+    torch.library.opcheck(torch.ops.ecgot.conv1d_forward.default, (*signal, w, *c, 1, *after))
+    y = torch.rand(2, 4, 4, device=DEVICE)
+    of_y = [torch.rand(4, device=DEVICE) for _ in range(3)]
+    grad = (y.sin(), y if statistics else None, *(of_y if statistics else [None] * 3), lengths // 2)
+    torch.library.opcheck(
+        torch.ops.ecgot.conv1d_gradients.default, (*grad, w, *c, 1, *signal, True, statistics, "fp32", "auto")
+    )
 
 
 def test_compiles_whole():
@@ -235,6 +334,12 @@ def test_compiles_whole():
         ({"padding": -1}, "padding: got -1, accepted is an integer >= 0"),
         ({"dilation": 1.5}, "dilation: got 1.5"),
         ({"activation": "tanh"}, "activation: got 'tanh'"),
+        ({"groups": 2}, "groups: got 2, accepted is a divisor of C_in = 3"),
+        ({"groups": 3, "weight": torch.zeros(4, 1, 3)}, "groups: got 3, accepted is a divisor of C_out = 4"),
+        ({"lengths": torch.tensor([3])}, r"lengths: got \(1,\), accepted is a tensor of shape \(2,\)"),
+        ({"lengths": torch.tensor([3.0, 2.0])}, "lengths: got dtype torch.float32, accepted are integers"),
+        ({"precision": "fp16"}, "precision: got 'fp16', accepted are 'fp32', 'tf32' and 'ieee'"),
+        ({"backend": "cudnn"}, "backend: got 'cudnn', accepted are 'auto', 'triton' and 'torch'"),
         ({"scale": torch.zeros(3)}, r"scale: got shape \(3,\), accepted is \(4,\)"),
         ({"residual": torch.zeros(2, 5, 4)}, r"residual: got shape \(2, 5, 4\), accepted is \(2, 3, 4\)"),
     ],

@@ -160,7 +160,8 @@ print(json.dumps([dataclasses.asdict(check(case, {target!r})) for case in last.v
         assert outcome["error"] is None
         assert 0 < outcome["registers"] <= (255 if target.startswith("sm_") else 512)
         assert outcome["spilled_bytes"] == 0
-        assert outcome["exponentials"] + outcome["multiply_adds"] + outcome["matrix_products"] > 0
+        work = [outcome[name] for name in ("exponentials", "multiply_adds", "matrix_products")]
+        assert work == [None] * 3 or sum(work) > 0  # a kernel without a loop has no inner work
 
 
 def test_an_iteration_of_the_balanced_solver_is_multiply_adds_alone() -> None:
@@ -380,9 +381,9 @@ def _tiles_and_pairs(target: str, everything: bool) -> set[tuple]:
     """Every tile of every kernel, and every pair of its other values."""
     found: set[tuple] = set()
     for case in resources.cases(target, everything):
-        values = dict(case.constants) | {"dtype": dict(case.signature)["x_ptr"]}
+        values = dict(case.constants) | {"dtype": dict(case.signature).get("x_ptr")}
         blocks = [name for name in values if name.startswith("BLOCK_")]
         found.add((case.kernel, *(values.pop(name) for name in blocks)))
-        del values["PRECISION"]  # follows from target and dtype
+        values.pop("PRECISION", None)  # follows from target and dtype
         found.update((case.kernel, *pair) for pair in itertools.combinations(values.items(), 2))
     return found

@@ -14,7 +14,7 @@ from ecgot.models.alignment import (
     contrastive_loss,
     transport_similarity,
 )
-from ecgot.models.encoder import encoder
+from ecgot.models.encoders import encoder
 from ecgot.models.text import TextTokens
 
 
@@ -31,7 +31,7 @@ def model():
     model = AlignmentModel(encoder("resnet1d_tiny"), text_width=24, width=32)
     for layer in model.modules():
         # Zero as they start, these gates keep gradients from what lies behind them.
-        if isinstance(layer, torch.nn.BatchNorm2d):
+        if isinstance(layer, torch.nn.BatchNorm1d):
             torch.nn.init.uniform_(layer.weight, 0.5, 1.0)
     return model
 

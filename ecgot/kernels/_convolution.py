@@ -1,0 +1,138 @@
+"""What a convolution is told: its geometry, what it reads, what it does to its sums, and gradients."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """As in ``torch.nn.functional.conv1d``, but that the zeros at the end may be fewer or more."""
+
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+    end: int | None = None
+
+    @property
+    def paddings(self) -> tuple[int, int]:
+        return self.padding, self.padding if self.end is None else self.end
+
+    def length(self, t: int | Tensor, k: int) -> int | Tensor:
+        """Output samples of t input samples under k taps; of a record as if it were alone."""
+        return (t + sum(self.paddings) - self.dilation * (k - 1) - 1) // self.stride + 1
+
+
+def geometry(stride: int, padding: int | tuple[int, int], dilation: int, groups: int) -> Geometry:
+    """From a public function's arguments.
+
+    Raises:
+        ValueError: one is not an integer, or too small.
+    """
+    both = padding if isinstance(padding, tuple) and len(padding) == 2 else (padding, padding)
+    given = {"stride": (stride, 1), "dilation": (dilation, 1), "groups": (groups, 1)}
+    for name, (value, least) in given.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: got {value!r}, accepted is an integer >= {least}")
+    if not all(isinstance(value, int) and value >= 0 for value in both):
+        raise ValueError(f"padding: got {padding!r}, accepted is an integer >= 0 or a pair of them")
+    return Geometry(stride, both[0], dilation, groups, both[1])
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Activations [B, T, C]: values, or act((values - mean) * scale + shift) that nobody has computed yet.
+
+    A batch norm leaves its result in this form, and the convolution after it normalises what it reads.
+
+    Attributes:
+        values: [B, T, C], any strides.
+        mean, scale, shift: [C], fp32 (fp64 for fp64 values), or None.
+        activation: None, "relu", "gelu" or "silu"; only where there is a mean.
+        lengths: [B], int32: samples of each record. What lies beyond is read as 0, whatever it is. None: all.
+    """
+
+    values: Tensor
+    mean: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    activation: str | None = None
+    lengths: Tensor | None = None
+
+
+class Recipe:
+    """How to compute values anew in the backward, where they are not kept; filled in by what made them.
+
+    The join that used them needs them first and leaves them here for the convolution that made them.
+    """
+
+    def __init__(self) -> None:
+        self.make: Callable[..., Tensor] | None = None
+        self.inputs: tuple[Tensor | None, ...] = ()
+        self._values: Tensor | None = None
+
+    def leave(self, inputs: Sequence[Tensor | None]) -> Tensor:
+        assert self.make is not None
+        self._values = self.make(*inputs)
+        return self._values
+
+    def take(self, inputs: Sequence[Tensor | None]) -> Tensor:
+        values, self._values = self._values, None
+        if values is not None:
+            return values
+        assert self.make is not None
+        return self.make(*inputs)
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """act(scale * (sums + bias) + shift + residual), vectors [C_out], residual [B, T_out, C_out]."""
+
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+    activation: str | None = None
+
+
+PLAIN = Epilogue()
+
+
+@dataclass(frozen=True)
+class OutputGradient:
+    """The gradient in y: g [B, T_out, C_out], or g + c0 + c1 * (y - mean) where y's statistics were used.
+
+    mean, c0, c1 [C_out] as in Signal; 0 from each record's end (lengths [B], of the output) on.
+    """
+
+    g: Tensor
+    y: Tensor | None = None
+    mean: Tensor | None = None
+    c0: Tensor | None = None
+    c1: Tensor | None = None
+    lengths: Tensor | None = None
+
+
+Given = TypeVar("Given", Signal, Epilogue, OutputGradient)
+
+
+def in_dtype(given: Given, dtype: torch.dtype) -> Given:
+    """With its signals, which are those of three dimensions, in another dtype."""
+    changed = {
+        field.name: value.to(dtype)
+        for field in dataclasses.fields(given)
+        if isinstance(value := getattr(given, field.name), Tensor) and value.dim() == 3
+    }
+    return dataclasses.replace(given, **changed)  # type: ignore[arg-type]
+
+
+def validity(lengths: Tensor | None, t: int) -> Tensor | None:
+    """[B, t, 1], True before each record's end; None where all is valid."""
+    if lengths is None:
+        return None
+    return (torch.arange(t, device=lengths.device) < lengths[:, None])[:, :, None]

@@ -1,0 +1,212 @@
+"""What the fused encoders are built of: torch's own modules, run by this package's kernels.
+
+A layer keeps its parameters in ``nn.Conv1d`` and ``nn.BatchNorm1d`` (or ``nn.SyncBatchNorm``), so that state
+dicts, initialisation and conversions are torch's; what runs is :func:`ecgot.kernels.conv1d_norm`.
+Activations travel as :class:`ecgot.kernels.Signal`, channels-last and with each record's length, through
+strides and pools.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ecgot.errors import EcgotError
+from ecgot.kernels import Signal, computed, conv1d, conv1d_norm
+
+
+@dataclass
+class EncoderOutput:
+    """tokens [B, N, D], mask [B, N] (True where a token covers signal), pooled [B, D] (mean of tokens)."""
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+
+def entered(waveform: Tensor, lengths: Tensor | None, leads: int) -> Signal:
+    """The signal that a first convolution reads, of waveform [B, L, T] as it lies in memory.
+
+    Raises:
+        EcgotError: the waveform does not have L leads.
+    """
+    if waveform.dim() != 3 or waveform.shape[1] != leads:
+        raise EcgotError(f"waveform: got shape {tuple(waveform.shape)}, accepted is [B, {leads} leads, T]")
+    if lengths is not None:
+        lengths = lengths.to(waveform.device, torch.int32)
+    return Signal(waveform.transpose(1, 2), lengths=lengths)
+
+
+def left(x: Signal) -> EncoderOutput:
+    """Tokens, 0 beyond a record's end, their mask and mean."""
+    x = computed(x)
+    tokens = x.values
+    if x.lengths is None:
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return EncoderOutput(tokens, mask, tokens.mean(1))
+    mask = torch.arange(tokens.shape[1], device=tokens.device) < x.lengths[:, None]
+    tokens = torch.where(mask[:, :, None], tokens, 0.0)
+    return EncoderOutput(tokens, mask, masked_mean(tokens, mask))
+
+
+def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean [B, D] of tokens [B, N, D] over the N where mask [B, N] is True; 0 where there is none."""
+    weight = mask.to(tokens.dtype)
+    weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
+    return (weight[:, None, :] @ tokens).squeeze(1)
+
+
+def normalized(
+    x: Signal,
+    conv: nn.Conv1d,
+    norm: nn.BatchNorm1d | nn.SyncBatchNorm,
+    activation: str | None = None,
+    *,
+    residual: Signal | None = None,
+    recompute: bool = False,
+    channels: slice = slice(None),
+) -> Signal:
+    """activation(norm(conv(x)) + residual), in training and evaluation as the modules would do it.
+
+    channels: those of a wider norm that this convolution makes.
+    recompute: convolve again in the backward rather than keep the output, see
+        :func:`ecgot.kernels.conv1d_norm`.
+    """
+    batch_statistics = norm.training or norm.running_mean is None
+    if not (batch_statistics or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        return _inferred(x, conv, norm, activation, residual, channels)
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.num_batches_tracked is not None:
+        if not channels.start:  # once, where several convolutions share a norm
+            norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # a plain average of all batches
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    vectors: tuple[Tensor | None, ...] = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    if channels != slice(None):
+        vectors = tuple(None if vector is None else vector[channels] for vector in vectors)
+    return conv1d_norm(
+        x,
+        conv.weight,
+        *vectors,  # type: ignore[arg-type]
+        training=batch_statistics,
+        momentum=momentum,
+        eps=norm.eps,
+        activation=activation,
+        residual=residual,
+        recompute=recompute,
+        process_group=_process_group(norm),
+        **_geometry(conv),
+    )
+
+
+def _inferred(
+    x: Signal,
+    conv: nn.Conv1d,
+    norm: nn.BatchNorm1d | nn.SyncBatchNorm,
+    activation: str | None,
+    residual: Signal | None,
+    channels: slice,
+) -> Signal:
+    """Without gradients: the norm is folded into the weight; once for all in what :func:`folded` returns."""
+    x = computed(x)
+    device = x.values.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else conv.weight.dtype
+    kept = conv.__dict__.get(KEPT)
+    key = dtype, conv.weight.device
+    if kept is None or key not in kept:
+        layer = _fold(conv, norm, channels, dtype)
+        if kept is not None:
+            kept[key] = layer
+    else:
+        layer = kept[key]
+    weight, scale, shift = layer
+    y = conv1d(
+        x.values.to(dtype),
+        weight,
+        scale=scale,
+        shift=shift,
+        residual=None if residual is None else computed(residual).values.to(dtype),
+        activation=activation,
+        lengths=x.lengths,
+        **_geometry(conv),
+    )
+    return Signal(y, lengths=None if x.lengths is None else strided(x.lengths, conv))
+
+
+def _fold(
+    conv: nn.Conv1d, norm: nn.BatchNorm1d | nn.SyncBatchNorm, channels: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """weight, scale and shift; no scale where it is in the weight, which half precision would round."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.weight * torch.rsqrt(norm.running_var + norm.eps))[channels]
+    shift = (norm.bias[channels] - norm.running_mean[channels] * scale).to(dtype)
+    weight = conv.weight.detach()
+    if dtype.itemsize == 2:
+        return channels_last(weight.to(dtype)), scale.to(dtype), shift
+    return channels_last(weight * scale[:, None, None]), None, shift
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """[C_out, C_in, K] with the channels innermost, as convolutions of channels-last signals read it."""
+    return weight.permute(0, 2, 1).contiguous().permute(0, 2, 1)
+
+
+KEPT = "_folded"  # attribute of a convolution: its folded weights by dtype and device
+
+Encoder = TypeVar("Encoder", bound=nn.Module)
+
+
+def folded(encoder: Encoder) -> Encoder:
+    """A copy for inference, in evaluation mode: norms are folded into weights once, at the first use.
+
+    The copy is of the weights as they are now, and must not be trained or loaded into.
+    """
+    copied = copy.deepcopy(encoder).eval().requires_grad_(False)
+    for module in copied.modules():
+        if isinstance(module, nn.Conv1d):
+            module.__dict__[KEPT] = {}
+    return copied
+
+
+def convolved(
+    x: Signal, conv: nn.Conv1d, activation: str | None = None, padding: tuple[int, int] | None = None
+) -> Signal:
+    """activation(conv(x)), bias included; padding on the left and right in place of the module's."""
+    geometry = _geometry(conv)
+    if padding is not None:
+        geometry["padding"] = padding
+    x = computed(x)
+    values, weight, bias = x.values, conv.weight, conv.bias
+    y = conv1d(values, weight, bias, activation=activation, lengths=x.lengths, **geometry)
+    return Signal(y, lengths=None if x.lengths is None else strided(x.lengths, conv, geometry["padding"]))
+
+
+def strided(lengths: Tensor, conv: nn.Conv1d, padding: int | tuple[int, int] | None = None) -> Tensor:
+    """Tokens of records of these lengths after a convolution."""
+    (kernel_size,), (stride,), (dilation,) = conv.kernel_size, conv.stride, conv.dilation
+    padding = conv.padding[0] if padding is None else padding  # type: ignore[assignment]
+    both = sum(padding) if isinstance(padding, tuple) else 2 * padding  # type: ignore[operator]
+    return ((lengths + both - dilation * (kernel_size - 1) - 1) // stride + 1).clamp_min(0)
+
+
+def _geometry(conv: nn.Conv1d) -> dict:
+    return {
+        "stride": conv.stride[0],
+        "padding": conv.padding[0],
+        "dilation": conv.dilation[0],
+        "groups": conv.groups,
+    }
+
+
+def _process_group(norm: nn.Module) -> object | None:
+    """Of a SyncBatchNorm in training over several processes."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training):
+        return None
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    group = norm.process_group or torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None

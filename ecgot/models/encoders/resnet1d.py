@@ -1,0 +1,40 @@
+"""Residual networks: MERL's ResNet18 and 50, the PTB-XL benchmark's resnet1d_wang, and our own."""
+
+from torch import Tensor
+
+from ecgot.kernels import Signal
+from ecgot.models.encoders.blocks import EncoderOutput, entered, left, normalized
+from ecgot.models.encoders.plain import PlainBasicBlock, PlainBottleneck, PlainResNet1d
+
+
+class BasicBlock(PlainBasicBlock):
+    def forward(self, x: Signal) -> Signal:  # type: ignore[override]
+        residual = normalized(x, *self.shortcut) if len(self.shortcut) else x
+        y = normalized(x, self.conv1, self.bn1, "relu")
+        return normalized(y, self.conv2, self.bn2, "relu", residual=residual)
+
+
+class Bottleneck(PlainBottleneck):
+    def forward(self, x: Signal) -> Signal:  # type: ignore[override]
+        residual = normalized(x, *self.shortcut) if len(self.shortcut) else x
+        y = normalized(x, self.conv1, self.bn1, "relu")
+        y = normalized(y, self.conv2, self.bn2, "relu")
+        # The widest output of the block comes from its cheapest convolution.
+        return normalized(y, self.conv3, self.bn3, "relu", residual=residual, recompute=True)
+
+
+class ResNet1d(PlainResNet1d):
+    """Residual network over an ECG; see :class:`PlainResNet1d` for its arguments."""
+
+    basic, bottleneck = BasicBlock, Bottleneck
+
+    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> EncoderOutput:  # type: ignore[override]
+        """waveform [B, L, T] in mV, lengths [B] valid samples of each record (all T where omitted).
+
+        A record padded beyond its length gives what the cropped record gives.
+        """
+        x = normalized(entered(waveform, lengths, self.leads), self.conv1, self.bn1, "relu")
+        for index in range(self.depth):
+            for block in getattr(self, f"layer{index + 1}"):
+                x = block(x)
+        return left(x)
