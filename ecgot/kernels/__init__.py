@@ -1,7 +1,8 @@
 """Triton kernels with torch paths: batched Sinkhorn optimal transport and fused ECG convolutions."""
 
-from ecgot.kernels._convolution import Signal
+from ecgot.kernels._convolution import FoldedLayer, Signal
 from ecgot.kernels.conv1d import conv1d
+from ecgot.kernels.conv1d_bottleneck import conv1d_bottleneck
 from ecgot.kernels.conv1d_norm import computed, conv1d_norm, join, max_pool1d, mean_pool1d
 from ecgot.kernels.conv1d_table import conv1d_backends
 from ecgot.kernels.sinkhorn import (
@@ -17,6 +18,7 @@ from ecgot.kernels.sinkhorn import (
 )
 
 __all__ = [
+    "FoldedLayer",
     "Signal",
     "SinkhornDivergenceOutput",
     "SinkhornLoss",
@@ -25,6 +27,7 @@ __all__ = [
     "computed",
     "conv1d",
     "conv1d_backends",
+    "conv1d_bottleneck",
     "conv1d_norm",
     "join",
     "max_pool1d",

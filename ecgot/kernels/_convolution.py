@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -101,6 +101,20 @@ class Epilogue:
 
 
 PLAIN = Epilogue()
+
+
+class FoldedLayer(NamedTuple):
+    """A convolution and its batch norm at inference: scale * conv(x) + shift.
+
+    weight [C_out, C_in, K]; scale [C_out], or None where it is in the weight; shift [C_out].
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    shift: Tensor
+
+    def to(self, dtype: torch.dtype) -> "FoldedLayer":
+        return FoldedLayer(*(None if part is None else part.to(dtype) for part in self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

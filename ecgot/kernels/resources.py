@@ -64,6 +64,7 @@ MODULES = (
     "ecgot.kernels._triton_sinkhorn",
     "ecgot.kernels._triton_streaming",
     "ecgot.kernels._triton_conv1d",
+    "ecgot.kernels._triton_bottleneck",
 )
 
 

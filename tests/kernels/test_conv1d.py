@@ -119,13 +119,6 @@ def check_against_oracle(tensors, geometry, activation, tolerance):
         )
 
 
-@pytest.fixture
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN, so that an element the kernel forgot to write shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
 def test_equals_fp64_oracle(shape, activation, poisoned_empty):

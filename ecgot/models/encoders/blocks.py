@@ -7,14 +7,26 @@ strides and pools.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ecgot.errors import EcgotError
-from ecgot.kernels import Signal, computed, conv1d, conv1d_norm
+from ecgot.kernels import FoldedLayer, Signal, computed, conv1d, conv1d_bottleneck, conv1d_norm
+
+Norm = nn.BatchNorm1d | nn.SyncBatchNorm
+Layer = tuple[nn.Conv1d, Norm]
+
+
+class Bottleneck(Protocol):
+    """1x1, convolution, 1x1, each with a batch norm, and a shortcut."""
+
+    def layers(self) -> tuple[Layer, Layer, Layer]: ...
+
+    def shortcut_of(self, x: Signal) -> Signal: ...
 
 
 @dataclass
@@ -61,7 +73,7 @@ def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
 def normalized(
     x: Signal,
     conv: nn.Conv1d,
-    norm: nn.BatchNorm1d | nn.SyncBatchNorm,
+    norm: Norm,
     activation: str | None = None,
     *,
     residual: Signal | None = None,
@@ -74,8 +86,7 @@ def normalized(
     recompute: convolve again in the backward rather than keep the output, see
         :func:`ecgot.kernels.conv1d_norm`.
     """
-    batch_statistics = norm.training or norm.running_mean is None
-    if not (batch_statistics or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+    if _infers(norm):
         return _inferred(x, conv, norm, activation, residual, channels)
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.training and norm.num_batches_tracked is not None:
@@ -90,7 +101,7 @@ def normalized(
         x,
         conv.weight,
         *vectors,  # type: ignore[arg-type]
-        training=batch_statistics,
+        training=norm.training or norm.running_mean is None,
         momentum=momentum,
         eps=norm.eps,
         activation=activation,
@@ -104,31 +115,20 @@ def normalized(
 def _inferred(
     x: Signal,
     conv: nn.Conv1d,
-    norm: nn.BatchNorm1d | nn.SyncBatchNorm,
+    norm: Norm,
     activation: str | None,
     residual: Signal | None,
     channels: slice,
 ) -> Signal:
     """Without gradients: the norm is folded into the weight; once for all in what :func:`folded` returns."""
     x = computed(x)
-    device = x.values.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else conv.weight.dtype
-    kept = conv.__dict__.get(KEPT)
-    key = dtype, conv.weight.device
-    if kept is None or key not in kept:
-        layer = _fold(conv, norm, channels, dtype)
-        if kept is not None:
-            kept[key] = layer
-    else:
-        layer = kept[key]
-    weight, scale, shift = layer
+    weight, scale, shift = _folded_layer(conv, norm, channels, x.values)
     y = conv1d(
-        x.values.to(dtype),
+        x.values.to(weight.dtype),
         weight,
         scale=scale,
         shift=shift,
-        residual=None if residual is None else computed(residual).values.to(dtype),
+        residual=None if residual is None else computed(residual).values.to(weight.dtype),
         activation=activation,
         lengths=x.lengths,
         **_geometry(conv),
@@ -136,18 +136,80 @@ def _inferred(
     return Signal(y, lengths=None if x.lengths is None else strided(x.lengths, conv))
 
 
-def _fold(
-    conv: nn.Conv1d, norm: nn.BatchNorm1d | nn.SyncBatchNorm, channels: slice, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """weight, scale and shift; no scale where it is in the weight, which half precision would round."""
+def bottlenecks(x: Signal, blocks: Sequence[Bottleneck]) -> Signal:
+    """Bottleneck blocks in a row; at inference each makes the next one's first convolution, too."""
+    narrowed = None
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        narrow, middle, wide = block.layers()
+        residual = block.shortcut_of(x)
+        y = normalized(x, *narrow, "relu") if narrowed is None else narrowed
+        if any(not _infers(norm) for _, norm in (narrow, middle, wide)):
+            y = normalized(y, *middle, "relu")
+            # The widest output of the block comes from its cheapest convolution.
+            x = normalized(y, *wide, "relu", residual=residual, recompute=True)
+            continue
+        layers = [middle, wide] if following is None else [middle, wide, following.layers()[0]]
+        x, narrowed = _inferred_bottleneck(y, layers, residual)
+    return x
+
+
+def _inferred_bottleneck(
+    x: Signal, layers: Sequence[Layer], residual: Signal
+) -> tuple[Signal, Signal | None]:
+    folded_layers = [_folded_layer(conv, norm, slice(None), x.values) for conv, norm in layers]
+    middle, wide, *narrow = folded_layers
+    conv = layers[0][0]
+    y, z = conv1d_bottleneck(
+        x.values.to(middle.weight.dtype),
+        middle,
+        wide,
+        computed(residual).values.to(middle.weight.dtype),
+        *narrow,
+        stride=conv.stride[0],
+        padding=conv.padding[0],  # type: ignore[arg-type]
+        dilation=conv.dilation[0],
+        lengths=x.lengths,
+    )
+    lengths = None if x.lengths is None else strided(x.lengths, conv)
+    return Signal(y, lengths=lengths), None if z is None else Signal(z, lengths=lengths)
+
+
+def _infers(norm: Norm) -> bool:
+    batch_statistics = norm.training or norm.running_mean is None
+    return not (batch_statistics or torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def _folded_layer(conv: nn.Conv1d, norm: Norm, channels: slice, x: Tensor) -> FoldedLayer:
+    """In autocast's dtype where it is on; kept by what :func:`folded` returns."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else conv.weight.dtype
+    kept = conv.__dict__.get(KEPT)
+    if kept is None:
+        return _fold(conv, norm, channels, dtype)
+    key = dtype, conv.weight.device
+    if key not in kept:
+        kept[key] = _fold(conv, norm, channels, dtype)
+    return kept[key]
+
+
+def _fold(conv: nn.Conv1d, norm: Norm, channels: slice, dtype: torch.dtype) -> FoldedLayer:
+    """No scale where it is in the weight, which half precision would round."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.weight * torch.rsqrt(norm.running_var + norm.eps))[channels]
     shift = (norm.bias[channels] - norm.running_mean[channels] * scale).to(dtype)
     weight = conv.weight.detach()
     if dtype.itemsize == 2:
-        return channels_last(weight.to(dtype)), scale.to(dtype), shift
-    return channels_last(weight * scale[:, None, None]), None, shift
+        return FoldedLayer(_inference_layout(weight.to(dtype)), scale.to(dtype), shift)
+    return FoldedLayer(_inference_layout(weight * scale[:, None, None]), None, shift)
+
+
+def _inference_layout(weight: Tensor) -> Tensor:
+    """[C_out, C_in, K] as the kernels read it, which then need not copy it."""
+    if weight.device.type == "cpu":
+        return channels_last(weight)
+    return weight.permute(2, 1, 0).contiguous().permute(2, 1, 0)
 
 
 def channels_last(weight: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ecgot.kernels import Signal
-from ecgot.models.encoders.blocks import EncoderOutput, entered, left, normalized
+from ecgot.models.encoders.blocks import EncoderOutput, Layer, bottlenecks, entered, left, normalized
 from ecgot.models.encoders.plain import PlainBasicBlock, PlainBottleneck, PlainResNet1d
 
 
@@ -15,12 +15,11 @@ class BasicBlock(PlainBasicBlock):
 
 
 class Bottleneck(PlainBottleneck):
-    def forward(self, x: Signal) -> Signal:  # type: ignore[override]
-        residual = normalized(x, *self.shortcut) if len(self.shortcut) else x
-        y = normalized(x, self.conv1, self.bn1, "relu")
-        y = normalized(y, self.conv2, self.bn2, "relu")
-        # The widest output of the block comes from its cheapest convolution.
-        return normalized(y, self.conv3, self.bn3, "relu", residual=residual, recompute=True)
+    def layers(self) -> tuple[Layer, Layer, Layer]:
+        return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+
+    def shortcut_of(self, x: Signal) -> Signal:
+        return normalized(x, *self.shortcut) if len(self.shortcut) else x
 
 
 class ResNet1d(PlainResNet1d):
@@ -34,7 +33,9 @@ class ResNet1d(PlainResNet1d):
         A record padded beyond its length gives what the cropped record gives.
         """
         x = normalized(entered(waveform, lengths, self.leads), self.conv1, self.bn1, "relu")
-        for index in range(self.depth):
-            for block in getattr(self, f"layer{index + 1}"):
-                x = block(x)
+        blocks = [block for index in range(self.depth) for block in getattr(self, f"layer{index + 1}")]
+        if isinstance(blocks[0], Bottleneck):
+            return left(bottlenecks(x, blocks))
+        for block in blocks:
+            x = block(x)
         return left(x)

@@ -5,21 +5,19 @@ from typing import cast
 from torch import Tensor, nn
 
 from ecgot.kernels import Signal, max_pool1d, mean_pool1d
-from ecgot.models.encoders.blocks import EncoderOutput, entered, left, normalized
+from ecgot.models.encoders.blocks import EncoderOutput, Layer, bottlenecks, entered, left, normalized
 from ecgot.models.encoders.plain import PlainConvLayer, PlainXBlock, PlainXResNet1d
 
 
 class XBlock(PlainXBlock):
-    def forward(self, x: Signal) -> Signal:  # type: ignore[override]
-        residual = x
-        for module in self.idpath:
-            residual = (
-                normalized(residual, *module) if isinstance(module, PlainConvLayer) else mean_pool1d(residual)
-            )
+    def layers(self) -> tuple[Layer, Layer, Layer]:
         narrow, middle, wide = cast(list[PlainConvLayer], list(self.convs))
-        y = normalized(x, *narrow.conv_and_norm, "relu")
-        y = normalized(y, *middle.conv_and_norm, "relu")
-        return normalized(y, *wide.conv_and_norm, "relu", residual=residual, recompute=True)
+        return narrow.conv_and_norm, middle.conv_and_norm, wide.conv_and_norm
+
+    def shortcut_of(self, x: Signal) -> Signal:
+        for module in self.idpath:
+            x = normalized(x, *module) if isinstance(module, PlainConvLayer) else mean_pool1d(x)
+        return x
 
 
 class XResNet1d(PlainXResNet1d):
@@ -34,7 +32,6 @@ class XResNet1d(PlainXResNet1d):
         for layer in cast(list[PlainConvLayer], stem):
             x = normalized(x, *layer.conv_and_norm, "relu")
         x = max_pool1d(x, 3, 2, 1)
-        for stage in cast(list[nn.Sequential], list(self)[4:]):
-            for block in stage:
-                x = block(x)
-        return left(x)
+        stages = cast(list[nn.Sequential], list(self)[4:])
+        blocks = [block for stage in stages for block in stage]
+        return left(bottlenecks(x, cast(list[XBlock], blocks)))
