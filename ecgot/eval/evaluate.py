@@ -2,10 +2,11 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ def evaluate(
     train = _training_folds(config, root, csv_path, cache_dir, progress)
     if train is not None:
         check_patient_split(train.table, data.table)
-    tokens, mask = encode(model, data, progress=progress, task="encoding evaluation folds")
+    encoding = functools.partial(encode, model, progress=progress, cuda_graph=config.cuda_graph)
+    tokens, mask = encoding(data, task="encoding evaluation folds")
     embedded = _embedded_prompts(model, text, data, prompts)
     scores = _zero_shot_scores(model, tokens, mask, embedded, score, config, progress)
     evaluation = Evaluation(
@@ -124,7 +126,7 @@ def evaluate(
         records=len(data),
         score=score,
         zero_shot={group: _rank(scores[group], data, group, resamples) for group in GROUPS},
-        probe=_probe(model, train, data, masked_mean(tokens.float(), mask), resamples, progress),
+        probe=_probe(encoding, train, data, masked_mean(tokens.float(), mask), resamples, progress),
         **_evaluate_reports(run, model, train, data, tokens, mask, num_beams, progress),
         dialect=DIALECT,
         settings={
@@ -196,7 +198,7 @@ def _rank(scores: np.ndarray, data: EcgDataset, group: str, resamples: int) -> R
 
 
 def _probe(
-    model: AlignmentModel,
+    encoding: Callable[..., tuple[Tensor, Tensor]],
     train: EcgDataset | None,
     data: EcgDataset,
     targets: Tensor,
@@ -205,7 +207,7 @@ def _probe(
 ) -> dict[str, Ranking]:
     if train is None:
         return {}
-    tokens, mask = encode(model, train, progress=progress, task="encoding training folds")
+    tokens, mask = encoding(train, task="encoding training folds")
     features = masked_mean(tokens.float(), mask).numpy()
     rankings = {}
     for number, group in enumerate(GROUPS):

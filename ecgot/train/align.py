@@ -10,7 +10,7 @@ from torch import Tensor
 from ecgot.data.dataset import EcgDataset
 from ecgot.errors import EcgotError
 from ecgot.models.alignment import AlignmentLoss, AlignmentModel
-from ecgot.models.encoders import encoder
+from ecgot.models.encoders import CapturedTraining, encoder
 from ecgot.models.text import TextEncoder, TextTokens, TokenStore, embed_texts
 from ecgot.train.batches import epoch_order, waveforms
 from ecgot.train.config import Config
@@ -83,12 +83,14 @@ def train_alignment(
     source = ReportSource(train.reports, text, store)
     validation_source = ReportSource(validation.reports, text, store)
 
+    encode = CapturedTraining(model.encoder) if config.cuda_graph else model.encoder
+
     def epoch(number: int, step: Callable[[Tensor], None]) -> dict[str, float]:
         model.train()
         sums: dict[str, float] = {}
         batches = epoch_order(len(train), settings.batch_size, config.seed, number)
         for done, rows in enumerate(batches):
-            ecg = model.embed_ecg(*waveforms(train, rows, device))
+            ecg = model.project_tokens(encode(*waveforms(train, rows, device)))
             tokens, ids = source.batch(rows, device)
             terms = loss(ecg, model.embed_text(tokens), ids, model)
             step(terms["loss"])

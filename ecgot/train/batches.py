@@ -6,7 +6,7 @@ from torch import Tensor
 from ecgot.data.dataset import EcgDataset
 from ecgot.errors import EcgotError
 from ecgot.models.alignment import AlignmentModel
-from ecgot.models.encoders import folded
+from ecgot.models.encoders import CapturedInference, folded
 from ecgot.train.run import Progress
 
 POOLED_BATCHES = 20
@@ -37,7 +37,12 @@ def waveforms(dataset: EcgDataset, rows: Tensor, device: torch.device) -> tuple[
 
 @torch.no_grad()
 def encode(
-    model: AlignmentModel, dataset: EcgDataset, *, progress: Progress, task: str = "encoding"
+    model: AlignmentModel,
+    dataset: EcgDataset,
+    *,
+    progress: Progress,
+    task: str = "encoding",
+    cuda_graph: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Encoder tokens [n, N, D] fp16 and masks [n, N] of every record, on the CPU.
 
@@ -45,7 +50,9 @@ def encode(
     """
     model.eval()
     device = next(model.parameters()).device
-    encoder = folded(model.encoder)
+    encoder = (
+        CapturedInference(model.encoder) if cuda_graph and device.type == "cuda" else folded(model.encoder)
+    )
     tokens, masks = [], []
     for rows in torch.arange(len(dataset)).split(128):
         encoded = encoder(*waveforms(dataset, rows, device))

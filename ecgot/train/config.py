@@ -82,6 +82,7 @@ class Config:
 
     seed: int = 0
     device: str = "auto"  # "auto": CUDA where there is one, else the CPU
+    cuda_graph: bool = False  # the encoder's passes as CUDA graphs, which saves launches
     data: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -136,12 +137,12 @@ def _merged(values: dict[str, Any], over: Any) -> Any:
 
 
 def differences(first: Config, second: Config) -> list[str]:
-    """The settings that differ, as "align.width: 256 against 128"; the device may."""
+    """The settings that differ, as "align.width: 256 against 128"; where it runs may."""
     left, right = _flat(dataclasses.asdict(first)), _flat(dataclasses.asdict(second))
     return [
         f"{key}: {left[key]} against {right[key]}"
         for key in left
-        if key != "device" and left[key] != right[key]
+        if key not in ("device", "cuda_graph") and left[key] != right[key]
     ]
 
 

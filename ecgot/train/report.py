@@ -34,8 +34,10 @@ def train_reporter(
     ).to(device)
     save_language_model_shape(reporter, run.folder / "language_model")
     lengths = torch.tensor([len(report) for report in train.reports])
-    tokens, mask = encode(model, train, progress=progress)
-    validation_tokens, validation_mask = encode(model, validation, progress=progress)
+    tokens, mask = encode(model, train, progress=progress, cuda_graph=config.cuda_graph)
+    validation_tokens, validation_mask = encode(
+        model, validation, progress=progress, cuda_graph=config.cuda_graph
+    )
 
     def epoch(number: int, step: Callable[[Tensor], None]) -> dict[str, float]:
         reporter.train()

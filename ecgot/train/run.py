@@ -256,6 +256,16 @@ def rate_factor(step: int, total: int) -> float:
     return (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, total - warm_up)))) / 2
 
 
+def check_cuda_graph(config: Config) -> None:
+    """
+    Raises:
+        EcgotError: ``cuda_graph`` is on and the device is no GPU.
+    """
+    device = choose_device(config.device)
+    if config.cuda_graph and device.type != "cuda":
+        raise EcgotError(f"cuda_graph: got true on device {device.type!r}, accepted is false there")
+
+
 def choose_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one, else the CPU."""
     if name == "auto":

@@ -13,7 +13,7 @@ from ecgot.train.align import load_alignment, train_alignment
 from ecgot.train.batches import with_reports
 from ecgot.train.config import Config
 from ecgot.train.report import train_reporter
-from ecgot.train.run import Progress, Run, choose_device
+from ecgot.train.run import Progress, Run, check_cuda_graph
 
 STAGES = ("align", "report")
 
@@ -45,7 +45,7 @@ def train(
     # All that can be refused is refused before the run's folder is made.
     if "align" not in stages:
         Run.open(out)
-    choose_device(config.device)
+    check_cuda_graph(config)
     encoder(config.encoder.name, leads=len(config.data.leads))
     if "report" in stages:
         check_language_model(config.report.language_model)

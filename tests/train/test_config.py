@@ -81,7 +81,7 @@ def test_folds():
 
 
 def test_differences_name_the_settings():
-    changed = resolve(None, ["align.width=8", "seed=3", "device=cpu"])
+    changed = resolve(None, ["align.width=8", "seed=3", "device=cpu", "cuda_graph=true"])
     assert differences(Config(), changed) == ["seed: 0 against 3", "align.width: 256 against 8"]
     assert differences(changed, changed) == []
 

@@ -250,6 +250,7 @@ def test_a_bad_configuration_leaves_no_folder(settings, tmp_path, cache_dir):
         "text.name=absent/model",
         "report.language_model=absent/model",
         "device=tpu9",
+        *([] if torch.cuda.is_available() else ["cuda_graph=true"]),
     ):
         with pytest.raises(EcgotError):
             train(resolve(None, [*settings, bad]), tmp_path / "run", cache_dir=cache_dir)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ecgot.errors import EcgotError
 from ecgot.models.encoders.blocks import EncoderOutput, channels_last, folded, masked_mean
+from ecgot.models.encoders.capture import CapturedInference, CapturedTraining
 from ecgot.models.encoders.inception1d import Inception1d
 from ecgot.models.encoders.net1d import Net1d
 from ecgot.models.encoders.plain import (
@@ -25,6 +26,8 @@ from ecgot.models.encoders.xresnet1d import XResNet1d
 
 __all__ = [
     "ENCODERS",
+    "CapturedInference",
+    "CapturedTraining",
     "Encoder",
     "EncoderOutput",
     "encoder",
