@@ -45,6 +45,8 @@ COLUMNS = (
     "marginal_error",
     "max_error",
     "peak_mb",
+    "gflop_s",
+    "gbyte_s",
     "refused",
 )
 # A measurement gets as many rounds as fit in the budget, within these bounds.
@@ -134,7 +136,10 @@ def gate() -> Gate:
 def measure(
     benchmark: BenchmarkFixture, device: torch.device, gate: Gate, request: pytest.FixtureRequest
 ) -> Measure:
-    """measure(function, provider=, case=, errors=) gates by {name: (error, tolerance)}, times and records."""
+    """measure(function, provider=, case=, errors=) gates by {name: (error, tolerance)}, times and records.
+
+    gflop, gbyte: work of a call, for the rates at which it is done.
+    """
 
     def run(
         function: Callable[[], object],
@@ -142,6 +147,8 @@ def measure(
         provider: str,
         case: str,
         errors: dict[str, tuple[float, float]] | None = None,
+        gflop: float | None = None,
+        gbyte: float | None = None,
     ) -> None:
         gate(provider, errors or {})
         name = request.node.originalname.removeprefix("test_")
@@ -158,6 +165,8 @@ def measure(
         if benchmark.stats is not None:  # None under --benchmark-disable
             row: Row = {"benchmark": name, "provider": provider, "case": case} | _timing(benchmark)
             row["max_error"] = "" if math.isnan(error) else f"{error:.2e}"
+            for rate, work in (("gflop_s", gflop), ("gbyte_s", gbyte)):
+                row[rate] = "" if work is None else f"{1e3 * work / float(row['median_ms']):.4g}"
             request.config.stash[ROWS].append(row)
 
     return run

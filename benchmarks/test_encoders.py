@@ -1,0 +1,279 @@
+"""Whole encoders, inference and training step (forward and backward), against the same networks in torch.
+
+Providers: "torch", the plain modules; on a GPU also "torch_compiled" (max-autotune), "conv2d_compiled" (the
+network rewritten as Conv2d(1, k), channels-last, max-autotune with CUDA graphs: the best that a user can do
+by hand) and "ecgot_graph", ecgot captured in a CUDA graph. Every result is compared with the fp64 network's
+first; half precision may be as wrong as torch's own is, twice.
+
+On a GPU all are in bf16, B = 256, at 10 s of 100 Hz and of 500 Hz; on a CPU in fp32, B = 32, at 100 Hz.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.conftest import OURS, Measure
+from ecgot.models.encoders import (
+    ENCODERS,
+    CapturedInference,
+    CapturedTraining,
+    encoder,
+    folded,
+    plain_encoder,
+)
+
+GPU = torch.cuda.is_available()
+BATCH = 256 if GPU else 32
+DTYPE = torch.bfloat16 if GPU else torch.float32
+CASES = [(name, samples) for name in ENCODERS for samples in ((1000, 5000) if GPU else (1000,))]
+RESIDUAL = ("resnet1d", "merl_", "xresnet1d")  # those whose modules also run on images
+# Relative to the norm. A ReLU whose input is 0 but for rounding falls to either side, and with it a unit's
+# gradient: torch's own error is 1e-6 or up to 3e-2, as it happens.
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 5e-2
+Run = Callable[[], object]
+
+
+@dataclass
+class Case:
+    """An encoder's twin, a batch, what the fp64 twin makes of it, and torch's own error."""
+
+    name: str
+    twin: nn.Module
+    waveform: Tensor
+    cotangent: Tensor
+    tokens: Tensor
+    grads: list[Tensor]
+    tolerance: tuple[float, float]
+    gflop: float
+    gbyte: float | None
+
+    def __str__(self) -> str:
+        return f"{self.name} B={BATCH} L={self.waveform.shape[2]} {str(DTYPE).removeprefix('torch.')}"
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def case(request: pytest.FixtureRequest, device: torch.device) -> Case:
+    name, samples = request.param
+    torch.manual_seed(0)
+    twin = plain_encoder(name)
+    for module in twin.modules():
+        if isinstance(module, nn.BatchNorm1d):  # blocks that differ from their shortcuts
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+    twin = twin.to(device)
+    waveform = torch.randn(BATCH, 12, samples, device=device)
+    few = waveform[:4].double()  # batch norms need some records, fp64 wants few
+    truth = copy.deepcopy(twin).double()
+    with torch.no_grad():
+        tokens = truth.eval()(few)
+    cotangent = torch.randn(BATCH, *tokens.shape[1:], device=device)
+    loss = (truth.train()(few) * cotangent[:4]).sum()
+    grads = list(torch.autograd.grad(loss, list(truth.parameters())))
+    work = _gflop(twin, waveform), None if name.startswith("vit") else _gbyte(twin, waveform)
+    made = Case(name, twin, waveform, cotangent, tokens, grads, (0.0, 0.0), *work)
+    own = _inference_error(made, _eager(made)), _gradient_error(made, _eager(made))
+    made.tolerance = max(OUTPUT_TOLERANCE, 2 * own[0]), max(GRADIENT_TOLERANCE, 2 * own[1])
+    return made
+
+
+# --- providers: waveform [B, L, T] to tokens [B, N, D] ------------------------------------------------------
+
+Encode = Callable[[Tensor], Tensor]
+
+
+def _eager(case: Case) -> nn.Module:
+    return copy.deepcopy(case.twin)
+
+
+def _ours(case: Case) -> nn.Module:
+    model = encoder(case.name).to(case.waveform.device)
+    model.load_state_dict(case.twin.state_dict())
+    return model
+
+
+class _AsImage(nn.Module):
+    """A residual network with Conv2d(1, k) in place of Conv1d(k), channels-last."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = _as_image(model).to(memory_format=torch.channels_last)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        image = waveform[:, :, None, :].to(memory_format=torch.channels_last)
+        return self.model(image).squeeze(1).mT  # the twin swaps dimensions 1 and 2: [B, 1, C, T]
+
+
+def _as_image(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        setattr(module, name, _as_image(child))
+    if isinstance(module, nn.Conv1d):
+        (k,), (stride,), (padding,) = module.kernel_size, module.stride, module.padding
+        image = nn.Conv2d(
+            module.in_channels,
+            module.out_channels,
+            (1, k),
+            (1, stride),
+            (0, padding),  # type: ignore[arg-type]
+            groups=module.groups,
+            bias=module.bias is not None,
+        )
+        image.weight.data = module.weight.data[:, :, None, :]
+        return image
+    if isinstance(module, nn.BatchNorm1d):
+        norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum)
+        norm.load_state_dict(module.state_dict())
+        return norm
+    if isinstance(module, nn.MaxPool1d):
+        window = module.kernel_size, module.stride, module.padding
+        return nn.MaxPool2d(*((1, size) if i < 2 else (0, size) for i, size in enumerate(window)))  # type: ignore[misc]
+    if isinstance(module, nn.AvgPool1d):
+        return nn.AvgPool2d((1, 2), (1, 2), ceil_mode=True)
+    return module
+
+
+def _needs(provider: str, case: Case) -> None:
+    if provider not in (OURS, "torch") and not GPU:
+        pytest.skip(f"{provider} is for GPUs")
+    if provider == "conv2d_compiled" and not case.name.startswith(RESIDUAL):
+        pytest.skip("the network is not rewritten as images")
+
+
+def _inference(provider: str, case: Case) -> Encode:
+    if provider == OURS:
+        ours = folded(_ours(case))
+        return lambda waveform: ours(waveform).tokens
+    if provider == "ecgot_graph":
+        captured = CapturedInference(_ours(case))
+        return lambda waveform: captured(waveform).tokens
+    if provider == "torch":
+        return _eager(case).eval()
+    model = _AsImage(_eager(case)) if provider == "conv2d_compiled" else _eager(case)
+    return torch.compile(model.eval(), mode="max-autotune")
+
+
+def _training(provider: str, case: Case) -> tuple[Encode, list[nn.Parameter]]:
+    if provider in (OURS, "ecgot_graph"):
+        model = _ours(case).train()
+        encode = CapturedTraining(model) if provider == "ecgot_graph" else model
+        return (lambda waveform: encode(waveform).tokens), list(model.parameters())
+    model = _AsImage(_eager(case)) if provider == "conv2d_compiled" else _eager(case)
+    model.train()
+    encode = model if provider == "torch" else torch.compile(model, mode="max-autotune")
+    return encode, list(model.parameters())
+
+
+# --- benchmarks ---------------------------------------------------------------------------------------------
+
+PROVIDERS = [OURS, "ecgot_graph", "torch", "torch_compiled", "conv2d_compiled"]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_encoder_inference(provider: str, case: Case, measure: Measure) -> None:
+    _needs(provider, case)
+    errors = {"tokens": (_inference_error(case, _inference(provider, case)), case.tolerance[0])}
+    encode = _inference(provider, case)
+
+    def run() -> Tensor:
+        with torch.no_grad(), _autocast(case):
+            return encode(case.waveform)
+
+    measure(run, provider=provider, case=str(case), errors=errors, gflop=case.gflop, gbyte=case.gbyte)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_encoder_training(provider: str, case: Case, measure: Measure) -> None:
+    _needs(provider, case)
+    error = _gradient_error(case, *_training(provider, case))
+    encode, parameters = _training(provider, case)
+
+    def run() -> tuple[Tensor, ...]:
+        with _autocast(case):
+            tokens = encode(case.waveform)
+        return torch.autograd.grad(tokens, parameters, case.cotangent.to(tokens.dtype))
+
+    # A backward does the work of two forwards; its bytes are not counted.
+    errors = {"gradient": (error, case.tolerance[1])}
+    measure(run, provider=provider, case=str(case), errors=errors, gflop=3 * case.gflop)
+
+
+def test_peak_copy(device: torch.device, measure: Measure) -> None:
+    size = 2**30 if GPU else 2**28
+    source = torch.empty(size // 4, device=device)
+    target = torch.empty_like(source)
+    measure(lambda: target.copy_(source), provider="torch", case="copy", gbyte=2 * size / 1e9)
+
+
+def test_peak_convolution(device: torch.device, measure: Measure) -> None:
+    """The best that the vendor's library does: many channels, channels-last."""
+    x = torch.randn(BATCH, 256, 1, 250, device=device, dtype=DTYPE).to(memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 1, 5, device=device, dtype=DTYPE).to(memory_format=torch.channels_last)
+    gflop = 2 * BATCH * 250 * 5 * 256**2 / 1e9
+    case = f"256 to 256 channels, k 5, {DTYPE}"
+    measure(lambda: F.conv2d(x, weight, padding=(0, 2)), provider="torch", case=case, gflop=gflop)
+
+
+def test_peak_product(device: torch.device, measure: Measure) -> None:
+    side = 8192 if GPU else 1024
+    a = torch.randn(side, side, device=device, dtype=DTYPE)
+    measure(lambda: a @ a, provider="torch", case=f"matrices {DTYPE}", gflop=2 * side**3 / 1e9)
+
+
+# --- errors and work ----------------------------------------------------------------------------------------
+
+
+def _autocast(case: Case) -> torch.autocast:
+    # torch's cache of cast weights must not live across a captured graph.
+    enabled = torch.float32 != DTYPE
+    return torch.autocast(case.waveform.device.type, DTYPE, enabled=enabled, cache_enabled=False)
+
+
+def _inference_error(case: Case, encode: Encode) -> float:
+    if isinstance(encode, nn.Module):
+        encode.eval()
+    with torch.no_grad(), _autocast(case):
+        tokens = encode(case.waveform[:4].contiguous())
+    return _relative(tokens, case.tokens)
+
+
+def _gradient_error(case: Case, encode: Encode, parameters: list[nn.Parameter] | None = None) -> float:
+    if isinstance(encode, nn.Module):
+        encode.train()
+        parameters = parameters or list(encode.parameters())
+    assert parameters is not None
+    with _autocast(case):
+        tokens = encode(case.waveform[:4].contiguous())
+    grads = torch.autograd.grad(tokens, parameters, case.cotangent[:4].to(tokens.dtype))
+    flat, expected = (torch.cat([grad.flatten() for grad in each]) for each in (grads, case.grads))
+    return _relative(flat, expected)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def _gflop(model: nn.Module, waveform: Tensor) -> float:
+    """Of the convolutions and products of a forward pass over the batch."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(waveform[:1])
+    return counter.get_total_flops() * len(waveform) / 1e9
+
+
+def _gbyte(model: nn.Module, waveform: Tensor) -> float:
+    """What a forward pass must move if each convolution reads its input and writes its output once."""
+    values = 0
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal values
+        values += (inputs[0].numel() + output.numel()) * len(waveform) + module.weight.numel()  # type: ignore[operator]
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv1d)]
+    with torch.no_grad():
+        model.eval()(waveform[:1])
+    for hook in hooks:
+        hook.remove()
+    return values * DTYPE.itemsize / 1e9
