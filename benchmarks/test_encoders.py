@@ -5,7 +5,7 @@ network rewritten as Conv2d(1, k), channels-last, max-autotune with CUDA graphs:
 by hand) and "ecgot_graph", ecgot captured in a CUDA graph. Every result is compared with the fp64 network's
 first; half precision may be as wrong as torch's own is, twice.
 
-On a GPU all are in bf16, B = 256, at 10 s of 100 Hz and of 500 Hz; on a CPU in fp32, B = 32, at 100 Hz.
+On a GPU all are in bf16, B = 256, at 10 s of 100 Hz and of 500 Hz; on a CPU in fp32, B = 64, at 100 Hz.
 """
 
 import copy
@@ -29,7 +29,7 @@ from ecgot.models.encoders import (
 )
 
 GPU = torch.cuda.is_available()
-BATCH = 256 if GPU else 32
+BATCH = 256 if GPU else 64
 DTYPE = torch.bfloat16 if GPU else torch.float32
 CASES = [(name, samples) for name in ENCODERS for samples in ((1000, 5000) if GPU else (1000,))]
 RESIDUAL = ("resnet1d", "merl_", "xresnet1d")  # those whose modules also run on images

@@ -136,6 +136,9 @@ def _inferred(
     return Signal(y, lengths=None if x.lengths is None else strided(x.lengths, conv))
 
 
+CHEAP = 128  # input channels of a 1x1 convolution that is limited by memory, not by its products
+
+
 def bottlenecks(x: Signal, blocks: Sequence[Bottleneck]) -> Signal:
     """Bottleneck blocks in a row; at inference each makes the next one's first convolution, too."""
     narrowed = None
@@ -145,8 +148,9 @@ def bottlenecks(x: Signal, blocks: Sequence[Bottleneck]) -> Signal:
         y = normalized(x, *narrow, "relu") if narrowed is None else narrowed
         if any(not _infers(norm) for _, norm in (narrow, middle, wide)):
             y = normalized(y, *middle, "relu")
-            # The widest output of the block comes from its cheapest convolution.
-            x = normalized(y, *wide, "relu", residual=residual, recompute=True)
+            # The widest output of the block comes from its cheapest convolution, cheaper than memory if narrow.
+            recompute = wide[0].in_channels <= CHEAP
+            x = normalized(y, *wide, "relu", residual=residual, recompute=recompute)
             continue
         layers = [middle, wide] if following is None else [middle, wide, following.layers()[0]]
         x, narrowed = _inferred_bottleneck(y, layers, residual)
