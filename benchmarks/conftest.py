@@ -51,10 +51,12 @@ COLUMNS = (
 )
 # A measurement gets as many rounds as fit in the budget, within these bounds.
 BUDGET_S, LEAST_ROUNDS, MOST_ROUNDS = 0.5, 5, 100
+TURNS_BUDGET_S, LEAST_TURNS = 3.0, 9  # of each provider where they take turns
 
 Row = dict[str, str | int]
 Gate = Callable[[str, dict[str, tuple[float, float]]], None]
 Measure = Callable[..., None]
+Errors = dict[str, tuple[float, float]]
 ROWS = pytest.StashKey[list[Row]]()
 ORIGIN = pytest.StashKey[Row]()
 
@@ -173,6 +175,75 @@ def measure(
 
 
 @pytest.fixture
+def compare(device: torch.device, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """compare({provider: make}, case=) times what ``make()`` returns: a function and its errors.
+
+    On a CPU, whose speed wavers, providers take turns; on a GPU each runs alone, as graphs hold much memory.
+    Who is wrong or fails is recorded with the reason; ecgot also fails the test.
+    """
+
+    def run(
+        makers: dict[str, Callable[[], tuple[Callable[[], object], Errors]]],
+        *,
+        case: str,
+        gflop: float | None = None,
+        gbyte: float | None = None,
+    ) -> None:
+        name = request.node.originalname.removeprefix("test_")
+        groups = [list(makers)] if device.type == "cpu" else [[provider] for provider in makers]
+        rows: list[Row] = []
+        for group in groups:
+            ready, made = {}, {}
+            for provider in group:
+                row: Row = {"benchmark": name, "provider": provider, "case": case}
+                rows.append(row)
+                try:
+                    function, errors = makers[provider]()
+                    ready[provider], made[provider] = function, row
+                    worst = max(errors, key=lambda error: errors[error][0] / max(errors[error][1], 1e-30))
+                    error, tolerance = errors[worst]
+                    row["max_error"] = f"{error:.2e}"
+                    if not error <= tolerance:
+                        row["refused"] = f"{worst} error {error:.1e} > {tolerance:.1e}"
+                        del ready[provider]
+                except (RuntimeError, torch.OutOfMemoryError) as failure:
+                    row["refused"] = str(failure).partition("\n")[0]
+            for provider, times in _in_turns(ready, device).items():
+                row = made[provider]
+                row |= _quantiles(times)
+                for rate, work in (("gflop_s", gflop), ("gbyte_s", gbyte)):
+                    row[rate] = "" if work is None else f"{1e3 * work / float(row['median_ms']):.4g}"
+        request.config.stash[ROWS].extend(rows)
+        for row in rows:
+            print(f"{name} {case} {row['provider']}: {row.get('median_ms', '-')} ms {row.get('refused', '')}")
+            if row["provider"] == OURS and "refused" in row:
+                pytest.fail(f"{OURS} is not timed: {row['refused']}")
+
+    return run
+
+
+def _in_turns(functions: dict[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
+    """Sorted seconds of each function's calls."""
+
+    def seconds(function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for function in functions.values():
+        seconds(function)  # compiles, tunes, allocates
+    slowest = max((seconds(function) for function in functions.values()), default=1.0)
+    rounds = int(min(max(TURNS_BUDGET_S / slowest, LEAST_TURNS), MOST_ROUNDS))
+    times: dict[str, list[float]] = {provider: [] for provider in functions}
+    for _ in range(rounds):
+        for provider, function in functions.items():
+            times[provider].append(seconds(function))
+    return {provider: sorted(each) for provider, each in times.items()}
+
+
+@pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[str, list[Measurement]], None]:
     """record(benchmark, measurements): into the CSV; fails where ecgot was refused."""
 
@@ -198,7 +269,10 @@ def _rounds(function: Callable[[], None]) -> int:
 
 
 def _timing(benchmark: BenchmarkFixture) -> Row:
-    times = sorted(benchmark.stats.stats.data)
+    return _quantiles(sorted(benchmark.stats.stats.data))
+
+
+def _quantiles(times: list[float]) -> Row:
     last = len(times) - 1
     chosen = {
         "median_ms": statistics.median(times),

@@ -9,6 +9,7 @@ On a GPU all are in bf16, B = 256, at 10 s of 100 Hz and of 500 Hz; on a CPU in 
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.conftest import OURS, Measure
+from benchmarks.conftest import OURS, Errors, Measure
 from ecgot.models.encoders import (
     ENCODERS,
     CapturedInference,
@@ -136,11 +137,11 @@ def _as_image(module: nn.Module) -> nn.Module:
     return module
 
 
-def _needs(provider: str, case: Case) -> None:
-    if provider not in (OURS, "torch") and not GPU:
-        pytest.skip(f"{provider} is for GPUs")
-    if provider == "conv2d_compiled" and not case.name.startswith(RESIDUAL):
-        pytest.skip("the network is not rewritten as images")
+def _providers(case: Case) -> list[str]:
+    if not GPU:
+        return [OURS, "torch"]
+    by_hand = ["conv2d_compiled"] if case.name.startswith(RESIDUAL) else []
+    return [OURS, "ecgot_graph", "torch", "torch_compiled", *by_hand]
 
 
 def _inference(provider: str, case: Case) -> Encode:
@@ -169,36 +170,37 @@ def _training(provider: str, case: Case) -> tuple[Encode, list[nn.Parameter]]:
 
 # --- benchmarks ---------------------------------------------------------------------------------------------
 
-PROVIDERS = [OURS, "ecgot_graph", "torch", "torch_compiled", "conv2d_compiled"]
+
+def test_encoder_inference(case: Case, compare: Callable[..., None]) -> None:
+    def make(provider: str) -> tuple[Run, Errors]:
+        errors = {"tokens": (_inference_error(case, _inference(provider, case)), case.tolerance[0])}
+        encode = _inference(provider, case)
+
+        def run() -> Tensor:
+            with torch.no_grad(), _autocast(case):
+                return encode(case.waveform)
+
+        return run, errors
+
+    makers = {provider: functools.partial(make, provider) for provider in _providers(case)}
+    compare(makers, case=str(case), gflop=case.gflop, gbyte=case.gbyte)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_encoder_inference(provider: str, case: Case, measure: Measure) -> None:
-    _needs(provider, case)
-    errors = {"tokens": (_inference_error(case, _inference(provider, case)), case.tolerance[0])}
-    encode = _inference(provider, case)
+def test_encoder_training(case: Case, compare: Callable[..., None]) -> None:
+    def make(provider: str) -> tuple[Run, Errors]:
+        errors = {"gradient": (_gradient_error(case, *_training(provider, case)), case.tolerance[1])}
+        encode, parameters = _training(provider, case)
 
-    def run() -> Tensor:
-        with torch.no_grad(), _autocast(case):
-            return encode(case.waveform)
+        def run() -> tuple[Tensor, ...]:
+            with _autocast(case):
+                tokens = encode(case.waveform)
+            return torch.autograd.grad(tokens, parameters, case.cotangent.to(tokens.dtype))
 
-    measure(run, provider=provider, case=str(case), errors=errors, gflop=case.gflop, gbyte=case.gbyte)
+        return run, errors
 
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_encoder_training(provider: str, case: Case, measure: Measure) -> None:
-    _needs(provider, case)
-    error = _gradient_error(case, *_training(provider, case))
-    encode, parameters = _training(provider, case)
-
-    def run() -> tuple[Tensor, ...]:
-        with _autocast(case):
-            tokens = encode(case.waveform)
-        return torch.autograd.grad(tokens, parameters, case.cotangent.to(tokens.dtype))
-
+    makers = {provider: functools.partial(make, provider) for provider in _providers(case)}
     # A backward does the work of two forwards; its bytes are not counted.
-    errors = {"gradient": (error, case.tolerance[1])}
-    measure(run, provider=provider, case=str(case), errors=errors, gflop=3 * case.gflop)
+    compare(makers, case=str(case), gflop=3 * case.gflop)
 
 
 def test_peak_copy(device: torch.device, measure: Measure) -> None:

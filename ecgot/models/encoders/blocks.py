@@ -148,7 +148,7 @@ def bottlenecks(x: Signal, blocks: Sequence[Bottleneck]) -> Signal:
         y = normalized(x, *narrow, "relu") if narrowed is None else narrowed
         if any(not _infers(norm) for _, norm in (narrow, middle, wide)):
             y = normalized(y, *middle, "relu")
-            # The widest output of the block comes from its cheapest convolution, cheaper than memory if narrow.
+            # The block's widest output comes from its cheapest convolution.
             recompute = wide[0].in_channels <= CHEAP
             x = normalized(y, *wide, "relu", residual=residual, recompute=recompute)
             continue
