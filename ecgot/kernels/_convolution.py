@@ -55,6 +55,8 @@ class Signal:
         mean, scale, shift: [C], fp32 (fp64 for fp64 values), or None.
         activation: None, "relu", "gelu" or "silu"; only where there is a mean.
         lengths: [B], int32: samples of each record. What lies beyond is read as 0, whatever it is. None: all.
+        rstd: [C], where mean and rstd are statistics of the values themselves and without gradient: that in
+            the values includes what goes through them. Of the torch path, which saves passes by it.
     """
 
     values: Tensor
@@ -63,23 +65,27 @@ class Signal:
     shift: Tensor | None = None
     activation: str | None = None
     lengths: Tensor | None = None
+    rstd: Tensor | None = None
 
 
 class Recipe:
     """How to compute values anew in the backward, where they are not kept; filled in by what made them.
 
-    The join that used them needs them first and leaves them here for the convolution that made them.
+    The join that used them needs them first and leaves them here for the convolution that made them, if that
+    needs them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, needed_twice: bool) -> None:
+        self.needed_twice = needed_twice
         self.make: Callable[..., Tensor] | None = None
         self.inputs: tuple[Tensor | None, ...] = ()
         self._values: Tensor | None = None
 
     def leave(self, inputs: Sequence[Tensor | None]) -> Tensor:
         assert self.make is not None
-        self._values = self.make(*inputs)
-        return self._values
+        values = self.make(*inputs)
+        self._values = values if self.needed_twice else None
+        return values
 
     def take(self, inputs: Sequence[Tensor | None]) -> Tensor:
         values, self._values = self._values, None

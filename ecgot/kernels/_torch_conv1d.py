@@ -76,7 +76,9 @@ def join_gradient(
     grad_y, shift, scale = _affine_gradients(g, y)
     if residual is None or residual.mean is None:
         return grad_y, None if residual is None else g, torch.stack([shift, scale, shift, scale])
-    grad_r, r_shift, r_scale = normalized_gradients(g, read(residual), residual)
+    relu = residual.activation == "relu"
+    mine = g.clone() if activation is None and relu else g
+    grad_r, r_shift, r_scale = normalized_gradients(mine, read(residual) if relu else None, residual)
     return grad_y, grad_r, torch.stack([shift, scale, r_shift, r_scale])
 
 
@@ -194,10 +196,13 @@ def _whole(grad: OutputGradient) -> Tensor:
     return _masked(g, grad.lengths)
 
 
-def normalized_gradients(grad: Tensor, h: Tensor, x: Signal) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient in h, what x stands for: those in its values, shift and scale."""
+def normalized_gradients(grad: Tensor, h: Tensor | None, x: Signal) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient in h, what x stands for: those in its values, shift and scale. Overwrites grad.
+
+    h itself is read where the activation is ReLU.
+    """
     if x.activation == "relu":
-        grad = torch.ops.aten.threshold_backward(grad, h, 0)
+        grad = torch.ops.aten.threshold_backward.grad_input(grad, h, 0, grad_input=grad)
     elif x.activation is not None:
         grad = grad * slope(normalized(x), x.activation)
     return _affine_gradients(grad, x)
@@ -206,12 +211,18 @@ def normalized_gradients(grad: Tensor, h: Tensor, x: Signal) -> tuple[Tensor, Te
 def _affine_gradients(g: Tensor, x: Signal) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient in (values - mean) * scale + shift: those in values, shift and scale."""
     assert x.mean is not None
-    one = torch.ones_like(x.mean)
+    assert x.scale is not None
     if g.numel() == 0:
         return torch.zeros_like(g), torch.zeros_like(x.mean), torch.zeros_like(x.mean)
+    images = as_image(g), as_image(x.values)
+    if x.rstd is not None:
+        grad_x, gamma, shift = torch.ops.aten.native_batch_norm_backward(
+            *images, x.scale / x.rstd, None, None, x.mean, x.rstd, True, 0.0, [True, True, True]
+        )
+        return as_signal(grad_x), shift, gamma / x.rstd
     # A batch norm in evaluation mode is this affine map, and its backward walks through memory once.
     grad_x, scale, shift = torch.ops.aten.native_batch_norm_backward(
-        as_image(g), as_image(x.values), x.scale, x.mean, one, None, None, False, 0.0, [True, True, True]
+        *images, x.scale, x.mean, torch.ones_like(x.mean), None, None, False, 0.0, [True, True, True]
     )
     return as_signal(grad_x), shift, scale
 

@@ -285,7 +285,7 @@ def gradients(
         weight,
         *(geometry.stride, geometry.padding, geometry.dilation, geometry.groups, geometry.paddings[1]),
         x.values,
-        *(x.mean, x.scale, x.shift),
+        *(x.mean, x.scale, x.shift, x.rstd),
         *(x.activation, x.lengths),
         needs_x,
         needs_weight,
@@ -397,6 +397,7 @@ def _gradients(
     x_mean: Tensor | None,
     x_scale: Tensor | None,
     x_shift: Tensor | None,
+    x_rstd: Tensor | None,
     x_activation: str | None,
     x_lengths: Tensor | None,
     needs_x: bool,
@@ -405,7 +406,7 @@ def _gradients(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad = OutputGradient(g, y, y_mean, c0, c1, y_lengths)
-    signal = Signal(x, x_mean, x_scale, x_shift, x_activation, x_lengths)
+    signal = Signal(x, x_mean, x_scale, x_shift, x_activation, x_lengths, x_rstd)
     geometry = Geometry(stride, padding, dilation, groups, end)
     takes = {
         what: needed and choose(what, x, weight, geometry, backend) == "triton"
@@ -466,6 +467,7 @@ def _(  # type: ignore[no-untyped-def]
     x_mean,
     x_scale,
     x_shift,
+    x_rstd,
     x_activation,
     x_lengths,
     needs_x,

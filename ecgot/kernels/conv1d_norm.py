@@ -77,7 +77,8 @@ def conv1d_norm(
         ValueError, TypeError: one line that names the argument, what came and what is accepted.
     """
     values, weight = cast_by_autocast(x.values, weight)
-    x = dataclasses.replace(x, values=values)
+    if values is not x.values:
+        x = dataclasses.replace(x, values=values)
     geometry = checked_geometry(stride, padding, dilation, groups)
     t_out = check_shapes(values, weight, geometry)
     check_choice("activation", activation, ACTIVATIONS)
@@ -103,10 +104,13 @@ def conv1d_norm(
         return Signal(y, lengths=lengths)
     if training and lengths is None and values.shape[0] * t_out == 1 and process_group is None:
         raise ValueError("x: got 1 output sample per channel, accepted in training are 2 or more")
-    recipe = Recipe() if recompute and residual is not None else None
+    # In torch the gradient through the statistics is best left to whoever normalises, as batch norm's
+    # backward has it; the kernels add it where they read the gradient anyway.
+    apart = not use_triton(values) and lengths is None and process_group is None
+    recipe = Recipe(needed_twice=not apart) if recompute and residual is not None else None
     y, mean, var = _Convolution.apply(
-        *(x.values, x.mean, x.scale, x.shift, weight, x.activation, x.lengths, lengths),
-        *(geometry, precision, backend, recipe),
+        *(x.values, x.mean, x.scale, x.shift, x.rstd, weight, x.activation, x.lengths, lengths),
+        *(geometry, precision, backend, recipe, apart),
     )
     count: Any = y.shape[0] * y.shape[1] if lengths is None else lengths.sum().to(mean.dtype)
     if process_group is not None:
@@ -117,8 +121,12 @@ def conv1d_norm(
             rest = max(count - 1, 1) if isinstance(count, int) else (count - 1).clamp_min(1)
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * (count / rest)).to(running_var.dtype), momentum)
-    scale = gamma.to(var.dtype) * torch.rsqrt(var + eps)
-    signal = Signal(y, mean, scale, beta.to(var.dtype), None if residual is not None else activation, lengths)
+    if apart:
+        mean, var = mean.detach(), var.detach()
+    rstd = torch.rsqrt(var + eps)
+    vectors = mean, gamma.to(var.dtype) * rstd, beta.to(var.dtype)
+    activated = None if residual is not None else activation
+    signal = Signal(y, *vectors, activated, lengths, rstd if apart else None)
     return signal if residual is None else join(signal, residual, activation, recipe)
 
 
@@ -128,8 +136,8 @@ def join(
     """activation(x + residual), computed: both [B, T, C], x a signal that is not normalised yet."""
     r = Signal(x.values) if residual is None else residual
     z = _Join.apply(
-        *(x.values, x.mean, x.scale, x.shift),
-        *(None if residual is None else r.values, r.mean, r.scale, r.shift),
+        *(x.values, x.mean, x.scale, x.shift, x.rstd),
+        *(None if residual is None else r.values, r.mean, r.scale, r.shift, r.rstd),
         *(r.activation, activation, recipe),
     )
     return Signal(z, lengths=x.lengths)
@@ -145,9 +153,8 @@ def max_pool1d(x: Signal, kernel_size: int, stride: int, padding: int) -> Signal
     lengths = None
     if x.lengths is not None:
         lengths = ((x.lengths + 2 * padding - kernel_size) // stride + 1).clamp_min(0)
-    z = _MaxPool.apply(
-        x.values, x.mean, x.scale, x.shift, x.activation, x.lengths, lengths, (kernel_size, stride, padding)
-    )
+    window = kernel_size, stride, padding
+    z = _MaxPool.apply(x.values, x.mean, x.scale, x.shift, x.rstd, x.activation, x.lengths, lengths, window)
     return Signal(z, lengths=lengths)
 
 
@@ -235,6 +242,7 @@ class _Convolution(torch.autograd.Function):
         mean: Tensor | None,
         scale: Tensor | None,
         shift: Tensor | None,
+        rstd: Tensor | None,
         weight: Tensor,
         activation: str | None,
         x_lengths: Tensor | None,
@@ -243,45 +251,57 @@ class _Convolution(torch.autograd.Function):
         precision: str,
         backend: str,
         recipe: Recipe | None,
+        apart: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        def make(values: Tensor, mean: Any, scale: Any, shift: Any, weight: Tensor, x_lengths: Any) -> Tensor:
-            x = Signal(values, mean, scale, shift, activation, x_lengths)
+        def make(
+            values: Tensor, mean: Any, scale: Any, shift: Any, _: Any, weight: Tensor, ends: Any
+        ) -> Tensor:
+            x = Signal(values, mean, scale, shift, activation, ends)
             return forward(x, weight, geometry, precision=precision, backend=backend)[0]
 
         x = Signal(values, mean, scale, shift, activation, x_lengths)
         y, y_mean, y_var = forward(
             x, weight, geometry, statistics=True, lengths=lengths, precision=precision, backend=backend
         )
-        inputs = (values, mean, scale, shift, weight, x_lengths)
+        inputs = (values, mean, scale, shift, rstd, weight, x_lengths)
         if recipe is not None:
             recipe.make, recipe.inputs = make, inputs
-        ctx.save_for_backward(*inputs, lengths, y_mean, y if recipe is None else None)
+        ctx.save_for_backward(*inputs, lengths, y_mean, None if apart or recipe is not None else y)
+        ctx.set_materialize_grads(False)
         ctx.settings = activation, geometry, precision, backend, recipe
         return y, y_mean, y_var
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         *inputs, lengths, y_mean, y = ctx.saved_tensors
-        values, mean, scale, shift, weight, x_lengths = inputs
+        values, mean, scale, shift, rstd, weight, x_lengths = inputs
         activation, geometry, precision, backend, recipe = ctx.settings
-        if recipe is not None:
-            y = recipe.take(inputs)
-        count = y.shape[0] * y.shape[1] if lengths is None else lengths.sum()
-        c0, c1 = grad_mean / count, 2 * grad_var / count
-        needs_x, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        needs_x, needs_mean, needs_scale, *_, needs_weight = ctx.needs_input_grad[:6]
+        if grad_mean is None and grad_var is None:
+            assert grad is not None
+            whole = OutputGradient(grad.contiguous(), lengths=lengths)
+        else:
+            y = y if recipe is None else recipe.take(inputs)
+            count = y.shape[0] * y.shape[1] if lengths is None else lengths.sum()
+            # A statistic that nobody used has no gradient.
+            of_mean, of_var = (torch.zeros_like(y_mean) if g is None else g for g in (grad_mean, grad_var))
+            grad = torch.zeros_like(y) if grad is None else grad.contiguous()
+            whole = OutputGradient(grad, y, y_mean, of_mean / count, 2 * of_var / count, lengths)
         grad_x, grad_shift, grad_scale, grad_weight = gradients(
-            OutputGradient(grad.contiguous(), y, y_mean, c0, c1, lengths),
+            whole,
             weight,
             geometry,
-            Signal(values, mean, scale, shift, activation, x_lengths),
-            needs_x or (scale is not None and ctx.needs_input_grad[2]),
+            Signal(values, mean, scale, shift, activation, x_lengths, rstd),
+            needs_x or (scale is not None and needs_scale),
             needs_weight,
             precision=precision,
             backend=backend,
         )
-        grad_x_mean = None if grad_shift is None else -scale * grad_shift
-        return grad_x, grad_x_mean, grad_scale, grad_shift, grad_weight, *[None] * 7
+        grad_x_mean = -scale * grad_shift if grad_shift is not None and needs_mean else None
+        return grad_x, grad_x_mean, grad_scale, grad_shift, None, grad_weight, *[None] * 8
 
 
 class _Join(torch.autograd.Function):
@@ -294,10 +314,12 @@ class _Join(torch.autograd.Function):
         mean: Tensor,
         scale: Tensor,
         shift: Tensor,
+        rstd: Tensor | None,
         r: Tensor | None,
         r_mean: Tensor | None,
         r_scale: Tensor | None,
         r_shift: Tensor | None,
+        r_rstd: Tensor | None,
         r_activation: str | None,
         activation: str | None,
         recipe: Recipe | None,
@@ -306,8 +328,8 @@ class _Join(torch.autograd.Function):
         z = run(y, mean, scale, shift, r, r_mean, r_scale, r_shift, r_activation, activation)
         r_needed = r_mean is not None or activation in ("gelu", "silu")
         ctx.save_for_backward(
-            *(y if recipe is None else None, mean, scale, shift),
-            *(r if r_needed else None, r_mean, r_scale, r_shift),
+            *(y if recipe is None else None, mean, scale, shift, rstd),
+            *(r if r_needed else None, r_mean, r_scale, r_shift, r_rstd),
             z if activation == "relu" else None,
             *(() if recipe is None else recipe.inputs),
         )
@@ -317,21 +339,22 @@ class _Join(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, mean, scale, shift, r, r_mean, r_scale, r_shift, z, *inputs = ctx.saved_tensors
+        y, mean, scale, shift, rstd, r, r_mean, r_scale, r_shift, r_rstd, z, *inputs = ctx.saved_tensors
         has_residual, r_activation, activation, recipe = ctx.settings
         if recipe is not None:
             y = recipe.leave(inputs)
         run = _join_gradient_operator if torch.compiler.is_compiling() else _join_gradients
         grad_y, grad_r, sums = run(
-            *(grad.contiguous(), z, y, mean, scale, shift),
-            *(r, r_mean, r_scale, r_shift, r_activation, has_residual, activation),
+            *(grad.contiguous(), z, y, mean, scale, shift, rstd),
+            *(r, r_mean, r_scale, r_shift, r_rstd, r_activation, has_residual, activation),
         )
-        grads = grad_y, -scale * sums[0], sums[1], sums[0]
+        grads = grad_y, -scale * sums[0] if rstd is None else None, sums[1], sums[0], None
         if not has_residual:
-            return *grads, *[None] * 7
+            return *grads, *[None] * 8
         if r_mean is None:
-            return *grads, grad_r, *[None] * 6
-        return *grads, grad_r, -r_scale * sums[2], sums[3], sums[2], *[None] * 3
+            return *grads, grad_r, *[None] * 7
+        r_grads = grad_r, -r_scale * sums[2] if r_rstd is None else None, sums[3], sums[2], None
+        return *grads, *r_grads, *[None] * 3
 
 
 class _MaxPool(torch.autograd.Function):
@@ -344,12 +367,13 @@ class _MaxPool(torch.autograd.Function):
         mean: Tensor | None,
         scale: Tensor | None,
         shift: Tensor | None,
+        rstd: Tensor | None,
         activation: str | None,
         x_lengths: Tensor | None,
         lengths: Tensor | None,
         window: tuple[int, int, int],
     ) -> Tensor:
-        ctx.save_for_backward(values, mean, scale, shift, x_lengths, lengths)
+        ctx.save_for_backward(values, mean, scale, shift, rstd, x_lengths, lengths)
         ctx.settings = activation, window
         h = _torch_conv1d.read(Signal(values, mean, scale, shift, activation))
         return _pooled(h, x_lengths, lengths, window)
@@ -357,17 +381,18 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, mean, scale, shift, x_lengths, lengths = ctx.saved_tensors
+        values, mean, scale, shift, rstd, x_lengths, lengths = ctx.saved_tensors
         activation, window = ctx.settings
-        x = Signal(values, mean, scale, shift, activation, x_lengths)
+        x = Signal(values, mean, scale, shift, activation, x_lengths, rstd)
         h = _torch_conv1d.read(dataclasses.replace(x, lengths=None)).detach().requires_grad_()
         with torch.enable_grad():
             pooled = _pooled(h, x_lengths, lengths, window)
         (grad_h,) = torch.autograd.grad(pooled, h, grad)
         if mean is None or scale is None:
-            return grad_h, *[None] * 8
+            return grad_h, *[None] * 9
         grad_x, grad_shift, grad_scale = _torch_conv1d.normalized_gradients(grad_h, h.detach(), x)
-        return grad_x, -scale * grad_shift, grad_scale, grad_shift, *[None] * 5
+        grad_mean = -scale * grad_shift if rstd is None else None
+        return grad_x, grad_mean, grad_scale, grad_shift, *[None] * 6
 
 
 def _pooled(
@@ -422,18 +447,22 @@ def _join_gradients(
     mean: Tensor,
     scale: Tensor,
     shift: Tensor,
+    rstd: Tensor | None,
     r: Tensor | None,
     r_mean: Tensor | None,
     r_scale: Tensor | None,
     r_shift: Tensor | None,
+    r_rstd: Tensor | None,
     r_activation: str | None,
     has_residual: bool,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in y and r [B, T, C] (empty without one), and [4, C] in y's shift, scale and r's."""
     # Where the residual's values are not needed, y stands in for them.
-    residual = Signal(y if r is None else r, r_mean, r_scale, r_shift, r_activation) if has_residual else None
-    x = Signal(y, mean, scale, shift)
+    residual = None
+    if has_residual:
+        residual = Signal(y if r is None else r, r_mean, r_scale, r_shift, r_activation, rstd=r_rstd)
+    x = Signal(y, mean, scale, shift, rstd=rstd)
     if use_triton(y) and y.dtype != torch.float64:
         from ecgot.kernels import _triton_conv1d
 

@@ -21,10 +21,8 @@ _TURN = threading.RLock() if INTERPRETED else contextlib.nullcontext()
 
 def use_triton(*tensors: torch.Tensor | None) -> bool:
     """Whether the Triton kernels serve these tensors (all on one device; ``None`` is passed over)."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    if INTERPRETED:
-        return all(tensor.device.type in ("cpu", "cuda") for tensor in present)
-    return HAS_TRITON and all(tensor.device.type == "cuda" for tensor in present)
+    accepted = ("cpu", "cuda") if INTERPRETED else ("cuda",) if HAS_TRITON else ()
+    return all(tensor.device.type in accepted for tensor in tensors if tensor is not None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:

@@ -191,7 +191,7 @@ def train_epochs(
         steps: optimizer steps of an epoch.
         epoch: trains one epoch, calling ``step(loss)`` for every batch, and returns its metrics.
     """
-    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
     total = epochs * steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, total))
     parameters = [p for group in groups for p in group["params"]]

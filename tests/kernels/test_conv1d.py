@@ -295,7 +295,8 @@ def test_opcheck(statistics):
     of_y = [torch.rand(4, device=DEVICE) for _ in range(3)]
     grad = (y.sin(), y if statistics else None, *(of_y if statistics else [None] * 3), lengths // 2)
     torch.library.opcheck(
-        torch.ops.ecgot.conv1d_gradients.default, (*grad, w, *c, 1, *signal, True, statistics, "fp32", "auto")
+        torch.ops.ecgot.conv1d_gradients.default,
+        (*grad, w, *c, 1, x, *vectors, None, *signal[4:], True, statistics, "fp32", "auto"),
     )
 
 

@@ -144,6 +144,7 @@ def bottlenecks(x: Signal, blocks: Sequence[Bottleneck]) -> Signal:
     narrowed = None
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         narrow, middle, wide = block.layers()
+        x = shared(x)
         residual = block.shortcut_of(x)
         y = normalized(x, *narrow, "relu") if narrowed is None else narrowed
         if any(not _infers(norm) for _, norm in (narrow, middle, wide)):
@@ -236,6 +237,14 @@ def folded(encoder: Encoder) -> Encoder:
         if isinstance(module, nn.Conv1d):
             module.__dict__[KEPT] = {}
     return copied
+
+
+def shared(x: Signal) -> Signal:
+    """x for several convolutions: computed once, where each would otherwise do all of it again.
+
+    That is the torch path; the kernels do it on the way.
+    """
+    return x if x.rstd is None else computed(x)
 
 
 def convolved(

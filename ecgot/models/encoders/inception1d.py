@@ -32,7 +32,11 @@ def _beside(signals: list[Signal]) -> Signal:
     values = beside("values", 2)
     if signals[0].mean is None:
         return dataclasses.replace(signals[0], values=values)
-    vectors = {name: beside(name, 0) for name in ("mean", "scale", "shift")}
+    vectors = {
+        name: beside(name, 0)
+        for name in ("mean", "scale", "shift", "rstd")
+        if getattr(signals[0], name) is not None
+    }
     return dataclasses.replace(signals[0], values=values, **vectors)  # type: ignore[arg-type]
 
 

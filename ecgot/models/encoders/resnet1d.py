@@ -3,13 +3,16 @@
 from torch import Tensor
 
 from ecgot.kernels import Signal
-from ecgot.models.encoders.blocks import EncoderOutput, Layer, bottlenecks, entered, left, normalized
+from ecgot.models.encoders.blocks import EncoderOutput, Layer, bottlenecks, entered, left, normalized, shared
 from ecgot.models.encoders.plain import PlainBasicBlock, PlainBottleneck, PlainResNet1d
 
 
 class BasicBlock(PlainBasicBlock):
     def forward(self, x: Signal) -> Signal:  # type: ignore[override]
-        residual = normalized(x, *self.shortcut) if len(self.shortcut) else x
+        residual = x
+        if len(self.shortcut):
+            x = shared(x)
+            residual = normalized(x, *self.shortcut)
         y = normalized(x, self.conv1, self.bn1, "relu")
         return normalized(y, self.conv2, self.bn2, "relu", residual=residual)
 
