@@ -28,15 +28,13 @@ def convolve(
 def folded(x: Signal, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
     """As convolve, with torch's autograd: the scale goes into the weight, so that it costs no pass."""
     scale, bias, shift = epilogue.scale, epilogue.bias, epilogue.shift
-    if scale is None and bias is None and shift is not None:
-        y = convolution(read(x), weight, geometry, shift)
-        if epilogue.residual is not None:
-            y = y.add_(epilogue.residual)
-        return activated(y, epilogue.activation)
-    if scale is None or weight.dtype.itemsize == 2:  # where the product with the weight would be rounded
+    if scale is not None and weight.dtype.itemsize == 2:  # the product with the weight would be rounded
         return finished(convolution(read(x), weight, geometry), epilogue)
-    offset = shift if bias is None else bias * scale if shift is None else bias * scale + shift
-    y = convolution(read(x), weight * scale[:, None, None], geometry, offset)
+    if scale is not None:
+        weight = weight * scale[:, None, None]
+        bias = None if bias is None else bias * scale
+    offset = shift if bias is None else bias if shift is None else bias + shift
+    y = convolution(read(x), weight, geometry, offset)
     if epilogue.residual is not None:
         y = y.add_(epilogue.residual)
     return activated(y, epilogue.activation)
@@ -162,6 +160,8 @@ def activated(y: Tensor, activation: str | None) -> Tensor:
     """act(y), in place where torch can: y is nobody else's."""
     if activation is None:
         return y
+    if activation == "silu" and not torch.is_grad_enabled():
+        return F.silu(y, inplace=True)
     return torch.relu_(y) if activation == "relu" else _ACTIVATIONS[activation](y)
 
 
