@@ -67,7 +67,8 @@ def conv1d_norm(
         momentum, eps: as in ``torch.nn.functional.batch_norm``.
         residual: [B, T_out, C_out].
         recompute: keep nothing of the convolution's output for the backward, which convolves once more.
-            It pays for a cheap convolution with a large output, such as a bottleneck's last. With a residual.
+            It pays for a cheap convolution with a large output, such as a bottleneck's last. With a residual,
+            and not under torch.compile, which decides for itself what to keep.
         process_group: statistics over its processes, as ``torch.nn.SyncBatchNorm``'s. None: this one's.
 
     Returns:
@@ -107,7 +108,9 @@ def conv1d_norm(
     # In torch the gradient through the statistics is best left to whoever normalises, as batch norm's
     # backward has it; the kernels add it where they read the gradient anyway.
     apart = not use_triton(values) and lengths is None and process_group is None
-    recipe = Recipe(needed_twice=not apart) if recompute and residual is not None else None
+    recipe = None
+    if recompute and residual is not None and not torch.compiler.is_compiling():
+        recipe = Recipe(needed_twice=not apart)
     y, mean, var = _Convolution.apply(
         *(x.values, x.mean, x.scale, x.shift, x.rstd, weight, x.activation, x.lengths, lengths),
         *(geometry, precision, backend, recipe, apart),
@@ -267,29 +270,23 @@ class _Convolution(torch.autograd.Function):
         if recipe is not None:
             recipe.make, recipe.inputs = make, inputs
         ctx.save_for_backward(*inputs, lengths, y_mean, None if apart or recipe is not None else y)
-        ctx.set_materialize_grads(False)
-        ctx.settings = activation, geometry, precision, backend, recipe
+        ctx.settings = activation, geometry, precision, backend, recipe, apart
         return y, y_mean, y_var
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, lengths, y_mean, y = ctx.saved_tensors
         values, mean, scale, shift, rstd, weight, x_lengths = inputs
-        activation, geometry, precision, backend, recipe = ctx.settings
+        activation, geometry, precision, backend, recipe, apart = ctx.settings
         needs_x, needs_mean, needs_scale, *_, needs_weight = ctx.needs_input_grad[:6]
-        if grad_mean is None and grad_var is None:
-            assert grad is not None
-            whole = OutputGradient(grad.contiguous(), lengths=lengths)
+        grad = grad.contiguous()
+        if apart:
+            whole = OutputGradient(grad)
         else:
             y = y if recipe is None else recipe.take(inputs)
             count = y.shape[0] * y.shape[1] if lengths is None else lengths.sum()
-            # A statistic that nobody used has no gradient.
-            of_mean, of_var = (torch.zeros_like(y_mean) if g is None else g for g in (grad_mean, grad_var))
-            grad = torch.zeros_like(y) if grad is None else grad.contiguous()
-            whole = OutputGradient(grad, y, y_mean, of_mean / count, 2 * of_var / count, lengths)
+            whole = OutputGradient(grad, y, y_mean, grad_mean / count, 2 * grad_var / count, lengths)
         grad_x, grad_shift, grad_scale, grad_weight = gradients(
             whole,
             weight,
@@ -384,13 +381,11 @@ class _MaxPool(torch.autograd.Function):
         values, mean, scale, shift, rstd, x_lengths, lengths = ctx.saved_tensors
         activation, window = ctx.settings
         x = Signal(values, mean, scale, shift, activation, x_lengths, rstd)
-        h = _torch_conv1d.read(dataclasses.replace(x, lengths=None)).detach().requires_grad_()
-        with torch.enable_grad():
-            pooled = _pooled(h, x_lengths, lengths, window)
-        (grad_h,) = torch.autograd.grad(pooled, h, grad)
+        h = _torch_conv1d.read(dataclasses.replace(x, lengths=None))
+        grad_h = _pooled_gradient(grad, h, x_lengths, lengths, window)
         if mean is None or scale is None:
             return grad_h, *[None] * 9
-        grad_x, grad_shift, grad_scale = _torch_conv1d.normalized_gradients(grad_h, h.detach(), x)
+        grad_x, grad_shift, grad_scale = _torch_conv1d.normalized_gradients(grad_h, h, x)
         grad_mean = -scale * grad_shift if rstd is None else None
         return grad_x, grad_mean, grad_scale, grad_shift, *[None] * 6
 
@@ -398,14 +393,37 @@ class _MaxPool(torch.autograd.Function):
 def _pooled(
     h: Tensor, x_lengths: Tensor | None, lengths: Tensor | None, window: tuple[int, int, int]
 ) -> Tensor:
-    valid = validity(x_lengths, h.shape[1])
-    if valid is not None:
-        h = torch.where(valid, h, -torch.inf)
-    kernel_size, stride, padding = window
-    image = F.max_pool2d(_torch_conv1d.as_image(h), (1, kernel_size), (1, stride), (0, padding))
-    z = _torch_conv1d.as_signal(image)
-    valid = validity(lengths, z.shape[1])
+    z, _ = F.max_pool2d_with_indices(_pooled_image(h, x_lengths), *_pooling(window))
+    valid = validity(lengths, z.shape[3])
+    z = _torch_conv1d.as_signal(z)
     return z if valid is None else torch.where(valid, z, 0.0)
+
+
+def _pooled_gradient(
+    grad: Tensor, h: Tensor, x_lengths: Tensor | None, lengths: Tensor | None, window: tuple[int, int, int]
+) -> Tensor:
+    """The gradient in h [B, T, C] from that in the pooled signal."""
+    valid = validity(lengths, grad.shape[1])
+    grad = grad if valid is None else torch.where(valid, grad, 0.0)
+    image, sizes = _pooled_image(h, x_lengths), _pooling(window)
+    _, indices = F.max_pool2d_with_indices(image, *sizes)
+    grad_image = torch.ops.aten.max_pool2d_with_indices_backward(
+        _torch_conv1d.as_image(grad), image, *sizes, [1, 1], False, indices
+    )
+    grad_h = _torch_conv1d.as_signal(grad_image)
+    valid = validity(x_lengths, h.shape[1])
+    return grad_h if valid is None else torch.where(valid, grad_h, 0.0)
+
+
+def _pooled_image(h: Tensor, x_lengths: Tensor | None) -> Tensor:
+    """What is pooled: an image of h that has no maximum beyond the records' ends."""
+    valid = validity(x_lengths, h.shape[1])
+    return _torch_conv1d.as_image(h if valid is None else torch.where(valid, h, -torch.inf))
+
+
+def _pooling(window: tuple[int, int, int]) -> tuple[list[int], list[int], list[int]]:
+    kernel_size, stride, padding = window
+    return [1, kernel_size], [1, stride], [0, padding]
 
 
 # --- registered operators -----------------------------------------------------------------------------------

@@ -184,6 +184,19 @@ def test_norms_may_be_frozen_averaged_or_without_statistics():
             torch.testing.assert_close(b, c)
 
 
+@pytest.mark.parametrize("name", ["merl_resnet18", "xresnet1d101", "inception1d", "net1d"])
+def test_a_training_step_compiles_whole(name):
+    fused, _ = twins(name)
+    x = records(2, 12, 120).float()
+    compiled = torch.compile(fused.train(), fullgraph=True, backend="aot_eager")
+    grads = [
+        torch.autograd.grad(model(x).tokens.square().sum(), list(fused.parameters()))
+        for model in (compiled, fused)
+    ]
+    for (key, _), ours, expected in zip(fused.named_parameters(), *grads, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4, msg=key)
+
+
 def saved_bytes(run) -> int:
     """Of activations that the backward keeps, each storage once."""
     kept: dict[int, Tensor] = {}
