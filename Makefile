@@ -21,7 +21,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 demo: $(INSTALLED)
 	rm -rf $(DEMO)
 	$(BIN)/ecgot synth $(DEMO)/data --records 2000 --seed 0
-	$(BIN)/ecgot train --data $(DEMO)/data --out $(DEMO)/run --cache $(DEMO)/cache encoder.name=resnet1d_tiny
+	$(BIN)/ecgot train --data $(DEMO)/data --out $(DEMO)/run --cache $(DEMO)/cache encoder.name=resnet1d_tiny align.epochs=6
 	$(BIN)/ecgot evaluate $(DEMO)/run --data $(DEMO)/data --cache $(DEMO)/cache --examples 5
 
 test: $(INSTALLED)

@@ -12,6 +12,7 @@ from ecgot.version import __version__
 if TYPE_CHECKING:
     from ecgot.data.dataset import load_dataset
     from ecgot.data.record import read_record
+    from ecgot.eval.reading import Reader as load_pretrained
     from ecgot.kernels.sinkhorn import (
         SinkhornLoss,
         SinkhornOutput,
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "encoder",
     "load_dataset",
+    "load_pretrained",
     "read_record",
     "sinkhorn",
     "sinkhorn_divergence",
@@ -43,6 +45,7 @@ _HOME = {
     "encoder": "ecgot.models.encoders",
     "kernels": "ecgot.kernels",
     "load_dataset": "ecgot.data.dataset",
+    "load_pretrained": "ecgot.eval.reading",
     "read_record": "ecgot.data.record",
     "sinkhorn": "ecgot.kernels.sinkhorn",
     "sinkhorn_divergence": "ecgot.kernels.sinkhorn",
@@ -50,13 +53,14 @@ _HOME = {
     "sinkhorn_pairwise": "ecgot.kernels.sinkhorn",
     "sinkhorn_varlen": "ecgot.kernels.sinkhorn",
 }
+_NAMED = {"load_pretrained": "Reader"}  # what is called otherwise at home
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'ecgot' has no attribute {name!r}")
     module = importlib.import_module(_HOME[name])
-    value = module if name == "kernels" else getattr(module, name)
+    value = module if name == "kernels" else getattr(module, _NAMED.get(name, name))
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""The command line: synth, train, evaluate, report, bench."""
+"""The command line: synth, train, evaluate, report, classify, export, bench."""
 
 import ctypes
 import json
@@ -28,6 +28,11 @@ cache = click.option(
     type=PATH,
     help="Folder of cached signals and embeddings (default: $ECGOT_CACHE or ~/.cache/ecgot).",
 )
+score_option = click.option(
+    "--score",
+    type=click.Choice(["phrase", "cosine", "ot"]),
+    help="Score of a class (default: phrase where the run has learned phrases, else cosine).",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=NOT_A_DEVICE)
@@ -35,8 +40,8 @@ cache = click.option(
 def cli() -> None:
     """Teach language models to read electrocardiograms, aligned by optimal transport.
 
-    synth makes a data set, train trains on one, evaluate measures a trained run, report reads one record,
-    bench times the transport solver.
+    synth makes a data set, train trains on one, evaluate measures a trained run, report and classify read one
+    record, export makes a run portable, bench times the transport solver.
     """
 
 
@@ -162,46 +167,47 @@ def train(
 
 
 @cli.command()
-@click.argument("run", type=PATH)
+@click.argument("run", type=PATH, required=False)
 @click.option("--data", type=PATH, required=True, help="Data set in PTB-XL's layout.")
 @click.option("--folds", default="9", show_default=True, help="Folds to evaluate, such as 9 or 9,10.")
 @click.option("--reports", type=PATH, help="CSV ecg_id,report with the references.")
-@click.option(
-    "--score",
-    type=click.Choice(["cosine", "ot"]),
-    default="cosine",
-    show_default=True,
-    help="Zero-shot score.",
-)
+@score_option
 @click.option("--prompts", type=PATH, help="TOML file with prompts instead of the built-in ones.")
 @click.option("--num-beams", type=click.IntRange(min=1), default=1, show_default=True, help="1: greedy.")
 @click.option("--resamples", type=click.IntRange(min=1), default=1000, show_default=True, help="Bootstrap.")
 @click.option("--examples", type=click.IntRange(min=0), default=0, help="Print this many generated reports.")
+@click.option("--out", type=PATH, help="Folder for evaluation.json and generated_reports.csv.")
 @cache
 @as_json
 def evaluate(
-    run: Path,
+    run: Path | None,
     data: Path,
     folds: str,
     reports: Path | None,
-    score: str,
+    score: str | None,
     prompts: Path | None,
     num_beams: int,
     resamples: int,
     examples: int,
+    out: Path | None,
     cache: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure RUN on held-out folds: zero-shot AUROC, report metrics, a linear probe, controls."""
+    """Measure RUN, or the model that comes with the package, on held-out folds.
+
+    Zero-shot AUROC, report metrics, a linear probe, controls. evaluation.json and generated_reports.csv go to
+    RUN, or to the folder of --out.
+    """
     from ecgot.eval.evaluate import evaluate as evaluate_run
     from ecgot.eval.zeroshot import BUILT_IN
     from ecgot.train.config import parse_folds
-    from ecgot.train.run import Progress, Run
+    from ecgot.train.run import PRETRAINED, Progress, Run
 
     with _progress(as_json) as (bar, note):
         evaluation = evaluate_run(
-            Run.open(run),
+            Run.open(run or PRETRAINED),
             data,
+            out=out,
             folds=parse_folds(folds),
             reports_csv=reports,
             score=score,
@@ -228,28 +234,29 @@ def evaluate(
 
 
 @cli.command()
-@click.argument("run", type=PATH)
-@click.argument("record", type=PATH)
+@click.argument("paths", type=PATH, nargs=-1, metavar="[RUN] RECORD")
 @click.option("--num-beams", type=click.IntRange(min=1), default=1, show_default=True, help="1: greedy.")
-@click.option(
-    "--score", type=click.Choice(["cosine", "ot"]), default="cosine", show_default=True, help="Class score."
-)
+@score_option
 @click.option("--prompts", type=PATH, help="TOML file with prompts instead of the built-in ones.")
 @as_json
-def report(run: Path, record: Path, num_beams: int, score: str, prompts: Path | None, as_json: bool) -> None:
-    """Read one WFDB RECORD with the model of RUN: class scores and a written report."""
-    from ecgot.eval.reading import read
-    from ecgot.eval.zeroshot import BUILT_IN
-    from ecgot.train.run import Run
+def report(
+    paths: tuple[Path, ...], num_beams: int, score: str | None, prompts: Path | None, as_json: bool
+) -> None:
+    """Read one WFDB RECORD: class scores and a written report.
 
-    reading = read(
-        Run.open(run), record, num_beams=num_beams, score=score, prompts=prompts or BUILT_IN
-    ).to_dict()
+    The model is that of RUN, or the one that comes with the package.
+    """
+    from ecgot.eval.reading import Reader
+    from ecgot.eval.zeroshot import BUILT_IN
+
+    run, record = _run_and_record(paths)
+    reader = Reader(run, prompts=prompts or BUILT_IN, score=score, num_beams=num_beams)
+    reading = reader.read(record).to_dict()
     if as_json:
         _print(reading | {"notice": NOT_A_DEVICE}, True)
         return
     console = Console()
-    table = Table(title=f"{record}: similarity to each class's prompts, highest first")
+    table = Table(title=f"{record}: score of each class, highest first")
     for group in reading["scores"]:
         table.add_column(group)
     columns = [_ranked(scores, 5) for scores in reading["scores"].values()]
@@ -260,6 +267,50 @@ def report(run: Path, record: Path, num_beams: int, score: str, prompts: Path | 
         console.print(f"note: {note}", markup=False)
     console.print(f"report: {reading['report'] or '(none: stage 2 has not been trained)'}", markup=False)
     console.print(NOT_A_DEVICE)
+
+
+@cli.command()
+@click.argument("paths", type=PATH, nargs=-1, metavar="[RUN] RECORD")
+@click.option("--prompt", "prompts", multiple=True, required=True, help="Text, such as a report's phrase.")
+@score_option
+@as_json
+def classify(paths: tuple[Path, ...], prompts: tuple[str, ...], score: str | None, as_json: bool) -> None:
+    """Score one WFDB RECORD by texts of your own; needs the text encoder.
+
+    Scores compare records by one text: log-odds that a report would say it, as far as the model knows.
+    """
+    from ecgot.eval.reading import Reader
+
+    run, record = _run_and_record(paths)
+    scores = Reader(run, score=score).classify(record, prompts)
+    if as_json:
+        _print({"record": str(record), "scores": scores, "notice": NOT_A_DEVICE}, True)
+        return
+    console = Console()
+    for text in _ranked(scores, len(scores)):
+        console.print(text, markup=False, highlight=False)
+    console.print(NOT_A_DEVICE)
+
+
+def _run_and_record(paths: tuple[Path, ...]) -> tuple[Any, Path]:
+    """The run (None: the package's) and the record of "[RUN] RECORD"."""
+    from ecgot.train.run import Run
+
+    if len(paths) not in (1, 2):
+        raise EcgotError(f"RECORD: got {len(paths)} paths, accepted is one record, after a run or alone")
+    return (Run.open(paths[0]) if len(paths) == 2 else None), paths[-1]
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.argument("out", type=PATH)
+def export(run: Path, out: Path) -> None:
+    """Write RUN to the new folder OUT as a model that needs no text encoder, with a model card."""
+    from ecgot.eval.export import export as export_run
+    from ecgot.train.run import Run
+
+    export_run(Run.open(run), out)
+    click.echo(f"exported to {out}")
 
 
 def _keep_freed_memory() -> None:

@@ -87,10 +87,42 @@ def test_json_is_one_object_and_nothing_else(ecgot, tmp_path, run_dir, few):
         assert keys <= json.loads(out).keys()
 
 
+def test_an_exported_run_reads_without_a_text_encoder(ecgot, tmp_path, run_dir, few, monkeypatch):
+    out = tmp_path / "exported"
+    assert ecgot("export", run_dir, out)[0] == 0
+    names = {"config.json", "align.safetensors", "report.safetensors", "prompts.safetensors", "README.md"}
+    assert {path.name for path in out.iterdir()} == names | {"language_model"}
+    assert str(few) not in (out / "config.json").read_text()
+    assert "not a medical device" in (out / "README.md").read_text()
+    refused(ecgot("export", run_dir, out), "exists, accepted is a new folder")
+    record = next((few / "records100").rglob("*.hea"))
+    whole = json.loads(ecgot("report", run_dir, record, "--json")[1])
+    _, text, _ = ecgot("classify", out, record, "--prompt", "sinus rhythm", "--prompt", "a", "--json")
+    assert list(json.loads(text)["scores"]) == ["sinus rhythm", "a"]
+    results = [["evaluate", folder, "--data", few, "--resamples", 5, "--json"] for folder in (run_dir, out)]
+    before = json.loads(ecgot(*results[0])[1])
+
+    def absent(*_arguments, **_settings):
+        raise AssertionError("a text encoder was loaded")
+
+    monkeypatch.setattr("ecgot.eval.reading.TextEncoder", absent)
+    monkeypatch.setattr("ecgot.eval.evaluate.TextEncoder", absent)
+    found = json.loads(ecgot("report", out, record, "--json")[1])
+    assert found["report"] == whole["report"]
+    for group, scores in whole["scores"].items():
+        assert found["scores"][group] == pytest.approx(scores, abs=1e-4)
+    after = json.loads(ecgot(*results[1], "--out", tmp_path / "evaluation")[1])
+    assert (tmp_path / "evaluation" / "evaluation.json").exists()
+    for group, ranking in before["zero_shot"].items():
+        assert after["zero_shot"][group]["auroc"] == pytest.approx(ranking["auroc"], abs=1e-6)
+    refused(ecgot("report", out, record, record), "got 3 paths")
+    refused(ecgot("report"), "got 0 paths")
+
+
 def test_help_explains_every_command_and_setting(ecgot):
     code, out, _ = ecgot("--help")
     assert code == 0
-    for command in ("synth", "train", "evaluate", "report", "bench"):
+    for command in ("synth", "train", "evaluate", "report", "classify", "bench"):
         assert command in out
         code, text, _ = ecgot(command, "--help")
         assert code == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ecgot.data.glossary import plain_english
 from ecgot.data.ptbxl import Labels, PtbXlTable, read_table
 from ecgot.data.record import STANDARD_LEADS, read_record
 from ecgot.errors import EcgotError
@@ -62,6 +63,17 @@ class EcgDataset:
     def reports(self) -> tuple[str, ...]:
         """n cleaned report texts, "" where there is no usable one."""
         return self.table.reports
+
+    def in_plain_english(self) -> "EcgDataset":
+        """With each record's original report in plain English for its report.
+
+        For learning what reports mean: originals are there for more records than translations, and all say
+        the same thing in the same words. See :func:`ecgot.data.glossary.plain_english`.
+        """
+        table = self.table
+        chosen = [own or other for own, other in zip(table.originals, table.reports, strict=True)]
+        english = {text: plain_english(text) for text in set(chosen)}
+        return replace(self, table=replace(table, reports=tuple(english[text] for text in chosen)))
 
     @property
     def lengths(self) -> np.ndarray:

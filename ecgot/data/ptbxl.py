@@ -34,6 +34,7 @@ class PtbXlTable:
     Attributes:
         ecg_id, patient_id, fold: [n] int64.
         reports: n cleaned texts, "" where there is no usable one.
+        originals: the same of the report column, where another table takes its place; else ``reports``.
         codes: n sets of SCP codes.
         record_paths: n paths relative to the data set's folder, without suffix.
         class_of: for each group, SCP code to class.
@@ -44,6 +45,7 @@ class PtbXlTable:
     patient_id: np.ndarray
     fold: np.ndarray
     reports: tuple[str, ...]
+    originals: tuple[str, ...]
     codes: tuple[frozenset[str], ...]
     record_paths: tuple[str, ...]
     class_of: dict[str, dict[str, str]]
@@ -117,6 +119,7 @@ def read_table(
         patient_id=_integers(table, "patient_id", database),
         fold=_integers(table, "strat_fold", database),
         reports=_reports(table, database, reports_csv),
+        originals=_reports(table, database, reports_csv if "report" not in table.columns else None),
         codes=tuple(
             _codes(text, ecg_id, database)
             for text, ecg_id in zip(table["scp_codes"], table["ecg_id"], strict=True)

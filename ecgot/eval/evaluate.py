@@ -23,10 +23,11 @@ from ecgot.eval.ranking import Ranking, rank
 from ecgot.eval.text_metrics import DIALECT, report_metrics
 from ecgot.eval.zeroshot import (
     BUILT_IN,
-    SCORES,
     EmbeddedPrompts,
+    check_score,
     class_scores,
     embed_prompts,
+    load_prompts,
     read_prompts,
     select_prompts,
 )
@@ -39,7 +40,7 @@ from ecgot.train.align import load_alignment
 from ecgot.train.batches import encode, with_reports
 from ecgot.train.config import Config
 from ecgot.train.report import load_reporter
-from ecgot.train.run import Progress, Run
+from ecgot.train.run import PRETRAINED, Progress, Run
 from ecgot.train.stages import load_folds
 from ecgot.version import __version__
 
@@ -80,23 +81,26 @@ def evaluate(
     run: Run,
     root: Path,
     *,
+    out: Path | None = None,
     folds: Sequence[int] = (9,),
     reports_csv: Path | None = None,
-    score: str = "cosine",
+    score: str | None = None,
     prompts: Path = BUILT_IN,
     num_beams: int = 1,
     resamples: int = 1000,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Evaluate a run and leave ``evaluation.json`` and ``generated_reports.csv`` in its folder.
+    """Evaluate a run.
 
     Args:
         root: a data set in PTB-XL's layout.
+        out: folder for ``evaluation.json`` and ``generated_reports.csv``; the run's own where omitted, none
+            for the model that comes with the package.
         folds: to evaluate; patients of the training folds must not be in them.
         reports_csv: references; where omitted, the run's own if ``root`` is what it was trained on, else the
             report column.
-        score: "cosine" or "ot", see :func:`ecgot.eval.zeroshot.class_scores`.
+        score: see :func:`ecgot.eval.zeroshot.check_score` and :func:`ecgot.eval.zeroshot.class_scores`.
         num_beams: 1 writes reports greedily.
         resamples: of the bootstrap over patients.
 
@@ -104,12 +108,12 @@ def evaluate(
         EcgotError: the run, the data or a setting cannot be used.
     """
     cache_dir, progress, config = cache_dir or default_cache_dir(), progress or Progress(), run.config()
-    if score not in SCORES:
-        raise EcgotError(f"score: got {score!r}, accepted are {' and '.join(SCORES)}")
+    score = check_score(score, config.align)
     trained_on = set(folds) & set(config.data.train_folds)
     if trained_on:
         raise EcgotError(f"folds: fold {min(trained_on)} was trained on, accepted are held-out folds")
-    text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
+    ready = prompts == BUILT_IN and run.prompts.exists()  # embedded, so that no text encoder is needed
+    text = None if ready else TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
     model = load_alignment(run, text)
     csv_path = _references(config, root, reports_csv)
     data = load_folds(config, folds, cache_dir, progress, root=root, reports_csv=csv_path)
@@ -119,7 +123,7 @@ def evaluate(
         check_patient_split(train.table, data.table)
     encoding = functools.partial(encode, model, progress=progress, cuda_graph=config.cuda_graph)
     tokens, mask = encoding(data, task="encoding evaluation folds")
-    embedded = _embedded_prompts(model, text, data, prompts)
+    embedded = _embedded_prompts(run, model, text, data, prompts)
     scores = _zero_shot_scores(model, tokens, mask, embedded, score, config, progress)
     evaluation = Evaluation(
         folds=tuple(folds),
@@ -139,9 +143,13 @@ def evaluate(
             "config": dataclasses.asdict(config),
         },
     )
-    saved = {key: value for key, value in evaluation.to_dict().items() if key != "examples"}
-    write_text(run.folder / "evaluation.json", json.dumps(saved, indent=2) + "\n")
-    _write_reports(run.folder / "generated_reports.csv", evaluation.examples)
+    if out is None and run.folder != PRETRAINED:
+        out = run.folder
+    if out is not None:
+        saved = {key: value for key, value in evaluation.to_dict().items() if key != "examples"}
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "evaluation.json", json.dumps(saved, indent=2) + "\n")
+        _write_reports(out / "generated_reports.csv", evaluation.examples)
     return evaluation
 
 
@@ -164,8 +172,11 @@ def _training_folds(
 
 
 def _embedded_prompts(
-    model: AlignmentModel, text: TextEncoder, data: EcgDataset, path: Path
+    run: Run, model: AlignmentModel, text: TextEncoder | None, data: EcgDataset, path: Path
 ) -> EmbeddedPrompts:
+    if text is None:
+        embedded = load_prompts(run.prompts, next(model.parameters()).device)
+        return embedded.select({group: data.labels(group).classes for group in GROUPS})
     prompts = read_prompts(path)
     wanted = {group: select_prompts(prompts, group, data.labels(group).classes) for group in GROUPS}
     return embed_prompts(model, text, wanted)

@@ -1,6 +1,7 @@
-"""One record, read by a trained run: class scores and a written report."""
+"""Records, read by a trained run: class scores and a written report."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,21 @@ import torch
 
 from ecgot.data.dataset import fit_length
 from ecgot.data.record import Record, read_record
-from ecgot.eval.zeroshot import BUILT_IN, class_scores, embed_prompts, read_prompts
+from ecgot.eval.zeroshot import (
+    BUILT_IN,
+    EmbeddedPrompts,
+    check_score,
+    class_scores,
+    embed_prompts,
+    load_prompts,
+    read_prompts,
+)
+from ecgot.models.alignment import AlignmentModel
+from ecgot.models.encoders import EncoderOutput
 from ecgot.models.text import TextEncoder
 from ecgot.train.align import load_alignment
 from ecgot.train.report import load_reporter
-from ecgot.train.run import Run, choose_device
+from ecgot.train.run import PRETRAINED, Run, choose_device
 
 
 @dataclass(frozen=True)
@@ -21,8 +32,9 @@ class Reading:
     """What a run says of a record.
 
     Attributes:
-        scores: group -> class -> similarity to the class's prompts. Compare records by one class, not
-            classes within a record: prompts differ in how near they lie to everything.
+        scores: group -> class -> score, see :func:`ecgot.eval.zeroshot.class_scores`: log-odds that a report
+            would name the class where the run has learned phrases. Compare records by one class rather than
+            classes within a record: classes differ in how often and in how many words they are named.
         report: the generated text; None where stage 2 has not been trained.
         notes: what was done to the signal: repaired gaps, flat leads, cutting, padding.
     """
@@ -36,29 +48,96 @@ class Reading:
         return dataclasses.asdict(self)
 
 
-@torch.no_grad()
-def read(
-    run: Run, path: Path, *, num_beams: int = 1, score: str = "cosine", prompts: Path = BUILT_IN
-) -> Reading:
-    """Read the WFDB record at ``path``.
+class Reader:
+    """A trained run, loaded once to read any number of records.
+
+    Args:
+        run: the run's folder; the model that comes with the package where omitted.
+        prompts: a TOML file in place of the built-in prompts.
+        score: see :func:`ecgot.eval.zeroshot.check_score`.
+        num_beams: 1 writes reports greedily.
+
+    Attributes:
+        model: the :class:`ecgot.models.alignment.AlignmentModel`; ``model.encoder`` is the ECG encoder.
+        config: the run's :class:`ecgot.train.config.Config`.
+
+    The text encoder is needed, and loaded, only for prompts that the run's folder does not hold embedded, and
+    for :meth:`classify`.
 
     Raises:
-        EcgotError: the run or the record cannot be used.
+        EcgotError: the run cannot be used.
     """
-    config, texts = run.config(), read_prompts(prompts)
-    record = read_record(path, leads=config.data.leads, fs_hz=config.data.fs_hz)
-    signal, valid = fit_length(record.signal_mv, round(config.data.fs_hz * config.data.seconds))
-    text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
-    model, device = load_alignment(run, text), choose_device(config.device)
-    encoded = model.encoder(torch.from_numpy(signal)[None].to(device), torch.tensor([valid], device=device))
-    embedded = embed_prompts(model, text, texts)
-    values = class_scores(model.project_tokens(encoded), embedded, score=score, transport=config.align)
-    scores = {group: dict(zip(texts[group], row[0].tolist(), strict=True)) for group, row in values.items()}
-    written = None
-    if run.done("report"):
-        reporter = load_reporter(run, model.ecg_width)
-        written = reporter.generate(encoded.tokens, encoded.mask, num_beams=num_beams)[0]
-    return Reading(str(path), scores, written, _notes(record, signal.shape[1]))
+
+    def __init__(
+        self,
+        run: Run | None = None,
+        *,
+        prompts: Path = BUILT_IN,
+        score: str | None = None,
+        num_beams: int = 1,
+    ) -> None:
+        self.run = Run.open(PRETRAINED) if run is None else run
+        self.config = self.run.config()
+        self.score, self.num_beams = check_score(score, self.config.align), num_beams
+        self.device = choose_device(self.config.device)
+        self._text: TextEncoder | None = None
+        if prompts == BUILT_IN and self.run.prompts.exists():
+            self.model = load_alignment(self.run, None)
+            self.prompts = load_prompts(self.run.prompts, self.device)
+        else:
+            wanted = read_prompts(prompts)
+            self.model = self._with_text()
+            self.prompts = embed_prompts(self.model, self._text, wanted)  # type: ignore[arg-type]
+        done = self.run.done("report")
+        self.reporter = load_reporter(self.run, self.model.ecg_width) if done else None
+
+    def _with_text(self) -> AlignmentModel:
+        self._text = TextEncoder(self.config.text.name, max_tokens=self.config.text.max_tokens)
+        return load_alignment(self.run, self._text)
+
+    @torch.no_grad()
+    def read(self, path: Path) -> Reading:
+        """Read the WFDB record at ``path``.
+
+        Raises:
+            EcgotError: the record cannot be used.
+        """
+        encoded, notes = self._encode(path)
+        scores = self._scores(encoded, self.prompts)
+        written = None
+        if self.reporter is not None:
+            written = self.reporter.generate(encoded.tokens, encoded.mask, num_beams=self.num_beams)[0]
+        return Reading(str(path), scores, written, notes)
+
+    @torch.no_grad()
+    def classify(self, path: Path, prompts: Sequence[str]) -> dict[str, float]:
+        """The record's score of each text; any text, which takes the run's text encoder.
+
+        Raises:
+            EcgotError: the record or the text encoder cannot be used.
+        """
+        if self._text is None:
+            self.model = self._with_text()
+        encoded, _ = self._encode(path)
+        wanted = {"prompts": {text: (text,) for text in prompts}}
+        assert self._text is not None
+        return self._scores(encoded, embed_prompts(self.model, self._text, wanted))["prompts"]
+
+    def _encode(self, path: Path) -> tuple[EncoderOutput, tuple[str, ...]]:
+        data = self.config.data
+        record = read_record(path, leads=data.leads, fs_hz=data.fs_hz)
+        signal, valid = fit_length(record.signal_mv, round(data.fs_hz * data.seconds))
+        waveform, lengths = torch.from_numpy(signal)[None], torch.tensor([valid])
+        encoded = self.model.encoder(waveform.to(self.device), lengths.to(self.device))
+        return encoded, _notes(record, signal.shape[1])
+
+    def _scores(self, encoded: EncoderOutput, prompts: EmbeddedPrompts) -> dict[str, dict[str, float]]:
+        ecg = self.model.project_tokens(encoded)
+        values = class_scores(ecg, prompts, score=self.score, transport=self.config.align)
+        return {
+            group: dict(zip(prompts.rows[group], row[0].tolist(), strict=True))
+            for group, row in values.items()
+        }
 
 
 def _notes(record: Record, samples: int) -> tuple[str, ...]:

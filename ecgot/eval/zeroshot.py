@@ -1,31 +1,50 @@
 """Zero-shot detection: how near an ECG lies to each class's report-like prompts."""
 
+import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ecgot.data.ptbxl import GROUPS
 from ecgot.errors import EcgotError
-from ecgot.models.alignment import AlignmentModel, Embedding, transport_similarity
-from ecgot.models.text import TextEncoder
+from ecgot.models.alignment import AlignmentModel, Embedding, phrase_logits, transport_similarity
+from ecgot.models.text import TextEncoder, save_tensors
 from ecgot.train.config import AlignConfig
 
 BUILT_IN = Path(__file__).with_name("prompts.toml")
-SCORES = ("cosine", "ot")
+SCORES = ("phrase", "cosine", "ot")
+SOFTNESS = 2.0  # of the maximum over a class's prompts, in log-odds
 
+Given = TypeVar("Given")
 Prompts = Mapping[str, Mapping[str, tuple[str, ...]]]  # group -> class -> texts
 
 
 @dataclass(frozen=True)
 class EmbeddedPrompts:
-    """Every distinct prompt's embedding [K, ...], and the rows of each class's prompts by group."""
+    """Every distinct prompt's embedding [K, ...], and the rows of each class's prompts by group.
+
+    phrase_scale: of :meth:`ecgot.models.alignment.AlignmentModel.phrase_logits`, [].
+    """
 
     embedding: Embedding
     rows: dict[str, dict[str, list[int]]]
+    phrase_scale: Tensor
+
+    def select(self, classes: Mapping[str, tuple[str, ...]]) -> "EmbeddedPrompts":
+        """Those of the given classes by group, in their order.
+
+        Raises:
+            EcgotError: a class has none.
+        """
+        rows = {group: _select(self.rows, group, names) for group, names in classes.items()}
+        return replace(self, rows=rows)
 
 
 def read_prompts(path: Path = BUILT_IN) -> Prompts:
@@ -57,6 +76,12 @@ def select_prompts(prompts: Prompts, group: str, classes: tuple[str, ...]) -> di
     Raises:
         EcgotError: a class has none.
     """
+    return _select(prompts, group, classes)
+
+
+def _select(
+    prompts: Mapping[str, Mapping[str, Given]], group: str, classes: tuple[str, ...]
+) -> dict[str, Given]:
     known = prompts.get(group, {})
     unknown = [name for name in classes if name not in known]
     if unknown:
@@ -77,21 +102,81 @@ def embed_prompts(
         group: {name: [number[t] for t in texts] for name, texts in classes.items()}
         for group, classes in prompts.items()
     }
-    return EmbeddedPrompts(model.embed_text(text.eval()(texts)), rows)
+    embedded = model.embed_text(text.eval()(texts))
+    return EmbeddedPrompts(embedded, rows, model.phrase_scale)
+
+
+def save_prompts(prompts: EmbeddedPrompts, path: Path) -> None:
+    """Write embedded prompts as one safetensors file."""
+    embedding = prompts.embedding
+    assert embedding.prior is not None
+    tensors = {
+        "tokens": embedding.tokens.half(),
+        "mask": embedding.mask,
+        "pooled": embedding.pooled,
+        "prior": embedding.prior,
+        "phrase_scale": prompts.phrase_scale,
+    }
+    save_tensors(
+        {name: tensor.cpu() for name, tensor in tensors.items()}, path, {"rows": json.dumps(prompts.rows)}
+    )
+
+
+def load_prompts(path: Path, device: torch.device) -> EmbeddedPrompts:
+    """What :func:`save_prompts` wrote.
+
+    Raises:
+        EcgotError: the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            rows = json.loads(file.metadata()["rows"])
+        tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
+    except (SafetensorError, KeyError) as error:
+        raise EcgotError(f"prompts: {path} is damaged ({error})") from error
+    parts = (tensors[name] for name in ("mask", "pooled", "prior"))
+    return EmbeddedPrompts(Embedding(tensors["tokens"].float(), *parts), rows, tensors["phrase_scale"])
+
+
+def check_score(score: str | None, settings: AlignConfig) -> str:
+    """The score, or where None is given "phrase" if the run has learned phrases, else "cosine".
+
+    Raises:
+        EcgotError: there is no such score, or the run cannot give it.
+    """
+    if score is None:
+        return "phrase" if settings.phrase_weight else "cosine"
+    if score not in SCORES:
+        raise EcgotError(f"score: got {score!r}, accepted are {', '.join(SCORES)}")
+    if score == "phrase" and not settings.phrase_weight:
+        raise EcgotError("score: got 'phrase', which a run with align.phrase_weight=0 has not learned")
+    return score
 
 
 @torch.no_grad()
 def class_scores(
-    ecg: Embedding, prompts: EmbeddedPrompts, *, score: str = "cosine", transport: AlignConfig | None = None
+    ecg: Embedding, prompts: EmbeddedPrompts, *, score: str = "phrase", transport: AlignConfig | None = None
 ) -> dict[str, Tensor]:
-    """Scores [B, C] of each group: the mean over a class's prompts of the similarity to the ECG.
+    """Scores [B, C] of each group.
 
     Args:
         ecg: B embedded ECGs. Each is scored alone: nothing is normalised over the batch.
-        score: "cosine" of the pooled embeddings, or "ot", minus the transport cost between the ECG's tokens
-            and the prompt's (slower).
+        score: "phrase", log-odds that a report would say one of the class's prompts (a soft maximum);
+            "cosine", the mean over the prompts of the pooled embeddings' similarity; "ot", the mean of minus
+            the transport cost between the ECG's tokens and the prompt's (slower).
         transport: the run's transport settings; the defaults where omitted.
     """
+    if score == "phrase":
+        texts = prompts.embedding
+        assert texts.prior is not None
+        logits = phrase_logits(ecg.pooled, texts.pooled, texts.prior, prompts.phrase_scale)
+        return {
+            group: torch.stack(
+                [SOFTNESS * torch.logsumexp(logits[:, rows] / SOFTNESS, 1) for rows in classes.values()],
+                dim=1,
+            )
+            for group, classes in prompts.rows.items()
+        }
     if score == "cosine":
         similarity = ecg.pooled @ prompts.embedding.pooled.T
     elif score == "ot":
@@ -104,7 +189,7 @@ def class_scores(
             tol=settings.ot_tol,
         )
     else:
-        raise EcgotError(f"score: got {score!r}, accepted are {' and '.join(SCORES)}")
+        raise EcgotError(f"score: got {score!r}, accepted are {', '.join(SCORES)}")
     return {
         group: torch.stack([similarity[:, rows].mean(1) for rows in classes.values()], dim=1)
         for group, classes in prompts.rows.items()

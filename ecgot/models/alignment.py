@@ -1,4 +1,5 @@
-"""Alignment of ECG and report tokens in one space: a contrastive loss and an optimal-transport loss."""
+"""Alignment of ECG and report tokens in one space: contrasts of pooled embeddings, of token sets by optimal
+transport, and of each ECG with the phrases that reports are made of."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +16,23 @@ from ecgot.models.text import TextTokens
 
 @dataclass
 class Embedding:
-    """tokens [B, N, E] in the shared space, mask [B, N], pooled [B, E] of unit length."""
+    """tokens [B, N, E] in the shared space, mask [B, N], pooled [B, E] of unit length.
+
+    prior: of texts, [B]: how common the model expects a phrase to be, as log-odds.
+    """
 
     tokens: Tensor
     mask: Tensor
     pooled: Tensor
+    prior: Tensor | None = None
 
 
 class AlignmentModel(nn.Module):
     """An ECG encoder and the two projections into the shared space.
 
-    One linear map a modality serves tokens and pooled embedding alike, so that what transport teaches the
-    tokens also moves the embedding that zero-shot scores read.
+    One map a modality serves tokens and pooled embedding alike, so that what transport teaches the tokens
+    also moves the embedding that zero-shot scores read. That of text, which comes from a frozen model, has a
+    hidden layer.
 
     Args:
         encoder: waveform [B, L, T] to :class:`EncoderOutput`.
@@ -41,7 +47,11 @@ class AlignmentModel(nn.Module):
         super().__init__()
         self.encoder, self.ecg_width = encoder, encoder.width
         self.project_ecg = nn.Linear(encoder.width, width)
-        self.project_text = nn.Linear(text_width, width)
+        self.project_text = nn.Sequential(
+            nn.Linear(text_width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+        self.phrase_prior = nn.Sequential(nn.Linear(text_width, width), nn.GELU(), nn.Linear(width, 1))
+        self.log_phrase_scale = nn.Parameter(torch.tensor(10.0).log())
         # Of the frozen text encoder that the model was trained on: 16 bytes, which travel with the weights.
         self.text_fingerprint: Tensor
         self.register_buffer("text_fingerprint", torch.zeros(16, dtype=torch.uint8))
@@ -59,12 +69,21 @@ class AlignmentModel(nn.Module):
     def embed_text(self, text: TextTokens) -> Embedding:
         """Text tokens into the shared space."""
         tokens = _project_valid(self.project_text, text.tokens, text.mask)
-        return _embedding(tokens, text.mask, self.project_text(text.pooled))
+        return Embedding(tokens, text.mask, *self.embed_phrases(text.pooled))
+
+    def embed_phrases(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled embeddings [K, E] of unit length and priors [K], of the text encoder's [K, D]."""
+        return F.normalize(self.project_text(pooled), dim=-1), self.phrase_prior(pooled).squeeze(1)
 
     @property
     def temperature(self) -> Tensor:
         """The contrastive loss's temperature, kept above 0.01 (as in CLIP) so that logits stay below 100."""
         return self.log_temperature.exp().clamp_min(0.01)
+
+    @property
+    def phrase_scale(self) -> Tensor:
+        """That of :func:`phrase_logits`."""
+        return self.log_phrase_scale.exp()
 
     @property
     def ot_temperature(self) -> Tensor:
@@ -76,7 +95,7 @@ def _embedding(projected: Tensor, mask: Tensor, pooled: Tensor) -> Embedding:
     return Embedding(projected, mask, F.normalize(pooled, dim=-1))
 
 
-def _project_valid(projection: nn.Linear, tokens: Tensor, mask: Tensor) -> Tensor:
+def _project_valid(projection: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
     """tokens [B, M, D] to [B, M, E], 0 where masked: most of a batch of reports is padding, so it pays."""
     valid = mask.flatten().nonzero().squeeze(1)
     projected = projection(tokens.flatten(0, 1).index_select(0, valid))
@@ -97,6 +116,28 @@ def contrastive_loss(similarity: Tensor, text_id: Tensor, temperature: Tensor) -
     same = text_id[:, None] == text_id[None, :]
     target = same / same.sum(1, keepdim=True)  # symmetric, so it serves both directions
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def phrase_logits(ecg: Tensor, phrases: Tensor, prior: Tensor, scale: Tensor) -> Tensor:
+    """Log-odds [B, K] that an ECG's report says a phrase.
+
+    Args:
+        ecg, phrases: pooled embeddings [B, E] and [K, E].
+        prior: [K], of the phrases; scale: [], both of the model.
+    """
+    return scale * ecg @ phrases.T + prior
+
+
+def phrase_loss(logits: Tensor, said: Tensor, weight: Tensor) -> Tensor:
+    """Whether each phrase is said, in nats: the sum over phrases, the mean over records.
+
+    Args:
+        logits: [B, K], log-odds.
+        said: [B, K], 1 where the record's report says the phrase.
+        weight: [K], of the phrases.
+    """
+    loss = F.binary_cross_entropy_with_logits(logits, said, reduction="none")
+    return (loss @ weight).mean()
 
 
 OT_PAIRS = ("all", "matched")

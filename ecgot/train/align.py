@@ -1,5 +1,6 @@
 """Stage 1: the ECG encoder is aligned with report text. No label is read here."""
 
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from ecgot.data.dataset import EcgDataset
 from ecgot.errors import EcgotError
-from ecgot.models.alignment import AlignmentLoss, AlignmentModel
+from ecgot.models.alignment import AlignmentLoss, AlignmentModel, phrase_logits, phrase_loss
 from ecgot.models.encoders import CapturedTraining, encoder
 from ecgot.models.text import TextEncoder, TextTokens, TokenStore, embed_texts
-from ecgot.train.batches import epoch_order, waveforms
-from ecgot.train.config import Config
+from ecgot.train.batches import augmented, epoch_order, waveforms
+from ecgot.train.config import AlignConfig, Config
+from ecgot.train.phrases import Phrases, find_phrases
 from ecgot.train.run import Progress, Run, choose_device, train_epochs
 
 
@@ -82,7 +84,7 @@ def train_alignment(
     )
     source = ReportSource(train.reports, text, store)
     validation_source = ReportSource(validation.reports, text, store)
-
+    phrases = _phrase_source(model, text, train.reports, settings, cache_dir, progress)
     encode = CapturedTraining(model.encoder) if config.cuda_graph else model.encoder
 
     def epoch(number: int, step: Callable[[Tensor], None]) -> dict[str, float]:
@@ -90,14 +92,18 @@ def train_alignment(
         sums: dict[str, float] = {}
         batches = epoch_order(len(train), settings.batch_size, config.seed, number)
         for done, rows in enumerate(batches):
-            ecg = model.project_tokens(encode(*waveforms(train, rows, device)))
+            signal = waveforms(train, rows, device)
+            ecg = model.project_tokens(encode(*(augmented(*signal) if settings.augment else signal)))
             tokens, ids = source.batch(rows, device)
             terms = loss(ecg, model.embed_text(tokens), ids, model)
+            if phrases is not None:
+                terms["phrase"] = phrases.loss(model, ecg.pooled, rows)
+                terms["loss"] = terms["loss"] + settings.phrase_weight * terms["phrase"]
             step(terms["loss"])
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(batches)
             progress.bar(f"align, epoch {number + 1}/{settings.epochs}", done + 1, len(batches))
-        return sums | validate(model, validation, validation_source, device)
+        return sums
 
     train_epochs(
         run,
@@ -109,8 +115,43 @@ def train_alignment(
         weight_decay=settings.weight_decay,
         epoch=epoch,
         progress=progress,
+        average=settings.average,
+        validate=lambda kept: validate(
+            typing.cast(AlignmentModel, kept), validation, validation_source, device
+        ),
     )
     return model.eval()
+
+
+class PhraseSource:
+    """The phrases of the training reports, each embedded once by the text encoder as it is at the start."""
+
+    def __init__(self, phrases: Phrases, pooled: Tensor, device: torch.device) -> None:
+        self.phrases, self.pooled, self.weight = phrases, pooled.to(device), phrases.weight.to(device)
+
+    def loss(self, model: AlignmentModel, ecg: Tensor, rows: Tensor) -> Tensor:
+        """See :func:`ecgot.models.alignment.phrase_loss`; ecg [b, E], pooled."""
+        logits = phrase_logits(ecg, *model.embed_phrases(self.pooled), model.phrase_scale)
+        return phrase_loss(logits, self.phrases.batch(rows).to(ecg.device), self.weight)
+
+
+def _phrase_source(
+    model: AlignmentModel,
+    text: TextEncoder,
+    reports: tuple[str, ...],
+    settings: AlignConfig,
+    cache_dir: Path,
+    progress: Progress,
+) -> PhraseSource | None:
+    if not settings.phrase_weight:
+        return None
+    limits = {"min_count": settings.phrase_min_count, "max_words": settings.phrase_max_words}
+    phrases = find_phrases(reports, **limits)
+    progress.note(f"align: {len(phrases.texts)} phrases in {len(reports)} reports")
+    store = embed_texts(text, phrases.texts, cache_dir=cache_dir)
+    with torch.no_grad():
+        model.phrase_prior[-1].bias.fill_(phrases.log_odds)  # type: ignore[operator]
+    return PhraseSource(phrases, store.pooled, next(model.parameters()).device)
 
 
 @torch.no_grad()
@@ -132,14 +173,18 @@ def validate(
     return {f"validation_recall@{k}": (rank < k).float().mean().item() for k in (1, 10)}
 
 
-def load_alignment(run: Run, text: TextEncoder) -> AlignmentModel:
+def load_alignment(run: Run, text: TextEncoder | None) -> AlignmentModel:
     """The stage-1 model of a run, in eval mode.
 
     Args:
         text: the run's text encoder. It moves to the model's device and, where the run trained it, gets the
-            trained weights.
+            trained weights. None: the model can read ECGs and embedded prompts, but no text.
     """
-    config = run.config()
+    config, device = run.config(), choose_device(run.config().device)
+    if text is None:
+        model = build_model(config, run.shape("align", "project_text.0.weight")[1])
+        run.load("align", model)
+        return model.to(device).eval()
     model = build_model(config, text.width)
     if config.text.train:
         model.text = text
@@ -148,7 +193,6 @@ def load_alignment(run: Run, text: TextEncoder) -> AlignmentModel:
         raise EcgotError(
             f"run: {run.folder} was trained with another text encoder than text.name {config.text.name!r} is"
         )
-    device = choose_device(config.device)
     text.to(device).eval()
     return model.to(device).eval()
 

@@ -35,6 +35,33 @@ def waveforms(dataset: EcgDataset, rows: Tensor, device: torch.device) -> tuple[
     return signal, None if bool((lengths == signal.shape[2]).all()) else lengths.to(device)
 
 
+CROPPED, GAIN, NOISE_MV, SILENT_LEADS = 0.9, 0.1, 0.03, 0.08
+
+
+def augmented(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What another recording of the same heart might look like, from torch's generator.
+
+    A random stretch of nine tenths, an amplitude within 10 %, white noise of up to 0.03 mV, and each lead
+    silent with a chance of 8 %.
+
+    Args:
+        waveform: [B, L, T] in mV.
+        lengths: [B], or None.
+    """
+    batch, leads, samples = waveform.shape
+    kept = max(1, round(CROPPED * samples))
+    start = int(torch.randint(samples - kept + 1, ()))
+    if lengths is not None:
+        lengths = (lengths - start).clamp(1, kept)
+    device, dtype = waveform.device, waveform.dtype
+    gain = 1 + GAIN * (2 * torch.rand(batch, 1, 1, dtype=dtype) - 1)
+    heard = torch.rand(batch, leads, 1) >= SILENT_LEADS
+    noise = NOISE_MV * torch.rand(batch, 1, 1, dtype=dtype).to(device)
+    waveform = waveform[:, :, start : start + kept]
+    waveform = waveform * gain.to(device) + noise * torch.randn_like(waveform)
+    return waveform * heard.to(device), lengths
+
+
 @torch.no_grad()
 def encode(
     model: AlignmentModel,

@@ -25,6 +25,7 @@ class DataConfig:
     seconds: float = 10.0
     leads: tuple[str, ...] = STANDARD_LEADS
     max_bad_share: float = 0.05  # more unreadable records than this stop the run
+    plain_english: bool = True  # stage 1 learns from the original reports, made plain English by a glossary
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,17 @@ class AlignConfig:
     """Stage 1."""
 
     width: int = 256  # of the shared space
-    epochs: int = 6
+    epochs: int = 16
     batch_size: int = 64
     learning_rate: float = 2e-3
     text_learning_rate: float = 2e-5  # of the text encoder, where it is trained
     weight_decay: float = 0.05
+    augment: bool = True  # see ecgot.train.batches.augmented
+    average: float = 0.998  # of the weights over steps, exponentially; 0: the last ones
     contrastive_weight: float = 1.0
+    phrase_weight: float = 3.0  # whether a report says each phrase; classes are then scored by phrases
+    phrase_min_count: int = 15  # reports that a phrase is in
+    phrase_max_words: int = 7
     ot_weight: float = 1.0
     ot_pairs: str = "all"  # transport between all ECGs and reports of a batch as a contrast; or "matched"
     ot_eps: float = 0.1  # on the cosine cost, which lies in [0, 2]
@@ -241,11 +247,17 @@ def _check(config: Config) -> None:
     positive = {
         "data": ("fs_hz", "seconds"),
         "text": ("max_tokens",),
-        "align": ("width", "epochs", "batch_size", "learning_rate", "ot_eps", "ot_max_iter"),
+        "align": (
+            *("width", "epochs", "batch_size", "learning_rate", "ot_eps", "ot_max_iter"),
+            *("phrase_min_count", "phrase_max_words"),
+        ),
         "report": ("hidden_size", "layers", "epochs", "batch_size", "learning_rate", "max_tokens"),
     }
     zero_or_more = {
-        "align": ("contrastive_weight", "ot_weight", "ot_tol", "weight_decay", "text_learning_rate"),
+        "align": (
+            *("contrastive_weight", "phrase_weight", "ot_weight", "ot_tol"),
+            *("weight_decay", "text_learning_rate", "average"),
+        ),
         "report": ("weight_decay", "pretrained_learning_rate"),
     }
     for limits, accepted in ((positive, "a number > 0"), (zero_or_more, "a number >= 0")):
@@ -263,8 +275,12 @@ def _check(config: Config) -> None:
         raise EcgotError(f"data.seconds: got {config.data.seconds}, accepted is at least one sample's time")
     if not 0 <= config.data.max_bad_share <= 1:
         raise EcgotError(f"data.max_bad_share: got {config.data.max_bad_share}, accepted is a share 0-1")
-    if config.align.contrastive_weight == 0 and config.align.ot_weight == 0:
-        raise EcgotError("align: contrastive_weight and ot_weight are both 0, so there is nothing to learn")
+    if config.align.contrastive_weight == config.align.phrase_weight == config.align.ot_weight == 0:
+        raise EcgotError(
+            "align: contrastive_weight, phrase_weight and ot_weight are all 0, so there is nothing to learn"
+        )
+    if config.align.average >= 1:
+        raise EcgotError(f"align.average: got {config.align.average}, accepted is a number >= 0 below 1")
     if config.align.ot_pairs not in ("all", "matched"):
         raise EcgotError(f"align.ot_pairs: got {config.align.ot_pairs!r}, accepted are all and matched")
     for section in ("align", "report"):

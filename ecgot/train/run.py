@@ -3,11 +3,13 @@
 config.json             the resolved configuration
 metrics.jsonl           one line an epoch
 align.safetensors       stage 1: encoder, projections, and the text encoder where it was trained
+prompts.safetensors     the built-in prompts, embedded; only where ``ecgot export`` made the folder
 report.safetensors      stage 2: projector and language model
 language_model/         stage 2: its configuration and tokenizer
 STAGE.resume.pt         optimizer and schedule after the last whole epoch; gone when the stage is done
 """
 
+import copy
 import json
 import math
 import pickle
@@ -22,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ecgot.errors import EcgotError
 from ecgot.files import write_atomically, write_text
@@ -35,6 +38,9 @@ class Progress:
 
     bar: Callable[[str, int, int], None] = lambda _task, _done, _total: None
     note: Callable[[str], None] = lambda _line: None
+
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained"  # the run that comes with the package
 
 
 class Run:
@@ -81,6 +87,11 @@ class Run:
                 f"run: {folder} holds no config.json, accepted is a folder that ecgot train made"
             )
         return cls(folder)
+
+    @property
+    def prompts(self) -> Path:
+        """Of the embedded prompts, where there are any: then no text encoder is needed to use them."""
+        return self.folder / "prompts.safetensors"
 
     def config(self) -> Config:
         path = self.folder / "config.json"
@@ -150,6 +161,11 @@ class Run:
         if missing or unexpected:
             raise EcgotError(f"run: {path} does not fit the configured model ({[*missing, *unexpected][0]})")
 
+    def shape(self, stage: str, name: str) -> tuple[int, ...]:
+        """Of a tensor of a stage's checkpoint."""
+        with safe_open(self._weights(stage), "pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
     def save_state(self, stage: str, state: dict[str, Any]) -> None:
         write_atomically(self._resume(stage), lambda temporary: torch.save(state, temporary))
 
@@ -183,18 +199,26 @@ def train_epochs(
     weight_decay: float,
     epoch: Callable[[int, Callable[[Tensor], None]], dict[str, float]],
     progress: Progress,
+    average: float = 0.0,
+    validate: Callable[[nn.Module], dict[str, float]] = lambda _model: {},
 ) -> None:
     """Run ``epoch(number, step)`` to the last epoch, with AdamW, resuming where it stopped.
+
+    ``model`` has the averaged weights in the end, where they are averaged.
 
     Args:
         groups: parameter groups with their top learning rate "lr".
         steps: optimizer steps of an epoch.
         epoch: trains one epoch, calling ``step(loss)`` for every batch, and returns its metrics.
+        average: of an exponential average of the weights over steps, which is what is validated and saved.
+        validate: metrics of the weights after an epoch.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
     total = epochs * steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, total))
     parameters = [p for group in groups for p in group["params"]]
+    kept = copy.deepcopy(model).requires_grad_(False) if average else model
+    done = 0
 
     def step(loss: Tensor) -> None:
         if not bool(torch.isfinite(loss)):
@@ -204,19 +228,28 @@ def train_epochs(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
+        nonlocal done
+        done += 1
+        if average:
+            _average(
+                kept, model, min(average, (1 + done) / (10 + done))
+            )  # the first weights soon count little
 
     first = 0
     state = run.load_state(stage)
     if state is not None:
         model.load_state_dict(state["model"])
+        if average:
+            kept.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         first = state["epochs"]
+        done = first * steps
         progress.note(f"{stage}: resuming after epoch {first}")
     for number in range(first, epochs):
         start = time.perf_counter()
         torch.manual_seed(run.config().seed * 100_003 + number)  # a resumed run draws what this one draws
-        metrics = epoch(number, step)
+        metrics = epoch(number, step) | validate(kept)
         metrics["seconds"] = time.perf_counter() - start
         metrics |= _peak_memory()
         run.log(stage, number + 1, metrics)
@@ -227,15 +260,28 @@ def train_epochs(
             stage,
             {
                 "model": model.state_dict(),
+                "average": kept.state_dict() if average else {},
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
                 "epochs": number + 1,
             },
         )
-        run.save(stage, model)
+        run.save(stage, kept)
     if first == epochs:  # cut off between the last state and its weights
-        run.save(stage, model)
+        run.save(stage, kept)
+    if average:
+        model.load_state_dict(kept.state_dict())
     run.finish(stage)
+
+
+@torch.no_grad()
+def _average(kept: nn.Module, model: nn.Module, decay: float) -> None:
+    pairs = list(zip(kept.state_dict().values(), model.state_dict().values(), strict=True))
+    floats = [(mean, now) for mean, now in pairs if mean.is_floating_point()]
+    get_ema_multi_avg_fn(decay)([mean for mean, _ in floats], [now for _, now in floats], None)
+    for mean, now in pairs:
+        if not mean.is_floating_point():
+            mean.copy_(now)
 
 
 def _peak_memory() -> dict[str, float]:

@@ -53,15 +53,17 @@ def train(
     train_set = load_folds(config, config.data.train_folds, cache_dir, progress)
     validation_set = load_folds(config, config.data.validation_folds, cache_dir, progress)
     check_patient_split(train_set.table, validation_set.table)
-    train_set, validation_set = with_reports(train_set), with_reports(validation_set)
+    sets = train_set, validation_set
+    aligned = [with_reports(each.in_plain_english() if config.data.plain_english else each) for each in sets]
+    reported = [with_reports(each) for each in sets] if "report" in stages else []
 
     run = Run.create(out, config, resume=resume or "align" not in stages)
     if "align" in stages and not run.done("align"):
-        model = train_alignment(run, text, train_set, validation_set, cache_dir=cache_dir, progress=progress)
+        model = train_alignment(run, text, *aligned, cache_dir=cache_dir, progress=progress)
     else:
         model = load_alignment(run, text)
     if "report" in stages and not run.done("report"):
-        train_reporter(run, model, train_set, validation_set, progress=progress)
+        train_reporter(run, model, *reported, progress=progress)
     return run
 
 

@@ -11,7 +11,7 @@ from ecgot.data.ptbxl import GROUPS
 from ecgot.errors import EcgotError
 from ecgot.eval.evaluate import another_patients, evaluate
 from ecgot.eval.ranking import rank
-from ecgot.eval.reading import read
+from ecgot.eval.reading import Reader
 from ecgot.eval.zeroshot import class_scores, embed_prompts, read_prompts, select_prompts
 from ecgot.models.text import TextEncoder
 from ecgot.train.align import load_alignment
@@ -110,7 +110,7 @@ def test_beam_search_and_transport_scores(small_run, few, cache_dir):
 def test_trained_folds_and_unknown_scores_are_refused(small_run, few, cache_dir):
     with pytest.raises(EcgotError, match="fold 3 was trained on"):
         evaluate(small_run, few, folds=(3, 9), cache_dir=cache_dir)
-    with pytest.raises(EcgotError, match="accepted are cosine and ot"):
+    with pytest.raises(EcgotError, match="accepted are phrase, cosine, ot"):
         evaluate(small_run, few, score="dot", cache_dir=cache_dir)
     with pytest.raises(EcgotError, match="folds: got 11"):
         evaluate(small_run, few, folds=(11,), cache_dir=cache_dir)
@@ -130,11 +130,14 @@ def test_another_patients_records():
 
 def test_a_reading_is_what_the_evaluation_says(trained, evaluation, dataset, synthetic):
     data = dataset.folds(HELD_OUT)
-    reading = read(trained, synthetic / data.table.record_paths[0])
+    reading = Reader(trained).read(synthetic / data.table.record_paths[0])
     assert reading.report == evaluation.examples[0][2]
     assert reading.scores.keys() == set(GROUPS)
     assert reading.notes == ()
-    assert -1 <= min(reading.scores["superclass"].values()) < max(reading.scores["superclass"].values()) <= 1
+    cosines = Reader(trained, score="cosine").read(synthetic / data.table.record_paths[0]).scores
+    assert -1 <= min(cosines["superclass"].values()) < max(cosines["superclass"].values()) <= 1
+    logits = reading.scores["superclass"]
+    assert max(logits, key=logits.__getitem__) in cosines["superclass"]
 
 
 def test_stage_one_alone_reads_without_a_report(few, tiny_bert, tmp_path, cache_dir):
@@ -142,4 +145,4 @@ def test_stage_one_alone_reads_without_a_report(few, tiny_bert, tmp_path, cache_
     run = train(config, tmp_path / "run", stages=["align"], cache_dir=cache_dir)
     assert evaluate(run, few, cache_dir=cache_dir, resamples=10).reports == {}
     record = next((few / "records100").rglob("*.hea"))
-    assert read(run, record).report is None
+    assert Reader(run).read(record).report is None

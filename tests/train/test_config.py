@@ -60,7 +60,7 @@ def test_bad_overrides_are_named_in_one_line(override, parts):
 
 def test_a_run_without_any_loss_is_refused():
     with pytest.raises(EcgotError, match="nothing to learn"):
-        resolve(None, ["align.ot_weight=0", "align.contrastive_weight=0"])
+        resolve(None, ["align.ot_weight=0", "align.phrase_weight=0", "align.contrastive_weight=0"])
 
 
 @pytest.mark.parametrize("content", ["seed = ", "\x00", "[align]\nepochs = true"])
@@ -71,6 +71,11 @@ def test_bad_files_are_named(tmp_path, content):
         resolve(path)
     with pytest.raises(EcgotError, match="cannot be read"):
         resolve(tmp_path / "absent.toml")
+
+
+def test_the_average_of_the_weights_must_forget():
+    with pytest.raises(EcgotError, match=r"align\.average: got 1\.0, accepted is a number >= 0 below 1"):
+        resolve(None, ["align.average=1"])
 
 
 def test_folds():

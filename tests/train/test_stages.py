@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from ecgot.data import dataset as dataset_module
 from ecgot.errors import EcgotError
 from ecgot.models.text import TextEncoder
-from ecgot.train.align import ReportSource, load_alignment
+from ecgot.train import run as run_module
+from ecgot.train.align import ReportSource, build_model, load_alignment
 from ecgot.train.batches import epoch_order, with_reports
 from ecgot.train.config import Config, resolve
 from ecgot.train.report import load_reporter
@@ -127,6 +128,37 @@ def test_wherever_a_run_is_cut_off_it_resumes_to_the_same_weights(
     resumed = train(config, tmp_path / "run", stages=["align"], resume=True, cache_dir=cache_dir)
     assert_equal(weights(whole, "align"), weights(resumed, "align"))
     assert resumed.done("align")
+
+
+def test_what_is_saved_is_the_average_of_the_steps(settings, tmp_path, cache_dir, monkeypatch):
+    steps: list[dict[str, torch.Tensor]] = []
+    averaging = run_module._average
+
+    def noting(kept, model, decay):
+        steps.append({name: tensor.clone() for name, tensor in model.state_dict().items()} | {"decay": decay})
+        averaging(kept, model, decay)
+
+    monkeypatch.setattr(run_module, "_average", noting)
+    config = resolve(None, [*settings, "align.average=0.6"])
+    run = train(config, tmp_path / "run", stages=["align"], cache_dir=cache_dir)
+    saved = weights(run, "align")
+    assert [step["decay"] for step in steps[:2]] == pytest.approx([2 / 11, 3 / 12])
+    assert steps[-1]["decay"] <= 0.6
+    name = "project_ecg.weight"
+    torch.manual_seed(config.seed)
+    expected = build_model(config, saved["project_text.0.weight"].shape[1]).state_dict()[name]
+    for step in steps:
+        expected = step["decay"] * expected + (1 - step["decay"]) * step[name]
+    torch.testing.assert_close(saved[name], expected)
+    counted = "encoder.bn1.num_batches_tracked"
+    assert saved[counted] == steps[-1][counted] == len(steps)
+    without = train(
+        resolve(None, [*settings, "align.average=0"]),
+        tmp_path / "other",
+        stages=["align"],
+        cache_dir=cache_dir,
+    )
+    torch.testing.assert_close(weights(without, "align")[name], steps[-1][name], atol=0, rtol=0)
 
 
 def test_a_run_that_diverges_stops(settings, tmp_path, cache_dir):

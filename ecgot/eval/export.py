@@ -1,0 +1,109 @@
+"""A run as one folder that needs no text encoder: what a package or a colleague is given."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ecgot.data.ptbxl import GROUPS
+from ecgot.errors import EcgotError
+from ecgot.eval.zeroshot import embed_prompts, read_prompts, save_prompts
+from ecgot.files import write_text
+from ecgot.models.text import TextEncoder, save_tensors
+from ecgot.train.align import load_alignment
+from ecgot.train.run import Run
+from ecgot.version import __version__
+
+CARD = Path(__file__).with_name("model_card.md")
+
+
+def export(run: Run, out: Path) -> None:
+    """Write the run's configuration, weights, embedded built-in prompts and a model card to a new folder.
+
+    Raises:
+        EcgotError: the run is not trained, its text encoder was trained with it, or ``out`` exists.
+    """
+    config = run.config()
+    if config.text.train:
+        raise EcgotError(
+            "run: its text encoder was trained (text.train=true), accepted are runs with a frozen one"
+        )
+    if out.exists():
+        raise EcgotError(f"out: {out} exists, accepted is a new folder")
+    text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
+    prompts = embed_prompts(load_alignment(run, text), text, read_prompts())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+        made = Run(Path(temporary) / "run")
+        made.folder.mkdir()
+        write_text(made.folder / "config.json", _without_paths(run))
+        for stage in ("align", "report"):
+            if run.done(stage):
+                _copy_weights(run.folder / f"{stage}.safetensors", made.folder / f"{stage}.safetensors")
+        if run.done("report"):
+            shutil.copytree(run.folder / "language_model", made.folder / "language_model")
+        save_prompts(prompts, made.prompts)
+        write_text(made.folder / "README.md", model_card(run))
+        made.folder.rename(out)
+
+
+def model_card(run: Run) -> str:
+    """In Markdown; metrics are those of the run's ``evaluation.json``."""
+    config = run.config()
+    path = run.folder / "evaluation.json"
+    return CARD.read_text(encoding="utf-8").format(
+        title=f"ecgot {config.encoder.name}",
+        version=__version__,
+        seconds=config.data.seconds,
+        fs_hz=config.data.fs_hz,
+        classes=", ".join(GROUPS),
+        no_report="" if run.done("report") else " (not in this model)",
+        train_folds=_folds(config.data.train_folds),
+        validation_folds=_folds(config.data.validation_folds),
+        encoder=config.encoder.name,
+        text=config.text.name,
+        metrics=_metrics(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else "Not yet.",
+    )
+
+
+def _folds(folds: tuple[int, ...]) -> str:
+    return ", ".join(map(str, folds))
+
+
+def _metrics(evaluation: dict) -> str:
+    lines = [
+        f"Fold {_folds(tuple(evaluation['folds']))}, {evaluation['records']} records; brackets are 95 % "
+        "intervals (bootstrap over patients).",
+        "",
+        "| macro AUROC | zero-shot | linear probe |",
+        "| --- | --- | --- |",
+    ]
+    for group, ranking in evaluation["zero_shot"].items():
+        probe = evaluation["probe"].get(group)
+        lines.append(f"| {group} | {_interval(ranking)} | {_interval(probe) if probe else '-'} |")
+    if evaluation["reports"]:
+        names = list(next(iter(evaluation["reports"].values())))
+        lines += ["", "| reports | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+        for system, values in evaluation["reports"].items():
+            lines.append(f"| {system} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |")
+    return "\n".join(lines)
+
+
+def _interval(ranking: dict) -> str:
+    return "{macro:.3f} [{low:.3f}, {high:.3f}]".format(**ranking)
+
+
+def _without_paths(run: Run) -> str:
+    """The configuration, with nothing of the machine that it was trained on."""
+    values = json.loads(run.config().to_json())
+    values["data"] |= {"root": "", "reports_csv": ""}
+    return json.dumps(values | {"device": "auto", "cuda_graph": False}, indent=2) + "\n"
+
+
+def _copy_weights(source: Path, target: Path) -> None:
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    save_tensors(load_file(source), target, metadata)
