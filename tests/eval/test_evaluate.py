@@ -136,8 +136,13 @@ def test_a_reading_is_what_the_evaluation_says(trained, evaluation, dataset, syn
     assert reading.notes == ()
     cosines = Reader(trained, score="cosine").read(synthetic / data.table.record_paths[0]).scores
     assert -1 <= min(cosines["superclass"].values()) < max(cosines["superclass"].values()) <= 1
-    logits = reading.scores["superclass"]
-    assert max(logits, key=logits.__getitem__) in cosines["superclass"]
+    text = TextEncoder("minilm")
+    model = load_alignment(trained, text)
+    with torch.no_grad():
+        waveform, _ = waveforms(data, torch.tensor([0]), torch.device("cpu"))
+        expected = class_scores(model.embed_ecg(waveform), embed_prompts(model, text, read_prompts()))
+    for group, scores in reading.scores.items():
+        assert list(scores.values()) == pytest.approx(expected[group][0].tolist(), abs=1e-3), group
 
 
 def test_stage_one_alone_reads_without_a_report(few, tiny_bert, tmp_path, cache_dir):
