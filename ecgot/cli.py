@@ -196,7 +196,7 @@ def evaluate(
     """Measure RUN, or the model that comes with the package, on held-out folds.
 
     Zero-shot AUROC, report metrics, a linear probe, controls. evaluation.json and generated_reports.csv go to
-    RUN, or to the folder of --out.
+    RUN, or to the folder of --out; without either nothing is written.
     """
     from ecgot.eval.evaluate import evaluate as evaluate_run
     from ecgot.eval.zeroshot import BUILT_IN
@@ -220,7 +220,7 @@ def evaluate(
     result = evaluation.to_dict()
     result["examples"] = result["examples"][:examples]
     if as_json:
-        _print(result, True)
+        _print(result | {"notice": NOT_A_DEVICE}, True)
         return
     console = Console()
     console.print(_auroc_table(result))
@@ -265,6 +265,7 @@ def report(
     console.print(table)
     for note in reading["notes"]:
         console.print(f"note: {note}", markup=False)
+    console.print("Scores compare records by one class; classes differ in how often they are named.")
     console.print(f"report: {reading['report'] or '(none: stage 2 has not been trained)'}", markup=False)
     console.print(NOT_A_DEVICE)
 
@@ -277,18 +278,22 @@ def report(
 def classify(paths: tuple[Path, ...], prompts: tuple[str, ...], score: str | None, as_json: bool) -> None:
     """Score one WFDB RECORD by texts of your own; needs the text encoder.
 
-    Scores compare records by one text: log-odds that a report would say it, as far as the model knows.
+    Scores compare records by one text: by default log-odds that a report would say it.
     """
     from ecgot.eval.reading import Reader
 
     run, record = _run_and_record(paths)
-    scores = Reader(run, score=score).classify(record, prompts)
+    reading = Reader(run, score=score).classify(record, prompts)
+    scores = reading.scores["prompts"]
     if as_json:
-        _print({"record": str(record), "scores": scores, "notice": NOT_A_DEVICE}, True)
+        found = {"record": str(record), "scores": scores, "notes": reading.notes, "notice": NOT_A_DEVICE}
+        _print(found, True)
         return
     console = Console()
     for text in _ranked(scores, len(scores)):
         console.print(text, markup=False, highlight=False)
+    for note in reading.notes:
+        console.print(f"note: {note}", markup=False)
     console.print(NOT_A_DEVICE)
 
 
@@ -304,12 +309,14 @@ def _run_and_record(paths: tuple[Path, ...]) -> tuple[Any, Path]:
 @cli.command()
 @click.argument("run", type=PATH)
 @click.argument("out", type=PATH)
-def export(run: Path, out: Path) -> None:
+@click.option("--trained-on", metavar="TEXT", help="Name, source and licence of the data, for the card.")
+def export(run: Path, out: Path, trained_on: str | None) -> None:
     """Write RUN to the new folder OUT as a model that needs no text encoder, with a model card."""
+    from ecgot.eval.export import UNKNOWN
     from ecgot.eval.export import export as export_run
     from ecgot.train.run import Run
 
-    export_run(Run.open(run), out)
+    export_run(Run.open(run), out, trained_on=trained_on or UNKNOWN)
     click.echo(f"exported to {out}")
 
 

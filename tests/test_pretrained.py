@@ -30,7 +30,6 @@ def test_it_is_small_and_says_what_it_is() -> None:
         "not a medical device",
         "CC BY 4.0",
         "Wagner",
-        "fold 10 was not used",
         "Limits",
         "superclass",
     ):

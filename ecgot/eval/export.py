@@ -18,10 +18,15 @@ from ecgot.train.run import Run
 from ecgot.version import __version__
 
 CARD = Path(__file__).with_name("model_card.md")
+UNKNOWN = "A data set in PTB-XL's layout"
+STATEMENTS = " Stage 1 read the original reports in plain English, by a glossary."
 
 
-def export(run: Run, out: Path) -> None:
+def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
     """Write the run's configuration, weights, embedded built-in prompts and a model card to a new folder.
+
+    Args:
+        trained_on: name, source and licence of the data, for the card.
 
     Raises:
         EcgotError: the run is not trained, its text encoder was trained with it, or ``out`` exists.
@@ -46,20 +51,22 @@ def export(run: Run, out: Path) -> None:
         if run.done("report"):
             shutil.copytree(run.folder / "language_model", made.folder / "language_model")
         save_prompts(prompts, made.prompts)
-        write_text(made.folder / "README.md", model_card(run))
+        write_text(made.folder / "README.md", model_card(run, trained_on))
         made.folder.rename(out)
 
 
-def model_card(run: Run) -> str:
+def model_card(run: Run, trained_on: str = UNKNOWN) -> str:
     """In Markdown; metrics are those of the run's ``evaluation.json``."""
     config = run.config()
     path = run.folder / "evaluation.json"
     return CARD.read_text(encoding="utf-8").format(
-        title=f"ecgot {config.encoder.name}",
         version=__version__,
         seconds=config.data.seconds,
         fs_hz=config.data.fs_hz,
-        classes=", ".join(GROUPS),
+        leads=", ".join(config.data.leads),
+        groups=", ".join(GROUPS),
+        trained_on=trained_on,
+        statements=STATEMENTS if config.data.plain_english else "",
         no_report="" if run.done("report") else " (not in this model)",
         train_folds=_folds(config.data.train_folds),
         validation_folds=_folds(config.data.validation_folds),
@@ -93,7 +100,7 @@ def _metrics(evaluation: dict) -> str:
 
 
 def _interval(ranking: dict) -> str:
-    return "{macro:.3f} [{low:.3f}, {high:.3f}]".format(**ranking)
+    return "-" if ranking["macro"] is None else "{macro:.3f} [{low:.3f}, {high:.3f}]".format(**ranking)
 
 
 def _without_paths(run: Run) -> str:

@@ -110,18 +110,21 @@ class Reader:
         return Reading(str(path), scores, written, notes)
 
     @torch.no_grad()
-    def classify(self, path: Path, prompts: Sequence[str]) -> dict[str, float]:
-        """The record's score of each text; any text, which takes the run's text encoder.
+    def classify(self, path: Path, prompts: Sequence[str]) -> Reading:
+        """The record's score of each text, as those of the classes of a group "prompts", without a report.
+
+        Any text will do, which takes the run's text encoder.
 
         Raises:
             EcgotError: the record or the text encoder cannot be used.
         """
         if self._text is None:
             self.model = self._with_text()
-        encoded, _ = self._encode(path)
+        encoded, notes = self._encode(path)
         wanted = {"prompts": {text: (text,) for text in prompts}}
         assert self._text is not None
-        return self._scores(encoded, embed_prompts(self.model, self._text, wanted))["prompts"]
+        scores = self._scores(encoded, embed_prompts(self.model, self._text, wanted))
+        return Reading(str(path), scores, None, notes)
 
     def _encode(self, path: Path) -> tuple[EncoderOutput, tuple[str, ...]]:
         data = self.config.data

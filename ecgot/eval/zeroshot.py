@@ -1,4 +1,4 @@
-"""Zero-shot detection: how near an ECG lies to each class's report-like prompts."""
+"""Zero-shot detection: whether an ECG's report would say a class's prompts, or how near it lies to them."""
 
 import json
 import tomllib
@@ -30,7 +30,7 @@ Prompts = Mapping[str, Mapping[str, tuple[str, ...]]]  # group -> class -> texts
 class EmbeddedPrompts:
     """Every distinct prompt's embedding [K, ...], and the rows of each class's prompts by group.
 
-    phrase_scale: of :meth:`ecgot.models.alignment.AlignmentModel.phrase_logits`, [].
+    phrase_scale: of :func:`ecgot.models.alignment.phrase_logits`, [].
     """
 
     embedding: Embedding

@@ -169,9 +169,7 @@ _ACTIVATIONS = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 def slope(z: Tensor, activation: str) -> Tensor:
-    """The activation's derivative at z."""
-    if activation == "relu":
-        return torch.where(z <= 0, 0.0, 1.0).to(z.dtype)
+    """The derivative of GELU or SiLU at z."""
     if activation == "silu":
         gate = torch.sigmoid(z)
         return gate * (1 + z * (1 - gate))

@@ -48,12 +48,13 @@ def conv1d(
         lengths: [B], integers: samples of each record; what lies beyond is read as 0, whatever it is.
         precision: of fp32 products on a GPU: "fp32" (three TF32 products), "tf32" (one) or "ieee"
             (multiply-adds).
-        backend: "triton", "torch" (the vendor's library on a GPU), or "auto": the faster by
-            :func:`ecgot.kernels.conv1d_backends`.
+        backend: "triton", "torch" (the vendor's library on a GPU), or "auto", see
+            :func:`ecgot.kernels.conv1d_backends`. fp64 and CPU tensors always go to torch, but for Triton's
+            interpreter.
 
     Returns:
-        [B, T_out, C_out], T_out = (T + 2 padding - dilation (K - 1) - 1) // stride + 1, in the dtype of x.
-        Differentiable in every tensor argument.
+        [B, T_out, C_out] in the dtype of x, T_out = (T + both paddings - dilation (K - 1) - 1) // stride + 1;
+        beyond a record's end what is made of zeros. Differentiable in every floating tensor.
 
     Raises:
         ValueError, TypeError: one line that names the argument, what came and what is accepted.

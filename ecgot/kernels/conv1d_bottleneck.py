@@ -81,7 +81,8 @@ def _check(
             if tensor.dtype != x.dtype:
                 raise TypeError(f"{name}.{part}: got dtype {tensor.dtype}, accepted is that of x, {x.dtype}")
         if (layer.scale is None) != (middle.scale is None):
-            raise ValueError(f"{name}.scale: accepted is one for every layer or for none")
+            given = "none" if layer.scale is None else "one"
+            raise ValueError(f"{name}.scale: got {given}, accepted is one for every layer or for none")
     shape = (x.shape[0], t_out, wide.weight.shape[0])
     if tuple(residual.shape) != shape:
         raise ValueError(f"residual: got shape {tuple(residual.shape)}, accepted is {shape}")

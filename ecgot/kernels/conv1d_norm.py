@@ -22,6 +22,7 @@ from ecgot.kernels.conv1d import (
     PRECISIONS,
     cast_by_autocast,
     check_choice,
+    check_lengths,
     check_shapes,
     conv1d,
     forward,
@@ -63,7 +64,8 @@ def conv1d_norm(
         running_mean, running_var: [C_out] or None, updated in training as ``torch.nn.functional.batch_norm``
             does (with the unbiased variance); used where training is False.
         stride, padding, dilation, groups, activation, precision, backend: as in :func:`ecgot.kernels.conv1d`.
-        training: normalise by the batch's statistics, those of samples before the records' ends.
+        training: normalise by the batch's statistics, those of samples before the records' ends; also done
+            where there are no running ones.
         momentum, eps: as in ``torch.nn.functional.batch_norm``.
         residual: [B, T_out, C_out].
         recompute: keep nothing of the convolution's output for the backward, which convolves once more.
@@ -77,6 +79,7 @@ def conv1d_norm(
     Raises:
         ValueError, TypeError: one line that names the argument, what came and what is accepted.
     """
+    _check_signal("x", x)
     values, weight = cast_by_autocast(x.values, weight)
     if values is not x.values:
         x = dataclasses.replace(x, values=values)
@@ -86,6 +89,10 @@ def conv1d_norm(
     check_choice("precision", precision, PRECISIONS)
     check_choice("backend", backend, BACKENDS)
     _check_norm(weight, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
+    if x.lengths is not None:
+        x = dataclasses.replace(x, lengths=check_lengths(x.lengths, values))
+    if residual is not None:
+        _check_signal("residual", residual, (values.shape[0], t_out, weight.shape[0]), values)
     lengths = None if x.lengths is None else out_lengths(x.lengths, weight, geometry)
     if not training and running_mean is not None and running_var is not None:
         y = _evaluated(
@@ -136,7 +143,17 @@ def conv1d_norm(
 def join(
     x: Signal, residual: Signal | None, activation: str | None = None, recipe: Recipe | None = None
 ) -> Signal:
-    """activation(x + residual), computed: both [B, T, C], x a signal that is not normalised yet."""
+    """activation(x + residual), computed: both [B, T, C], x a signal that is not normalised yet.
+
+    Raises:
+        ValueError, TypeError: x has been computed or has an activation of its own, or the two do not fit.
+    """
+    _check_signal("x", x)
+    if x.mean is None or x.activation is not None:
+        raise ValueError("x: accepted is a signal that is not normalised yet, without an activation")
+    if residual is not None:
+        _check_signal("residual", residual, tuple(x.values.shape), x.values)
+    check_choice("activation", activation, ACTIVATIONS)
     r = Signal(x.values) if residual is None else residual
     z = _Join.apply(
         *(x.values, x.mean, x.scale, x.shift, x.rstd),
@@ -182,8 +199,21 @@ def mean_pool1d(x: Signal) -> Signal:
     return Signal(torch.where(whole[:, :, None], pooled * 0.5, pooled), lengths=(x.lengths + 1) // 2)
 
 
+def _check_signal(
+    name: str, given: object, shape: tuple[int, ...] | None = None, like: Tensor | None = None
+) -> None:
+    if not isinstance(given, Signal):
+        raise TypeError(f"{name}: got {type(given).__name__}, accepted is a Signal")
+    if shape is not None and tuple(given.values.shape) != shape:
+        raise ValueError(f"{name}: got shape {tuple(given.values.shape)}, accepted is {shape}")
+    if like is not None and given.values.device != like.device:
+        raise ValueError(f"{name}: got device {given.values.device}, accepted is that of x, {like.device}")
+
+
 def _check_norm(weight: Tensor, **vectors: Tensor | None) -> None:
     for name, given in vectors.items():
+        if given is None and not name.startswith("running_"):
+            raise TypeError(f"{name}: got None, accepted is a torch.Tensor")
         if given is not None and given.shape != weight.shape[:1]:
             raise ValueError(f"{name}: got shape {tuple(given.shape)}, accepted is ({weight.shape[0]},)")
 

@@ -17,7 +17,7 @@ from ecgot.kernels.dispatch import use_triton
 
 BACKENDS = ("auto", "triton", "torch")
 PASSES = ("forward", "input_gradient", "weight_gradient")
-WIDE = 256  # channels of a group from where the product, and not memory, is the limit for most kernel sizes
+WIDE = 256  # channels from where products, and not memory, limit most kernel sizes
 
 Layer = tuple[str, int, int, int, int, int, int, str]
 
@@ -42,6 +42,9 @@ def conv1d_backends(
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, str]:
     """What ``backend="auto"`` takes on a GPU for each pass of a layer: "triton" or "torch".
+
+    Where the forward of :func:`ecgot.kernels.conv1d` is torch's, so is its backward; each pass of
+    :func:`ecgot.kernels.conv1d_norm` goes its own way.
 
     Args:
         weight: [C_out, C_in / groups, K], or that shape.
@@ -73,7 +76,9 @@ def _layer(what: str, weight: Tensor, geometry: Geometry, dtype: torch.dtype) ->
 
 
 def _choose(layer: Layer) -> str:
-    what, c_in, c_out, k, stride, _dilation, groups, _dtype = layer
+    what, c_in, c_out, k, stride, _dilation, groups, dtype = layer
+    if dtype == "float64":
+        return "torch"
     return _measured().get(layer) or modelled(what, c_in, c_out, k, stride, groups)
 
 

@@ -28,7 +28,7 @@ class Embedding:
 
 
 class AlignmentModel(nn.Module):
-    """An ECG encoder and the two projections into the shared space.
+    """An ECG encoder, the two projections into the shared space, and how common a phrase is.
 
     One map a modality serves tokens and pooled embedding alike, so that what transport teaches the tokens
     also moves the embedding that zero-shot scores read. That of text, which comes from a frozen model, has a
@@ -129,7 +129,7 @@ def phrase_logits(ecg: Tensor, phrases: Tensor, prior: Tensor, scale: Tensor) ->
 
 
 def phrase_loss(logits: Tensor, said: Tensor, weight: Tensor) -> Tensor:
-    """Whether each phrase is said, in nats: the sum over phrases, the mean over records.
+    """Whether each phrase is said: the weighted sum of cross entropies over phrases, the mean over records.
 
     Args:
         logits: [B, K], log-odds.

@@ -41,8 +41,8 @@ CROPPED, GAIN, NOISE_MV, SILENT_LEADS = 0.9, 0.1, 0.03, 0.08
 def augmented(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What another recording of the same heart might look like, from torch's generator.
 
-    A random stretch of nine tenths, an amplitude within 10 %, white noise of up to 0.03 mV, and each lead
-    silent with a chance of 8 %.
+    One random stretch of nine tenths for the whole batch; for each record an amplitude within 10 % and white
+    noise with a standard deviation of up to 0.03 mV; each lead silent with a chance of 8 %.
 
     Args:
         waveform: [B, L, T] in mV.
@@ -50,7 +50,8 @@ def augmented(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor 
     """
     batch, leads, samples = waveform.shape
     kept = max(1, round(CROPPED * samples))
-    start = int(torch.randint(samples - kept + 1, ()))
+    shortest = samples if lengths is None else max(1, int(lengths.min()))  # every record keeps a sample
+    start = int(torch.randint(min(samples - kept + 1, shortest), ()))
     if lengths is not None:
         lengths = (lengths - start).clamp(1, kept)
     device, dtype = waveform.device, waveform.dtype

@@ -46,7 +46,8 @@ class Phrases:
 
 
 def find_phrases(reports: Sequence[str], *, min_count: int, max_words: int) -> Phrases:
-    """Runs of up to ``max_words`` words within a statement that at least ``min_count`` reports say.
+    """Runs of up to ``max_words`` words within a statement, and whole statements, that at least ``min_count``
+    reports say.
 
     Of phrases that exactly the same reports say, the longest stays.
 

@@ -303,9 +303,10 @@ def rate_factor(step: int, total: int) -> float:
 
 
 def check_cuda_graph(config: Config) -> None:
-    """
+    """That CUDA graphs are asked for on a CUDA device alone.
+
     Raises:
-        EcgotError: ``cuda_graph`` is on and the device is no GPU.
+        EcgotError: they are asked for on another.
     """
     device = choose_device(config.device)
     if config.cuda_graph and device.type != "cuda":

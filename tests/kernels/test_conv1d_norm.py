@@ -284,6 +284,14 @@ def test_statistics_over_processes(tmp_path):
             {"x": Signal(torch.ones(1, 1, 2))},
             "x: got 1 output sample per channel, accepted in training are 2",
         ),
+        (
+            {"residual": Signal(torch.ones(2, 1, 4))},
+            r"residual: got shape \(2, 1, 4\), accepted is \(2, 5, 4\)",
+        ),
+        (
+            {"x": Signal(torch.ones(2, 5, 2), lengths=torch.ones(3, dtype=torch.int32))},
+            r"lengths: got \(3,\)",
+        ),
         ({"activation": "elu"}, "activation: got 'elu', accepted are None, 'relu', 'gelu' and 'silu'"),
     ],
 )
@@ -298,6 +306,18 @@ def test_bad_input_is_named_in_one_line(change, message):
     }
     with pytest.raises(ValueError, match=message):
         conv1d_norm(**arguments | change)
+
+
+def test_what_cannot_be_joined_is_named():
+    y, vectors = torch.randn(2, 9, 5, device=DEVICE), torch.rand(3, 5, device=DEVICE)
+    with pytest.raises(ValueError, match="x: accepted is a signal that is not normalised yet"):
+        join(Signal(y), None)
+    with pytest.raises(ValueError, match=r"residual: got shape \(2, 8, 5\), accepted is \(2, 9, 5\)"):
+        join(Signal(y, *vectors), Signal(y[:, 1:]))
+    with pytest.raises(TypeError, match="residual: got Tensor, accepted is a Signal"):
+        join(Signal(y, *vectors), y)
+    with pytest.raises(TypeError, match="gamma: got None"):
+        conv1d_norm(Signal(y), torch.ones(4, 5, 1, device=DEVICE), None, torch.ones(4), None, None)
 
 
 def test_join_without_activation_or_residual():
