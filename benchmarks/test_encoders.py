@@ -26,6 +26,7 @@ from ecgot.models.encoders import (
     CapturedTraining,
     encoder,
     folded,
+    lay_out,
     plain_encoder,
 )
 
@@ -160,6 +161,8 @@ def _inference(provider: str, case: Case) -> Encode:
 def _training(provider: str, case: Case) -> tuple[Encode, list[nn.Parameter]]:
     if provider in (OURS, "ecgot_graph"):
         model = _ours(case).train()
+        if not GPU:
+            lay_out(model)
         encode = CapturedTraining(model) if provider == "ecgot_graph" else model
         return (lambda waveform: encode(waveform).tokens), list(model.parameters())
     model = _AsImage(_eager(case)) if provider == "conv2d_compiled" else _eager(case)

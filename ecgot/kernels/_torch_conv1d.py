@@ -104,8 +104,9 @@ def moments(y: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     kind = torch.promote_types(y.dtype, torch.float32)
     if lengths is None and y.shape[0] and y.device.type == "cpu":
         # Many times faster than var_mean, which walks through memory across the channels.
-        mean, var = torch.batch_norm_update_stats(as_image(y), None, None, 0.0)
-        return mean.to(kind), var.to(kind)
+        # In fp32 also of half precision, whose statistics it would round.
+        mean, var = torch.batch_norm_update_stats(as_image(y.to(kind)), None, None, 0.0)
+        return mean, var
     wide = y.to(kind)
     valid = validity(lengths, y.shape[1])
     if valid is None:

@@ -105,7 +105,7 @@ def check_lengths(lengths: Tensor | None, x: Tensor) -> Tensor | None:
         raise ValueError(f"lengths: got {got}, accepted is a tensor of shape ({len(x)},)")
     if lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: got dtype {lengths.dtype}, accepted are integers")
-    return lengths.to(x.device, torch.int32).clamp(0, x.shape[1])
+    return lengths.clamp(0, x.shape[1]).to(x.device, torch.int32)
 
 
 def check_shapes(x: Tensor, weight: Tensor, geometry: Geometry) -> int:

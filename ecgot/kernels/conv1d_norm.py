@@ -93,6 +93,7 @@ def conv1d_norm(
         x = dataclasses.replace(x, lengths=check_lengths(x.lengths, values))
     if residual is not None:
         _check_signal("residual", residual, (values.shape[0], t_out, weight.shape[0]), values)
+        residual = _within_records(residual)
     lengths = None if x.lengths is None else out_lengths(x.lengths, weight, geometry)
     if not training and running_mean is not None and running_var is not None:
         y = _evaluated(
@@ -153,6 +154,7 @@ def join(
         raise ValueError("x: accepted is a signal that is not normalised yet, without an activation")
     if residual is not None:
         _check_signal("residual", residual, tuple(x.values.shape), x.values)
+        residual = _within_records(residual)
     check_choice("activation", activation, ACTIVATIONS)
     r = Signal(x.values) if residual is None else residual
     z = _Join.apply(
@@ -183,6 +185,7 @@ def mean_pool1d(x: Signal) -> Signal:
     x = computed(x)
     values = x.values
     if x.lengths is not None:
+        x = dataclasses.replace(x, lengths=check_lengths(x.lengths, values))
         valid = validity(x.lengths, values.shape[1])
         assert valid is not None
         values = torch.where(valid, values, 0.0)
@@ -208,6 +211,17 @@ def _check_signal(
         raise ValueError(f"{name}: got shape {tuple(given.values.shape)}, accepted is {shape}")
     if like is not None and given.values.device != like.device:
         raise ValueError(f"{name}: got device {given.values.device}, accepted is that of x, {like.device}")
+
+
+def _within_records(residual: Signal) -> Signal:
+    """0 beyond the records' ends: what lies there may be NaN, which a gradient of 0 would not undo."""
+    if residual.lengths is None:
+        return residual
+    residual = computed(residual)
+    lengths = check_lengths(residual.lengths, residual.values)
+    valid = validity(lengths, residual.values.shape[1])
+    assert valid is not None
+    return Signal(torch.where(valid, residual.values, 0.0))
 
 
 def _check_norm(weight: Tensor, **vectors: Tensor | None) -> None:
@@ -309,7 +323,7 @@ class _Convolution(torch.autograd.Function):
         *inputs, lengths, y_mean, y = ctx.saved_tensors
         values, mean, scale, shift, rstd, weight, x_lengths = inputs
         activation, geometry, precision, backend, recipe, apart = ctx.settings
-        needs_x, needs_mean, needs_scale, *_, needs_weight = ctx.needs_input_grad[:6]
+        needs_x, needs_mean, needs_scale, needs_shift, _, needs_weight = ctx.needs_input_grad[:6]
         grad = grad.contiguous()
         if apart:
             whole = OutputGradient(grad)
@@ -322,7 +336,7 @@ class _Convolution(torch.autograd.Function):
             weight,
             geometry,
             Signal(values, mean, scale, shift, activation, x_lengths, rstd),
-            needs_x or (scale is not None and needs_scale),
+            needs_x or (scale is not None and (needs_scale or needs_shift)),
             needs_weight,
             precision=precision,
             backend=backend,
@@ -426,7 +440,8 @@ def _pooled(
     z, _ = F.max_pool2d_with_indices(_pooled_image(h, x_lengths), *_pooling(window))
     valid = validity(lengths, z.shape[3])
     z = _torch_conv1d.as_signal(z)
-    return z if valid is None else torch.where(valid, z, 0.0)
+    # A window may lie in the padding and beyond the end alone; it has no maximum.
+    return z if valid is None else torch.where(valid & (z > -torch.inf), z, 0.0)
 
 
 def _pooled_gradient(

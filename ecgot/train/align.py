@@ -11,7 +11,7 @@ from torch import Tensor
 from ecgot.data.dataset import EcgDataset
 from ecgot.errors import EcgotError
 from ecgot.models.alignment import AlignmentLoss, AlignmentModel, phrase_logits, phrase_loss
-from ecgot.models.encoders import CapturedTraining, encoder
+from ecgot.models.encoders import CapturedTraining, encoder, lay_out
 from ecgot.models.text import TextEncoder, TextTokens, TokenStore, embed_texts
 from ecgot.train.batches import augmented, epoch_order, waveforms
 from ecgot.train.config import AlignConfig, Config
@@ -70,6 +70,8 @@ def train_alignment(
         )
     torch.manual_seed(config.seed)
     model = build_model(config, text.width).to(device)
+    if device.type == "cpu":
+        lay_out(model.encoder)
     if config.text.train:
         model.text = text.to(device)
     else:

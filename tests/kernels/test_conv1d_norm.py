@@ -324,3 +324,68 @@ def test_join_without_activation_or_residual():
     y, (mean, scale, shift) = torch.randn(2, 9, 5, device=DEVICE), torch.rand(3, 5, device=DEVICE)
     z = join(Signal(y, mean, scale, shift), None)
     torch.testing.assert_close(z.values, (y - mean) * scale + shift)
+
+
+def test_a_shift_that_alone_needs_a_gradient_gets_it():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(size, generator=generator).to(DEVICE)  # noqa: E731
+    x, first, second, cotangent = draw(2, 9, 3), draw(4, 3, 3), draw(5, 4, 3), draw(2, 9, 5)
+    beta, ones = draw(4).requires_grad_(), torch.ones(5, device=DEVICE)
+    y = conv1d_norm(Signal(x), first, ones[:4], beta, None, None, padding=1, activation="relu")
+    z = computed(conv1d_norm(y, second, ones, 0 * ones, None, None, padding=1)).values
+    (grad,) = torch.autograd.grad((z * cotangent).sum(), beta)
+    plain = beta.detach().double().requires_grad_()
+    h = F.conv1d(x.double().mT, first.double(), padding=1)
+    h = F.relu(F.batch_norm(h, None, None, ones[:4].double(), plain, training=True))
+    h = F.batch_norm(F.conv1d(h, second.double(), padding=1), None, None, training=True)
+    (expected,) = torch.autograd.grad((h.mT * cotangent.double()).sum(), plain)
+    torch.testing.assert_close(grad.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_of_half_precision_are_not_rounded(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = (50 + torch.randn(4, 100, 3, generator=generator)).to(DEVICE, dtype)
+    mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    weight = torch.eye(3, device=DEVICE, dtype=dtype)[:, :, None]
+    ones = torch.ones(3, device=DEVICE)
+    conv1d_norm(Signal(x), weight, ones, 0 * ones, mean, var, momentum=1.0)
+    torch.testing.assert_close(mean, x.float().mean((0, 1)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(var, x.float().var((0, 1)), atol=1e-2, rtol=1e-2)
+
+
+def test_pools_of_records_without_a_sample_and_of_lengths_beyond_the_end():
+    x = torch.randn(2, 4, 1, device=DEVICE)
+    pooled = max_pool1d(Signal(x, lengths=torch.tensor([0, 4], device=DEVICE)), 2, 2, 1).values
+    assert pooled.isfinite().all()
+    assert (pooled[0] == 0).all()
+    odd = torch.ones(1, 3, 1, device=DEVICE)
+    beyond = mean_pool1d(Signal(odd, lengths=torch.tensor([9], device=DEVICE))).values
+    torch.testing.assert_close(beyond, torch.ones(1, 2, 1, device=DEVICE))
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_residual_is_0_beyond_its_records_ends(activation, training):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(size, generator=generator).to(DEVICE)  # noqa: E731
+    x, weight, r, ones = draw(2, 8, 3), draw(4, 3, 3), draw(2, 8, 4), torch.ones(4, device=DEVICE)
+    lengths = torch.tensor([4, 8], device=DEVICE)
+    shorter = torch.tensor([2, 8], device=DEVICE)
+    clean, spoiled = r.clone(), r.clone()
+    clean[0, 2:], spoiled[0, 2:] = 0.0, torch.nan
+    found = []
+    for given in (clean, spoiled):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, given)]
+        z = conv1d_norm(
+            *(Signal(leaves[0], lengths=lengths), leaves[1], ones, 0 * ones, 0 * ones, ones.clone()),
+            training=training,
+            padding=1,
+            residual=Signal(leaves[2], lengths=shorter),
+            activation=activation,
+        ).values
+        inside = z[0, :4].square().sum() + z[1].square().sum()
+        found.append([z[0, :4], z[1], *torch.autograd.grad(inside, leaves)])
+    for with_zeros, with_nan in zip(*found, strict=True):
+        assert with_nan.isfinite().all()
+        torch.testing.assert_close(with_nan, with_zeros)

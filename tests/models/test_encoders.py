@@ -275,3 +275,16 @@ def test_bad_input_is_named():
         encoder("vgg")
     with pytest.raises(EcgotError, match=r"waveform: got T = 49, accepted are 50 to 5000"):
         encoder("vit1d_tiny")(torch.randn(1, 12, 49))
+
+
+def test_torch_s_own_tools_take_an_encoder():
+    model = encoder("resnet1d_tiny")
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(vector, model.parameters())
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("lengths", [torch.tensor([60.0, 60.0]), torch.tensor([60])])
+def test_lengths_that_are_none_are_named(lengths):
+    with pytest.raises(EcgotError, match=r"lengths: got .*, accepted are 2 integers"):
+        encoder("resnet1d_tiny")(torch.randn(2, 12, 100), lengths)

@@ -32,6 +32,7 @@ __all__ = [
     "EncoderOutput",
     "encoder",
     "folded",
+    "lay_out",
     "masked_mean",
     "plain_encoder",
     "published",
@@ -98,11 +99,17 @@ def encoder(name: str, *, leads: int = 12, **options: object) -> Encoder:
         EcgotError: the name is unknown.
     """
     made, _, settings = _entry(name)
-    module = made(leads, **settings | options)
+    return made(leads, **settings | options)
+
+
+def lay_out(module: nn.Module) -> None:
+    """Let convolutions' weights lie in memory as a training step on a CPU reads them, which saves copies.
+
+    For training alone: some tools, such as ``torch.nn.utils.parameters_to_vector``, want contiguous weights.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Conv1d):
             layer.weight.data = channels_last(layer.weight.data)
-    return module
 
 
 def plain_encoder(name: str, *, leads: int = 12, **options: object) -> nn.Module:

@@ -47,7 +47,10 @@ def entered(waveform: Tensor, lengths: Tensor | None, leads: int) -> Signal:
     if waveform.dim() != 3 or waveform.shape[1] != leads:
         raise EcgotError(f"waveform: got shape {tuple(waveform.shape)}, accepted is [B, {leads} leads, T]")
     if lengths is not None:
-        lengths = lengths.to(waveform.device, torch.int32)
+        if lengths.is_floating_point() or lengths.shape != waveform.shape[:1]:
+            got = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
+            raise EcgotError(f"lengths: got {got}, accepted are {len(waveform)} integers")
+        lengths = lengths.clamp(0, waveform.shape[2]).to(waveform.device, torch.int32)
     return Signal(waveform.transpose(1, 2), lengths=lengths)
 
 
