@@ -28,7 +28,8 @@ def convolve(
 def folded(x: Signal, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
     """As convolve, with torch's autograd: the scale goes into the weight, so that it costs no pass."""
     scale, bias, shift = epilogue.scale, epilogue.bias, epilogue.shift
-    if scale is not None and weight.dtype.itemsize == 2:  # the product with the weight would be rounded
+    # In half precision the product with the weight would be rounded, and so would an fp32 shift.
+    if weight.dtype.itemsize == 2 and (scale is not None or shift is not None):
         return finished(convolution(read(x), weight, geometry), epilogue)
     if scale is not None:
         weight = weight * scale[:, None, None]
@@ -145,7 +146,8 @@ def convolution(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | No
 
 
 def finished(y: Tensor, epilogue: Epilogue) -> Tensor:
-    """act(scale * (y + bias) + shift + residual)."""
+    """act(scale * (y + bias) + shift + residual), in y's dtype; a scale and shift in fp32 widen the sums."""
+    dtype = y.dtype
     if epilogue.bias is not None:
         y = y + epilogue.bias
     if epilogue.scale is not None:
@@ -154,7 +156,7 @@ def finished(y: Tensor, epilogue: Epilogue) -> Tensor:
         y = y + epilogue.shift
     if epilogue.residual is not None:
         y = y + epilogue.residual
-    return y if epilogue.activation is None else _ACTIVATIONS[epilogue.activation](y)
+    return (y if epilogue.activation is None else _ACTIVATIONS[epilogue.activation](y)).to(dtype)
 
 
 def activated(y: Tensor, activation: str | None) -> Tensor:

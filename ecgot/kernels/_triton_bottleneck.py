@@ -188,8 +188,8 @@ def bottleneck(
 def _layer_arguments(name: str, layer: FoldedLayer) -> dict[str, Tensor]:
     return {
         f"{name}_ptr": layer.weight.permute(2, 1, 0).contiguous(),
-        f"{name}_scale_ptr": layer.shift if layer.scale is None else layer.scale,
-        f"{name}_shift_ptr": layer.shift,
+        f"{name}_scale_ptr": (layer.shift if layer.scale is None else layer.scale).float(),
+        f"{name}_shift_ptr": layer.shift.float(),
     }
 
 
@@ -219,7 +219,8 @@ def compile_cases(hip: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
             options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
             types = dict.fromkeys(constants, "constexpr")
             for argument in _bottleneck_kernel.arg_names:
-                pointer = "*i32" if argument.endswith("lengths_ptr") else f"*{name}"
+                vector = argument.endswith(("scale_ptr", "shift_ptr"))
+                pointer = "*i32" if argument.endswith("lengths_ptr") else "*fp32" if vector else f"*{name}"
                 types.setdefault(argument, pointer if argument.endswith("_ptr") else "i32")
             types = {argument: types[argument] for argument in _bottleneck_kernel.arg_names}
             tile = "x".join(str(value) for key, value in constants.items() if key.startswith("BLOCK"))

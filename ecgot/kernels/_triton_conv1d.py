@@ -634,6 +634,9 @@ def convolve(
         for shape in ((tiles,), (tiles, c_out), (tiles, c_out))
     )
     optional = {name: getattr(epilogue, name) for name in ("bias", "scale", "shift", "residual")}
+    optional |= {
+        name: None if optional[name] is None else optional[name].float() for name in ("scale", "shift")
+    }
     if y.numel():
         launch(
             _conv1d_fwd_kernel,
@@ -1032,14 +1035,12 @@ def _compile_case(
     configuration = dict(configuration)
     options = {name: configuration.pop(name) for name in ("num_warps", "num_stages")}
     constants = flags | configuration
-    # An epilogue's scale and shift come in the signals' dtype, a norm's in fp32.
-    signals = ("scale_ptr", "shift_ptr") if kernel is _conv1d_fwd_kernel else ()
     types = dict.fromkeys(constants, "constexpr")
     for name in kernel.arg_names:
         if name.endswith("lengths_ptr"):
             types[name] = "*i32"
         elif name.endswith("_ptr"):
-            types[name] = "*fp32" if name.endswith(FP32_POINTERS) and name not in signals else f"*{dtype}"
+            types[name] = "*fp32" if name.endswith(FP32_POINTERS) else f"*{dtype}"
         else:
             types.setdefault(name, "i32")
     signature = {name: types[name] for name in kernel.arg_names}

@@ -40,7 +40,8 @@ def conv1d(
         x: [B, T, C_in], floating point, any strides: a loader's [B, C_in, T] comes as ``x.transpose(1, 2)``,
             uncopied.
         weight: [C_out, C_in / groups, K], as in ``torch.nn.Conv1d``; same dtype as x.
-        bias, scale, shift: [C_out].
+        bias, scale, shift: [C_out]; scale and shift may be fp32 where x is of half precision, and should be
+            where channels have means far from 0: they are used as they come.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv1d``; zeros are padded on both
             sides, or as many as a pair says on the left and right.
         residual: [B, T_out, C_out].
@@ -59,12 +60,12 @@ def conv1d(
     Raises:
         ValueError, TypeError: one line that names the argument, what came and what is accepted.
 
-    Under autocast all tensors are cast, as torch's convolutions are.
+    Under autocast all but scale and shift are cast, as torch's convolutions and norms have it.
     In Triton one kernel does all of it, accumulating in fp32 (fp64 takes the torch path), and one kernel each
     makes the gradients in x and weight, without atomics: the same input gives the same bits. On a CPU the
     torch path serves, unless TRITON_INTERPRET=1 is set.
     """
-    x, weight, bias, scale, shift, residual = cast_by_autocast(x, weight, bias, scale, shift, residual)
+    x, weight, bias, residual = cast_by_autocast(x, weight, bias, residual)
     geometry = checked_geometry(stride, padding, dilation, groups)
     _check(x, weight, bias, geometry, scale, shift, residual, activation)
     lengths = check_lengths(lengths, x)
@@ -157,8 +158,14 @@ def _check(
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, accepted is {shapes[name]}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: got device {tensor.device}, accepted is that of x, {x.device}")
-        if tensor.dtype != x.dtype:
+        if not fits_dtype(name, tensor, x):
             raise TypeError(f"{name}: got dtype {tensor.dtype}, accepted is that of x, {x.dtype}")
+
+
+def fits_dtype(name: str, tensor: Tensor, x: Tensor) -> bool:
+    """Whether x's dtype, or fp32 for the scale and shift of half precision."""
+    wide = name in ("scale", "shift") and x.dtype.itemsize == 2 and tensor.dtype == torch.float32
+    return tensor.dtype == x.dtype or wide
 
 
 class _Convolution(torch.autograd.Function):
@@ -212,15 +219,15 @@ class _Convolution(torch.autograd.Function):
             z, _, _ = forward(signal, weight, geometry, before, precision=precision, backend=backend)
             grad = grad * _torch_conv1d.slope(z, activation)
         grad_residual = grad if needs_residual else None
-        grad_shift = grad.sum((0, 1)) if needs_shift else None
+        grad_shift = grad.sum((0, 1)).to(shift.dtype) if needs_shift else None
         grad_scale = None
         if needs_scale:
             convolved, _, _ = forward(
                 signal, weight, geometry, Epilogue(bias), precision=precision, backend=backend
             )
-            grad_scale = (grad * convolved).sum((0, 1))
+            grad_scale = (grad * convolved).sum((0, 1)).to(scale.dtype)
         if scale is not None:
-            grad = grad * scale
+            grad = (grad * scale).to(grad.dtype)
         grad_bias = grad.sum((0, 1)) if needs_bias else None
         grad_x, _, _, grad_weight = gradients(
             OutputGradient(grad, lengths=None if lengths is None else out_lengths(lengths, weight, geometry)),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ecgot.kernels._convolution import FoldedLayer, Geometry
 from ecgot.kernels._convolution import geometry as checked_geometry
-from ecgot.kernels.conv1d import PRECISIONS, check_choice, check_lengths, check_shapes, conv1d
+from ecgot.kernels.conv1d import PRECISIONS, check_choice, check_lengths, check_shapes, conv1d, fits_dtype
 from ecgot.kernels.conv1d_table import BACKENDS
 from ecgot.kernels.dispatch import use_triton
 
@@ -78,7 +78,7 @@ def _check(
             if part != "weight" and tensor.shape != layer.weight.shape[:1]:
                 got, accepted = tuple(tensor.shape), (layer.weight.shape[0],)
                 raise ValueError(f"{name}.{part}: got shape {got}, accepted is {accepted}")
-            if tensor.dtype != x.dtype:
+            if not fits_dtype(part, tensor, x):
                 raise TypeError(f"{name}.{part}: got dtype {tensor.dtype}, accepted is that of x, {x.dtype}")
         if (layer.scale is None) != (middle.scale is None):
             given = "none" if layer.scale is None else "one"

@@ -246,8 +246,9 @@ def _evaluated(
     precision: str,
     backend: str,
 ) -> Tensor:
-    scale = gamma * torch.rsqrt(var + eps)
     dtype = weight.dtype
+    kind = torch.promote_types(dtype, torch.float32)
+    scale = gamma.to(kind) * torch.rsqrt(var.to(kind) + eps)
     x = computed(x)
     return conv1d(
         x.values,
@@ -256,8 +257,8 @@ def _evaluated(
         padding=geometry.paddings,
         dilation=geometry.dilation,
         groups=geometry.groups,
-        scale=scale.to(dtype),
-        shift=(beta - mean * scale).to(dtype),
+        scale=scale,
+        shift=beta.to(kind) - mean.to(kind) * scale,
         residual=None if residual is None else computed(residual).values.to(dtype),
         activation=activation,
         lengths=x.lengths,

@@ -389,3 +389,19 @@ def test_a_residual_is_0_beyond_its_records_ends(activation, training):
     for with_zeros, with_nan in zip(*found, strict=True):
         assert with_nan.isfinite().all()
         torch.testing.assert_close(with_nan, with_zeros)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_evaluation_in_half_precision_errs_no_more_than_torch(dtype):
+    """Channels whose means are thirty standard deviations away from 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = (30 + torch.randn(2, 50, 4, generator=generator)).to(DEVICE, dtype)
+    weight = torch.eye(4, device=DEVICE, dtype=dtype)[:, :, None]
+    gamma, beta, mean, var = (
+        vector.to(DEVICE) for vector in (torch.ones(4), torch.zeros(4), torch.full((4,), 30.0), torch.ones(4))
+    )
+    found = conv1d_norm(Signal(x), weight, gamma, beta, mean, var, training=False).values
+    expected = F.batch_norm(x.double().mT, mean.double(), var.double(), gamma.double(), beta.double()).mT
+    theirs = F.batch_norm(x.mT, mean, var, gamma, beta).mT
+    assert found.dtype == dtype
+    assert (found - expected).norm() <= 2 * (theirs - expected).norm()

@@ -205,12 +205,13 @@ def _fold(conv: nn.Conv1d, norm: Norm, channels: slice, dtype: torch.dtype) -> F
     """No scale where it is in the weight, which half precision would round."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = (norm.weight * torch.rsqrt(norm.running_var + norm.eps))[channels]
-    shift = (norm.bias[channels] - norm.running_mean[channels] * scale).to(dtype)
+    kind = torch.promote_types(dtype, torch.float32)
+    scale = (norm.weight.to(kind) * torch.rsqrt(norm.running_var.to(kind) + norm.eps))[channels]
+    shift = norm.bias.to(kind)[channels] - norm.running_mean.to(kind)[channels] * scale
     weight = conv.weight.detach()
     if dtype.itemsize == 2:
-        return FoldedLayer(_inference_layout(weight.to(dtype)), scale.to(dtype), shift)
-    return FoldedLayer(_inference_layout(weight * scale[:, None, None]), None, shift)
+        return FoldedLayer(_inference_layout(weight.to(dtype)), scale.detach(), shift.detach())
+    return FoldedLayer(_inference_layout(weight * scale[:, None, None].to(dtype)), None, shift.detach())
 
 
 def _inference_layout(weight: Tensor) -> Tensor:
