@@ -212,7 +212,7 @@ def saved_bytes(run) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize(("name", "share"), [("merl_resnet18", 0.76), ("xresnet1d101", 0.56)])
+@pytest.mark.parametrize(("name", "share"), [("merl_resnet18", 0.76), ("xresnet1d101", 0.52)])
 def test_a_training_step_saves_less_than_the_twin(name, share):
     fused, plain = twins(name, small=False)
     x = torch.randn(2, 12, 1000)
