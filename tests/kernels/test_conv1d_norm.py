@@ -397,9 +397,9 @@ def test_evaluation_in_half_precision_errs_no_more_than_torch(dtype):
     generator = torch.Generator().manual_seed(0)
     x = (30 + torch.randn(2, 50, 4, generator=generator)).to(DEVICE, dtype)
     weight = torch.eye(4, device=DEVICE, dtype=dtype)[:, :, None]
-    gamma, beta, mean, var = (
-        vector.to(DEVICE) for vector in (torch.ones(4), torch.zeros(4), torch.full((4,), 30.0), torch.ones(4))
-    )
+    # None of them is a number of half precision.
+    gamma, beta = (torch.randn(4, generator=generator).to(DEVICE) for _ in range(2))
+    mean, var = (offset + torch.rand(4, generator=generator).to(DEVICE) for offset in (30, 0.5))
     found = conv1d_norm(Signal(x), weight, gamma, beta, mean, var, training=False).values
     expected = F.batch_norm(x.double().mT, mean.double(), var.double(), gamma.double(), beta.double()).mT
     theirs = F.batch_norm(x.mT, mean, var, gamma, beta).mT
