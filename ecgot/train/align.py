@@ -50,6 +50,7 @@ def train_alignment(
     train: EcgDataset,
     validation: EcgDataset,
     *,
+    phrases: Phrases | None = None,
     cache_dir: Path,
     progress: Progress,
 ) -> AlignmentModel:
@@ -58,6 +59,7 @@ def train_alignment(
     Args:
         text: the configured text encoder.
         train, validation: records that all have report text, see :func:`ecgot.train.batches.with_reports`.
+        phrases: of the training reports, where they are learned, see :func:`report_phrases`.
         cache_dir: of the token embeddings of a frozen text encoder.
     """
     config = run.config()
@@ -86,7 +88,7 @@ def train_alignment(
     )
     source = ReportSource(train.reports, text, store)
     validation_source = ReportSource(validation.reports, text, store)
-    phrases = _phrase_source(model, text, train.reports, settings, cache_dir, progress)
+    said = None if phrases is None else _phrase_source(model, text, phrases, cache_dir)
     encode = CapturedTraining(model.encoder) if config.cuda_graph else model.encoder
 
     def epoch(number: int, step: Callable[[Tensor], None]) -> dict[str, float]:
@@ -98,8 +100,8 @@ def train_alignment(
             ecg = model.project_tokens(encode(*(augmented(*signal) if settings.augment else signal)))
             tokens, ids = source.batch(rows, device)
             terms = loss(ecg, model.embed_text(tokens), ids, model)
-            if phrases is not None:
-                terms["phrase"] = phrases.loss(model, ecg.pooled, rows)
+            if said is not None:
+                terms["phrase"] = said.loss(model, ecg.pooled, rows)
                 terms["loss"] = terms["loss"] + settings.phrase_weight * terms["phrase"]
             step(terms["loss"])
             for name, value in terms.items():
@@ -137,19 +139,20 @@ class PhraseSource:
         return phrase_loss(logits, self.phrases.batch(rows).to(ecg.device), self.weight)
 
 
-def _phrase_source(
-    model: AlignmentModel,
-    text: TextEncoder,
-    reports: tuple[str, ...],
-    settings: AlignConfig,
-    cache_dir: Path,
-    progress: Progress,
-) -> PhraseSource | None:
+def report_phrases(reports: tuple[str, ...], settings: AlignConfig) -> Phrases | None:
+    """The phrases that a configuration learns from training reports; None where it learns none.
+
+    Raises:
+        EcgotError: the reports hold no phrase often enough.
+    """
     if not settings.phrase_weight:
         return None
-    limits = {"min_count": settings.phrase_min_count, "max_words": settings.phrase_max_words}
-    phrases = find_phrases(reports, **limits)
-    progress.note(f"align: {len(phrases.texts)} phrases in {len(reports)} reports")
+    return find_phrases(reports, min_count=settings.phrase_min_count, max_words=settings.phrase_max_words)
+
+
+def _phrase_source(
+    model: AlignmentModel, text: TextEncoder, phrases: Phrases, cache_dir: Path
+) -> PhraseSource:
     store = embed_texts(text, phrases.texts, cache_dir=cache_dir)
     with torch.no_grad():
         model.phrase_prior[-1].bias.fill_(phrases.log_odds)  # type: ignore[operator]

@@ -9,7 +9,7 @@ from ecgot.errors import EcgotError
 from ecgot.models.encoders import encoder
 from ecgot.models.reporter import check_language_model
 from ecgot.models.text import TextEncoder
-from ecgot.train.align import load_alignment, train_alignment
+from ecgot.train.align import load_alignment, report_phrases, train_alignment
 from ecgot.train.batches import with_reports
 from ecgot.train.config import Config
 from ecgot.train.report import train_reporter
@@ -56,10 +56,13 @@ def train(
     sets = train_set, validation_set
     aligned = [with_reports(each.in_plain_english() if config.data.plain_english else each) for each in sets]
     reported = [with_reports(each) for each in sets] if "report" in stages else []
+    phrases = report_phrases(aligned[0].reports, config.align) if "align" in stages else None
+    if phrases is not None:
+        progress.note(f"align: {len(phrases.texts)} phrases in {len(aligned[0])} reports")
 
     run = Run.create(out, config, resume=resume or "align" not in stages)
     if "align" in stages and not run.done("align"):
-        model = train_alignment(run, text, *aligned, cache_dir=cache_dir, progress=progress)
+        model = train_alignment(run, text, *aligned, phrases=phrases, cache_dir=cache_dir, progress=progress)
     else:
         model = load_alignment(run, text)
     if "report" in stages and not run.done("report"):

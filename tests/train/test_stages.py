@@ -282,6 +282,7 @@ def test_a_bad_configuration_leaves_no_folder(settings, tmp_path, cache_dir):
         "text.name=absent/model",
         "report.language_model=absent/model",
         "device=tpu9",
+        "align.phrase_min_count=5000",
         *([] if torch.cuda.is_available() else ["cuda_graph=true"]),
     ):
         with pytest.raises(EcgotError):
