@@ -17,10 +17,10 @@ WORDS, LONGEST, TEXT_WIDTH = 16, 61, 384  # reports of PTB-XL: words on average,
 LEARNING_RATE = 1e-6
 
 
-@pytest.mark.parametrize("ot_weight", [0.0, 1.0])
-def test_training_step(ot_weight: float, device: torch.device, measure: Measure) -> None:
+@pytest.mark.parametrize("token_weight", [0.0, 1.0])
+def test_training_step(token_weight: float, device: torch.device, measure: Measure) -> None:
     model = AlignmentModel(encoder("resnet1d_small", leads=LEADS), TEXT_WIDTH).to(device).train()
-    terms = _terms(model, AlignmentLoss(ot_weight=ot_weight), device)
+    terms = _terms(model, AlignmentLoss(token_weight=token_weight), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
 
     def step() -> None:
@@ -30,7 +30,7 @@ def test_training_step(ot_weight: float, device: torch.device, measure: Measure)
 
     step()  # blocks start as their shortcuts: only after a step do gradients reach every weight
     _check_gradients(model, terms())
-    measure(step, provider=OURS, case=f"ot_weight={ot_weight:g}")
+    measure(step, provider=OURS, case=f"token_weight={token_weight:g}")
 
 
 def _terms(
@@ -51,11 +51,11 @@ def _check_gradients(model: AlignmentModel, terms: dict[str, Tensor]) -> None:
     parameters = list(model.parameters())
     grads = torch.autograd.grad(terms["loss"], parameters, retain_graph=True, allow_unused=True)
     for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
-        if name == "log_ot_temperature" and "ot" not in terms:
+        if name == "log_token_temperature" and "token" not in terms:
             continue
         assert torch.isfinite(grad).all(), f"{name}: the gradient is not finite"
-    if "ot" not in terms:
+    if "token" not in terms:
         return
-    transport_grads = torch.autograd.grad(terms["ot"], list(model.encoder.parameters()))
+    transport_grads = torch.autograd.grad(terms["token"], list(model.encoder.parameters()))
     for (name, _), grad in zip(model.encoder.named_parameters(), transport_grads, strict=True):
         assert grad.any(), f"encoder.{name}: no gradient of the transport loss"

@@ -36,7 +36,7 @@ from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import EncoderOutput, masked_mean
 from ecgot.models.reporter import Reporter
 from ecgot.models.text import TextEncoder
-from ecgot.train.align import load_alignment
+from ecgot.train.align import load_alignment, transport
 from ecgot.train.batches import encode, with_reports
 from ecgot.train.config import Config
 from ecgot.train.report import load_reporter
@@ -197,7 +197,7 @@ def _zero_shot_scores(
     for rows in torch.arange(len(tokens)).split(BATCH):
         part, valid = tokens[rows].float().to(device), mask[rows].to(device)
         ecg = model.project_tokens(EncoderOutput(part, valid, masked_mean(part, valid)))
-        batch = class_scores(ecg, prompts, score=score, transport=config.align)
+        batch = class_scores(ecg, prompts, score=score, transport=transport(config.align))
         for group, values in batch.items():
             parts[group].append(values.cpu())
         progress.bar("zero-shot scores", int(rows[-1]) + 1, len(tokens))

@@ -22,7 +22,7 @@ from ecgot.eval.zeroshot import (
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import EncoderOutput
 from ecgot.models.text import TextEncoder
-from ecgot.train.align import load_alignment
+from ecgot.train.align import load_alignment, transport
 from ecgot.train.report import load_reporter
 from ecgot.train.run import PRETRAINED, Run, choose_device
 
@@ -136,7 +136,7 @@ class Reader:
 
     def _scores(self, encoded: EncoderOutput, prompts: EmbeddedPrompts) -> dict[str, dict[str, float]]:
         ecg = self.model.project_tokens(encoded)
-        values = class_scores(ecg, prompts, score=self.score, transport=self.config.align)
+        values = class_scores(ecg, prompts, score=self.score, transport=transport(self.config.align))
         return {
             group: dict(zip(prompts.rows[group], row[0].tolist(), strict=True))
             for group, row in values.items()

@@ -14,12 +14,19 @@ from torch import Tensor
 
 from ecgot.data.ptbxl import GROUPS
 from ecgot.errors import EcgotError
-from ecgot.models.alignment import AlignmentModel, Embedding, phrase_logits, transport_similarity
+from ecgot.models.alignment import (
+    TOKEN_SIMILARITIES,
+    AlignmentModel,
+    Embedding,
+    Transport,
+    phrase_logits,
+    token_similarity,
+)
 from ecgot.models.text import TextEncoder, save_tensors
 from ecgot.train.config import AlignConfig
 
 BUILT_IN = Path(__file__).with_name("prompts.toml")
-SCORES = ("phrase", "cosine", "ot")
+SCORES = ("phrase", "cosine", *TOKEN_SIMILARITIES)
 SOFTNESS = 2.0  # of the maximum over a class's prompts, in log-odds
 
 Given = TypeVar("Given")
@@ -155,15 +162,16 @@ def check_score(score: str | None, settings: AlignConfig) -> str:
 
 @torch.no_grad()
 def class_scores(
-    ecg: Embedding, prompts: EmbeddedPrompts, *, score: str = "phrase", transport: AlignConfig | None = None
+    ecg: Embedding, prompts: EmbeddedPrompts, *, score: str = "phrase", transport: Transport | None = None
 ) -> dict[str, Tensor]:
     """Scores [B, C] of each group.
 
     Args:
         ecg: B embedded ECGs. Each is scored alone: nothing is normalised over the batch.
         score: "phrase", log-odds that a report would say one of the class's prompts (a soft maximum);
-            "cosine", the mean over the prompts of the pooled embeddings' similarity; "ot", the mean of minus
-            the transport cost between the ECG's tokens and the prompt's (slower).
+            "cosine", the mean over the prompts of the pooled embeddings' similarity; "ot" (slower),
+            "best_match" and "mean_match" that of the tokens', see
+            :data:`ecgot.models.alignment.TOKEN_SIMILARITIES`.
         transport: the run's transport settings; the defaults where omitted.
     """
     if score == "phrase":
@@ -179,15 +187,8 @@ def class_scores(
         }
     if score == "cosine":
         similarity = ecg.pooled @ prompts.embedding.pooled.T
-    elif score == "ot":
-        settings = transport or AlignConfig()
-        similarity = transport_similarity(
-            ecg,
-            prompts.embedding,
-            eps=settings.ot_eps,
-            max_iter=settings.ot_max_iter,
-            tol=settings.ot_tol,
-        )
+    elif score in TOKEN_SIMILARITIES:
+        similarity = token_similarity(score, ecg, prompts.embedding, transport or Transport())
     else:
         raise EcgotError(f"score: got {score!r}, accepted are {', '.join(SCORES)}")
     return {

@@ -1,7 +1,7 @@
 """Alignment of ECG and report tokens in one space: contrasts of pooled embeddings, of token sets by optimal
-transport, and of each ECG with the phrases that reports are made of."""
+transport or its rivals, and of each ECG with the phrases that reports are made of."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecgot.kernels import sinkhorn, sinkhorn_pairwise
-from ecgot.kernels.sinkhorn import SinkhornOutput, SinkhornPairwiseOutput
-from ecgot.models.encoders import Encoder, EncoderOutput
+from ecgot.models.encoders import Encoder, EncoderOutput, masked_mean
 from ecgot.models.text import TextTokens
 
 
@@ -56,7 +55,7 @@ class AlignmentModel(nn.Module):
         self.text_fingerprint: Tensor
         self.register_buffer("text_fingerprint", torch.zeros(16, dtype=torch.uint8))
         self.log_temperature = nn.Parameter(torch.tensor(0.07).log())
-        self.log_ot_temperature = nn.Parameter(torch.tensor(0.07).log())
+        self.log_token_temperature = nn.Parameter(torch.tensor(0.07).log())
 
     def embed_ecg(self, waveform: Tensor, lengths: Tensor | None = None) -> Embedding:
         """waveform [B, L, T] in mV, lengths [B]: see the encoder."""
@@ -86,9 +85,9 @@ class AlignmentModel(nn.Module):
         return self.log_phrase_scale.exp()
 
     @property
-    def ot_temperature(self) -> Tensor:
-        """That of the contrast by transport, alike."""
-        return self.log_ot_temperature.exp().clamp_min(0.01)
+    def token_temperature(self) -> Tensor:
+        """That of the contrast by tokens, alike."""
+        return self.log_token_temperature.exp().clamp_min(0.01)
 
 
 def _embedding(projected: Tensor, mask: Tensor, pooled: Tensor) -> Embedding:
@@ -140,42 +139,78 @@ def phrase_loss(logits: Tensor, said: Tensor, weight: Tensor) -> Tensor:
     return (loss @ weight).mean()
 
 
-OT_PAIRS = ("all", "matched")
+@dataclass(frozen=True)
+class Transport:
+    """Settings of :func:`ecgot.sinkhorn`, on the cosine cost, which lies in [0, 2]."""
+
+    eps: float = 0.1
+    max_iter: int = 50
+    tol: float = 1e-3
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`ecgot.sinkhorn`."""
+        return {"cost": "cosine", **asdict(self)}
+
+
+# Similarities of each ECG to each text by their tokens: "ot" is minus the transport cost, "best_match" the
+# mean of each token's best cosine on the other side (FILIP, Yao et al. 2022), "mean_match" of all cosines.
+TOKEN_SIMILARITIES = ("ot", "best_match", "mean_match")
+# Losses without a contrast: transport between each ECG and its own report ("ot_matched"), between the pooled
+# ECGs of a batch and its pooled reports ("ot_batch"), and the 1-D Wasserstein distance between all scalars of
+# both ("wasserstein_1d": Qiu et al. 2023, arXiv 2301.09017, there without a gradient).
+TOKEN_LOSSES = (*TOKEN_SIMILARITIES, "ot_matched", "ot_batch", "wasserstein_1d")
+
+
+@dataclass
+class SaidPhrases:
+    """Phrases and which of them a batch's reports say.
+
+    pooled: [K, D], of the text encoder; weight: [K]; said: [B, K], 1 where a report says the phrase.
+    """
+
+    pooled: Tensor
+    weight: Tensor
+    said: Tensor
 
 
 class AlignmentLoss(nn.Module):
-    """contrastive_weight * contrast of the pooled embeddings + ot_weight * transport between token sets.
+    """The weighted sum of a contrast of the pooled embeddings, a token loss and :func:`phrase_loss`.
 
     Args:
-        contrastive_weight, ot_weight: 0 leaves a term out (and its cost).
-        ot_pairs: "all": transport between each ECG and each report of the batch is the similarity of a second
-            contrast; "matched": the mean cost between each ECG and its own report.
-        eps, max_iter, tol: of :func:`ecgot.sinkhorn`, on the cosine cost.
+        contrastive_weight, token_weight, phrase_weight: 0 leaves a term out (and its cost).
+        token_loss: one of ``TOKEN_SIMILARITIES``, which is then the similarity of a second contrast, or
+            another of ``TOKEN_LOSSES``.
+        transport: settings of the transport in it.
     """
 
     def __init__(
         self,
         *,
         contrastive_weight: float = 1.0,
-        ot_weight: float = 1.0,
-        ot_pairs: str = "all",
-        eps: float = 0.1,
-        max_iter: int = 50,
-        tol: float = 1e-3,
+        token_weight: float = 1.0,
+        token_loss: str = "ot",
+        phrase_weight: float = 0.0,
+        transport: Transport | None = None,
     ) -> None:
         super().__init__()
-        if ot_pairs not in OT_PAIRS:
-            raise ValueError(f"ot_pairs: got {ot_pairs!r}, accepted are {' and '.join(map(repr, OT_PAIRS))}")
-        self.contrastive_weight, self.ot_weight, self.ot_pairs = contrastive_weight, ot_weight, ot_pairs
-        self.eps, self.max_iter, self.tol = eps, max_iter, tol
+        if token_loss not in TOKEN_LOSSES:
+            raise ValueError(f"token_loss: got {token_loss!r}, accepted are {', '.join(TOKEN_LOSSES)}")
+        self.contrastive_weight, self.token_weight = contrastive_weight, token_weight
+        self.token_loss, self.phrase_weight = token_loss, phrase_weight
+        self.transport = transport or Transport()
 
     def forward(
-        self, ecg: Embedding, text: Embedding, text_id: Tensor, model: AlignmentModel
+        self,
+        ecg: Embedding,
+        text: Embedding,
+        text_id: Tensor,
+        model: AlignmentModel,
+        phrases: SaidPhrases | None = None,
     ) -> dict[str, Tensor]:
-        """The terms and their weighted sum: "loss", "contrastive", "ot" (those with a weight).
+        """The terms that have a weight, "contrastive", "token" and "phrase", and their weighted sum "loss".
 
-        With "ot" comes "ot_converged", the share of its problems that converged; it carries no gradient.
-        ``model`` holds the temperatures.
+        With transport comes "ot_converged", the share of its problems that converged, without a gradient.
+        ``model`` holds the temperatures and the phrases' prior; a phrase weight needs ``phrases``.
         """
         terms: dict[str, Tensor] = {}
         total = ecg.pooled.new_zeros(())
@@ -183,27 +218,63 @@ class AlignmentLoss(nn.Module):
             similarity = ecg.pooled @ text.pooled.T
             terms["contrastive"] = contrastive_loss(similarity, text_id, model.temperature)
             total = total + self.contrastive_weight * terms["contrastive"]
-        if self.ot_weight:
-            settings = _transport_settings(ecg, text, self.eps, self.max_iter, self.tol)
-            transport: SinkhornOutput | SinkhornPairwiseOutput
-            if self.ot_pairs == "all":
-                transport = sinkhorn_pairwise(ecg.tokens, text.tokens, **settings, full_output=True)
-                terms["ot"] = contrastive_loss(-transport.value, text_id, model.ot_temperature)
-            else:
-                transport = sinkhorn(ecg.tokens, text.tokens, **settings)
-                terms["ot"] = transport.value.mean()
-            terms["ot_converged"] = transport.converged.float().mean()
-            total = total + self.ot_weight * terms["ot"]
+        if self.token_weight:
+            terms["token"], converged = self._token_term(ecg, text, text_id, model)
+            if converged is not None:
+                terms["ot_converged"] = converged.float().mean()
+            total = total + self.token_weight * terms["token"]
+        if self.phrase_weight:
+            if phrases is None:
+                raise ValueError("phrases: got None, accepted are SaidPhrases where phrase_weight is not 0")
+            logits = phrase_logits(ecg.pooled, *model.embed_phrases(phrases.pooled), model.phrase_scale)
+            terms["phrase"] = phrase_loss(logits, phrases.said, phrases.weight)
+            total = total + self.phrase_weight * terms["phrase"]
         return terms | {"loss": total}
 
+    def _token_term(
+        self, ecg: Embedding, text: Embedding, text_id: Tensor, model: AlignmentModel
+    ) -> tuple[Tensor, Tensor | None]:
+        """The term, and which of its transport problems converged, where it has any."""
+        settings = self.transport
+        if self.token_loss in TOKEN_SIMILARITIES:
+            similarity, converged = _token_similarity(self.token_loss, ecg, text, settings)
+            return contrastive_loss(similarity, text_id, model.token_temperature), converged
+        if self.token_loss == "wasserstein_1d":
+            return wasserstein_1d(ecg.pooled, text.pooled), None
+        masks: dict[str, Any] = {"x_mask": ecg.mask, "y_mask": text.mask}
+        x, y = ecg.tokens, text.tokens
+        if self.token_loss == "ot_batch":
+            x, y, masks = ecg.pooled[None], text.pooled[None], {}
+        solved = sinkhorn(x, y, **masks, **settings.arguments())
+        return solved.value.mean(), solved.converged
 
-def transport_similarity(ecg: Embedding, text: Embedding, *, eps: float, max_iter: int, tol: float) -> Tensor:
-    """Minus the transport cost between each ECG and each text: [B, K]; every pair is solved alone."""
-    return -sinkhorn_pairwise(ecg.tokens, text.tokens, **_transport_settings(ecg, text, eps, max_iter, tol))
+
+def wasserstein_1d(x: Tensor, y: Tensor) -> Tensor:
+    """W1 between the scalars of two tensors of one shape: the mean distance of their sorted values."""
+    return (x.flatten().sort().values - y.flatten().sort().values).abs().mean()
 
 
-def _transport_settings(
-    ecg: Embedding, text: Embedding, eps: float, max_iter: int, tol: float
-) -> dict[str, Any]:
-    sides = {"x_mask": ecg.mask, "y_mask": text.mask}
-    return sides | {"cost": "cosine", "eps": eps, "max_iter": max_iter, "tol": tol}
+def token_similarity(name: str, ecg: Embedding, text: Embedding, transport: Transport) -> Tensor:
+    """Similarity [B, K] of each ECG to each text by their tokens, one of ``TOKEN_SIMILARITIES``; each pair is
+    taken alone."""
+    return _token_similarity(name, ecg, text, transport)[0]
+
+
+def _token_similarity(
+    name: str, ecg: Embedding, text: Embedding, transport: Transport
+) -> tuple[Tensor, Tensor | None]:
+    """With which of the transport problems converged, where it is transport."""
+    if name == "ot":
+        masks: dict[str, Any] = {"x_mask": ecg.mask, "y_mask": text.mask}
+        solved = sinkhorn_pairwise(
+            ecg.tokens, text.tokens, **masks, **transport.arguments(), full_output=True
+        )
+        return -solved.value, solved.converged
+    x, y = F.normalize(ecg.tokens, dim=-1), F.normalize(text.tokens, dim=-1)
+    if name == "mean_match":
+        return masked_mean(x, ecg.mask) @ masked_mean(y, text.mask).T, None
+    cosine = torch.einsum("bnd,kmd->bknm", x, y)
+    x_mask, y_mask = ecg.mask[:, None, :], text.mask[None, :, :]
+    best_of_x = cosine.masked_fill(~y_mask[:, :, None, :], -2).amax(3).masked_fill(~x_mask, 0).sum(2)
+    best_of_y = cosine.masked_fill(~x_mask[:, :, :, None], -2).amax(2).masked_fill(~y_mask, 0).sum(2)
+    return (best_of_x / x_mask.sum(2) + best_of_y / y_mask.sum(2)) / 2, None

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ecgot.data.dataset import EcgDataset
 from ecgot.errors import EcgotError
-from ecgot.models.alignment import AlignmentLoss, AlignmentModel, phrase_logits, phrase_loss
+from ecgot.models.alignment import AlignmentLoss, AlignmentModel, Transport
 from ecgot.models.encoders import CapturedTraining, encoder, lay_out
 from ecgot.models.text import TextEncoder, TextTokens, TokenStore, embed_texts
 from ecgot.train.batches import augmented, epoch_order, waveforms
 from ecgot.train.config import AlignConfig, Config
-from ecgot.train.phrases import Phrases, find_phrases
+from ecgot.train.phrases import Phrases, PhraseSource, find_phrases
 from ecgot.train.run import Progress, Run, choose_device, train_epochs
 
 
@@ -80,15 +80,14 @@ def train_alignment(
         model.text_fingerprint.copy_(_fingerprint(text))
     loss = AlignmentLoss(
         contrastive_weight=settings.contrastive_weight,
-        ot_weight=settings.ot_weight,
-        ot_pairs=settings.ot_pairs,
-        eps=settings.ot_eps,
-        max_iter=settings.ot_max_iter,
-        tol=settings.ot_tol,
+        token_weight=settings.token_weight,
+        token_loss=settings.token_loss,
+        phrase_weight=settings.phrase_weight,
+        transport=transport(settings),
     )
     source = ReportSource(train.reports, text, store)
     validation_source = ReportSource(validation.reports, text, store)
-    said = None if phrases is None else _phrase_source(model, text, phrases, cache_dir)
+    phrase_source = None if phrases is None else _phrase_source(model, text, phrases, cache_dir)
     encode = CapturedTraining(model.encoder) if config.cuda_graph else model.encoder
 
     def epoch(number: int, step: Callable[[Tensor], None]) -> dict[str, float]:
@@ -99,10 +98,8 @@ def train_alignment(
             signal = waveforms(train, rows, device)
             ecg = model.project_tokens(encode(*(augmented(*signal) if settings.augment else signal)))
             tokens, ids = source.batch(rows, device)
-            terms = loss(ecg, model.embed_text(tokens), ids, model)
-            if said is not None:
-                terms["phrase"] = said.loss(model, ecg.pooled, rows)
-                terms["loss"] = terms["loss"] + settings.phrase_weight * terms["phrase"]
+            said = None if phrase_source is None else phrase_source.batch(rows)
+            terms = loss(ecg, model.embed_text(tokens), ids, model, said)
             step(terms["loss"])
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(batches)
@@ -127,16 +124,9 @@ def train_alignment(
     return model.eval()
 
 
-class PhraseSource:
-    """The phrases of the training reports, each embedded once by the text encoder as it is at the start."""
-
-    def __init__(self, phrases: Phrases, pooled: Tensor, device: torch.device) -> None:
-        self.phrases, self.pooled, self.weight = phrases, pooled.to(device), phrases.weight.to(device)
-
-    def loss(self, model: AlignmentModel, ecg: Tensor, rows: Tensor) -> Tensor:
-        """See :func:`ecgot.models.alignment.phrase_loss`; ecg [b, E], pooled."""
-        logits = phrase_logits(ecg, *model.embed_phrases(self.pooled), model.phrase_scale)
-        return phrase_loss(logits, self.phrases.batch(rows).to(ecg.device), self.weight)
+def transport(settings: AlignConfig) -> Transport:
+    """The transport settings of a configuration."""
+    return Transport(settings.ot_eps, settings.ot_max_iter, settings.ot_tol)
 
 
 def report_phrases(reports: tuple[str, ...], settings: AlignConfig) -> Phrases | None:

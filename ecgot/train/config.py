@@ -11,6 +11,7 @@ from typing import Any
 
 from ecgot.data.record import STANDARD_LEADS
 from ecgot.errors import EcgotError
+from ecgot.models.alignment import TOKEN_LOSSES
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class AlignConfig:
     phrase_weight: float = 3.0  # whether a report says each phrase; classes are then scored by phrases
     phrase_min_count: int = 15  # reports that a phrase is in
     phrase_max_words: int = 7
-    ot_weight: float = 1.0
-    ot_pairs: str = "all"  # transport between all ECGs and reports of a batch as a contrast; or "matched"
+    token_weight: float = 1.0
+    token_loss: str = "ot"  # of alignment.TOKEN_LOSSES
     ot_eps: float = 0.1  # on the cosine cost, which lies in [0, 2]
     ot_max_iter: int = 50
     ot_tol: float = 1e-3
@@ -255,7 +256,7 @@ def _check(config: Config) -> None:
     }
     zero_or_more = {
         "align": (
-            *("contrastive_weight", "phrase_weight", "ot_weight", "ot_tol"),
+            *("contrastive_weight", "phrase_weight", "token_weight", "ot_tol"),
             *("weight_decay", "text_learning_rate", "average"),
         ),
         "report": ("weight_decay", "pretrained_learning_rate"),
@@ -275,14 +276,16 @@ def _check(config: Config) -> None:
         raise EcgotError(f"data.seconds: got {config.data.seconds}, accepted is at least one sample's time")
     if not 0 <= config.data.max_bad_share <= 1:
         raise EcgotError(f"data.max_bad_share: got {config.data.max_bad_share}, accepted is a share 0-1")
-    if config.align.contrastive_weight == config.align.phrase_weight == config.align.ot_weight == 0:
+    if config.align.contrastive_weight == config.align.phrase_weight == config.align.token_weight == 0:
         raise EcgotError(
-            "align: contrastive_weight, phrase_weight and ot_weight are all 0, so there is nothing to learn"
+            "align: contrastive_weight, phrase_weight and token_weight are all 0: there is nothing to learn"
         )
     if config.align.average >= 1:
         raise EcgotError(f"align.average: got {config.align.average}, accepted is a number >= 0 below 1")
-    if config.align.ot_pairs not in ("all", "matched"):
-        raise EcgotError(f"align.ot_pairs: got {config.align.ot_pairs!r}, accepted are all and matched")
+    if config.align.token_loss not in TOKEN_LOSSES:
+        raise EcgotError(
+            f"align.token_loss: got {config.align.token_loss!r}, accepted are {', '.join(TOKEN_LOSSES)}"
+        )
     for section in ("align", "report"):
         if getattr(config, section).batch_size < 2:
             raise EcgotError(f"{section}.batch_size: got 1, accepted is at least 2")

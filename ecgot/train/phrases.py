@@ -15,6 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ecgot.errors import EcgotError
+from ecgot.models.alignment import SaidPhrases
 
 _STATEMENT_END = re.compile(r"[.;:](?:\s|$)")
 _WORD = re.compile(r"[^\W_](?:[\w&()/'-]*)")
@@ -40,9 +41,17 @@ class Phrases:
     weight: Tensor
     log_odds: float
 
-    def batch(self, rows: Tensor) -> Tensor:
-        """[b, K] fp32 of these reports."""
-        return torch.from_numpy(self.said[rows.numpy()].toarray())
+
+class PhraseSource:
+    """The phrases of the training reports, each embedded once by the text encoder as it is at the start."""
+
+    def __init__(self, phrases: Phrases, pooled: Tensor, device: torch.device) -> None:
+        self.phrases, self.pooled, self.weight = phrases, pooled.to(device), phrases.weight.to(device)
+
+    def batch(self, rows: Tensor) -> SaidPhrases:
+        """The phrases, and which of them the reports of ``rows`` [b] say."""
+        said = torch.from_numpy(self.phrases.said[rows.numpy()].toarray())
+        return SaidPhrases(self.pooled, self.weight, said.to(self.pooled.device))
 
 
 def find_phrases(reports: Sequence[str], *, min_count: int, max_words: int) -> Phrases:

@@ -18,7 +18,7 @@ from ecgot.eval.zeroshot import (
     select_prompts,
 )
 from ecgot.kernels import reference
-from ecgot.models.alignment import AlignmentModel, Embedding
+from ecgot.models.alignment import AlignmentModel, Embedding, Transport
 from ecgot.models.encoders import encoder
 from ecgot.models.text import TextEncoder
 from ecgot.train.config import AlignConfig
@@ -101,7 +101,7 @@ def test_a_run_without_phrases_has_no_phrase_score():
 
 def test_transport_scores_are_minus_the_cost_of_each_pair(prompts):
     ecg = ecgs(2)
-    settings = AlignConfig(ot_eps=0.2, ot_max_iter=2000, ot_tol=1e-7)
+    settings = Transport(eps=0.2, max_iter=2000, tol=1e-7)
     scores = class_scores(ecg, prompts, score="ot", transport=settings)["superclass"]
     text = prompts.embedding
     for b in range(2):

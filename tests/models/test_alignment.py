@@ -4,15 +4,23 @@ import math
 
 import pytest
 import torch
+from scipy.stats import wasserstein_distance
 from torch.nn import functional as F
 
 from ecgot.kernels import reference
 from ecgot.models.alignment import (
+    TOKEN_LOSSES,
+    TOKEN_SIMILARITIES,
     AlignmentLoss,
     AlignmentModel,
     Embedding,
+    SaidPhrases,
+    Transport,
     contrastive_loss,
-    transport_similarity,
+    phrase_logits,
+    phrase_loss,
+    token_similarity,
+    wasserstein_1d,
 )
 from ecgot.models.encoders import encoder
 from ecgot.models.text import TextTokens
@@ -56,13 +64,13 @@ def test_identical_reports_are_positives_of_each_other():
     assert pushed < as_strangers  # without the rule, equal reports are pushed apart
 
 
-@pytest.mark.parametrize("pairs", ["all", "matched"])
-def test_transport_alone_reaches_every_encoder_parameter(model, pairs):
-    loss = AlignmentLoss(contrastive_weight=0.0, ot_weight=1.0, ot_pairs=pairs)
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_a_token_loss_alone_reaches_every_encoder_parameter(model, name):
+    loss = AlignmentLoss(contrastive_weight=0.0, token_loss=name)
     ecg = model.embed_ecg(torch.randn(4, 12, 500))
     terms = loss(ecg, model.embed_text(text_tokens()), torch.arange(4), model)
-    assert set(terms) == {"ot", "ot_converged", "loss"}
-    assert 0 <= terms["ot_converged"] <= 1
+    assert set(terms) == {"token", "loss"} | ({"ot_converged"} if name.startswith("ot") else set())
+    assert 0 <= terms.get("ot_converged", 0) <= 1
     terms["loss"].backward()
     for name, parameter in [*model.encoder.named_parameters(), *model.project_ecg.named_parameters()]:
         assert parameter.grad is not None, name
@@ -74,34 +82,75 @@ def test_transport_alone_reaches_every_encoder_parameter(model, pairs):
 
 def test_weights_switch_terms_off(model):
     ecg, text = model.embed_ecg(torch.randn(4, 12, 300)), model.embed_text(text_tokens())
-    both = AlignmentLoss(contrastive_weight=2.0, ot_weight=0.5)(ecg, text, torch.arange(4), model)
-    assert both["loss"].item() == pytest.approx(2 * both["contrastive"].item() + 0.5 * both["ot"].item())
-    alone = AlignmentLoss(ot_weight=0.0)(ecg, text, torch.arange(4), model)
+    phrases = SaidPhrases(torch.randn(3, 24), torch.rand(3), torch.ones(4, 3))
+    loss = AlignmentLoss(contrastive_weight=2.0, token_weight=0.5, phrase_weight=3.0)
+    terms = loss(ecg, text, torch.arange(4), model, phrases)
+    expected = 2 * terms["contrastive"] + 0.5 * terms["token"] + 3 * terms["phrase"]
+    torch.testing.assert_close(terms["loss"], expected)
+    logits = phrase_logits(ecg.pooled, *model.embed_phrases(phrases.pooled), model.phrase_scale)
+    torch.testing.assert_close(terms["phrase"], phrase_loss(logits, phrases.said, phrases.weight))
+    alone = AlignmentLoss(token_weight=0.0)(ecg, text, torch.arange(4), model)
     assert set(alone) == {"contrastive", "loss"}
+    with pytest.raises(ValueError, match="phrases: got None"):
+        loss(ecg, text, torch.arange(4), model)
 
 
-@pytest.mark.parametrize("pairs", ["all", "matched"])
-def test_padding_of_either_side_changes_nothing(model, pairs):
+@pytest.mark.parametrize("name", [*TOKEN_SIMILARITIES, "ot_matched"])
+def test_padding_of_either_side_changes_nothing(model, name):
     model.eval()
-    loss = AlignmentLoss(contrastive_weight=0.0, ot_weight=1.0, ot_pairs=pairs)
+    loss = AlignmentLoss(contrastive_weight=0.0, token_loss=name)
     ecg = model.embed_ecg(torch.randn(4, 12, 500))
     text = text_tokens()
-    short = loss(ecg, model.embed_text(text), torch.arange(4), model)["ot"]
+    short = loss(ecg, model.embed_text(text), torch.arange(4), model)["token"]
     padded = TextTokens(
         torch.cat([text.tokens, torch.full((4, 3, 24), 5.0)], 1),
         torch.cat([text.mask, torch.zeros(4, 3, dtype=torch.bool)], 1),
         text.pooled,
     )
-    long = loss(ecg, model.embed_text(padded), torch.arange(4), model)["ot"]
+    long = loss(ecg, model.embed_text(padded), torch.arange(4), model)["token"]
     torch.testing.assert_close(short, long)
 
 
-def test_the_contrast_by_transport_is_of_all_pairs(model):
+@pytest.mark.parametrize("name", TOKEN_SIMILARITIES)
+def test_the_contrast_by_tokens_is_of_all_pairs(model, name):
     ecg, text = model.embed_ecg(torch.randn(4, 12, 300)), model.embed_text(text_tokens())
-    terms = AlignmentLoss(contrastive_weight=0.0, tol=1e-5)(ecg, text, torch.arange(4), model)
-    similarity = transport_similarity(ecg, text, eps=0.1, max_iter=50, tol=1e-5)
-    expected = contrastive_loss(similarity, torch.arange(4), model.ot_temperature)
-    torch.testing.assert_close(terms["ot"], expected)
+    transport = Transport(tol=1e-5)
+    loss = AlignmentLoss(contrastive_weight=0.0, token_loss=name, transport=transport)
+    terms = loss(ecg, text, torch.arange(4), model)
+    similarity = token_similarity(name, ecg, text, transport)
+    expected = contrastive_loss(similarity, torch.arange(4), model.token_temperature)
+    torch.testing.assert_close(terms["token"], expected)
+
+
+def test_matches_of_tokens_by_hand():
+    torch.manual_seed(0)
+    ecg_mask = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    text_mask = torch.tensor([[True] * 4, [True, True, False, False], [True, False, True, True]])
+    ecg = Embedding(torch.randn(2, 5, 8), ecg_mask, torch.randn(2, 8))
+    text = Embedding(torch.randn(3, 4, 8), text_mask, torch.randn(3, 8))
+    best, mean = (token_similarity(name, ecg, text, Transport()) for name in ("best_match", "mean_match"))
+    for b in range(2):
+        for k in range(3):
+            x, y = ecg.tokens[b][ecg_mask[b]], text.tokens[k][text_mask[k]]
+            cosine = torch.stack([F.cosine_similarity(each, y) for each in x])
+            torch.testing.assert_close(mean[b, k], cosine.mean())
+            both = (cosine.max(1).values.mean() + cosine.max(0).values.mean()) / 2
+            torch.testing.assert_close(best[b, k], both)
+
+
+def test_wasserstein_1d_is_scipys():
+    x, y = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.linspace(-2, 3, 32).view(4, 8)
+    expected = wasserstein_distance(x.flatten().numpy(), y.flatten().numpy())
+    assert wasserstein_1d(x, y).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_batch_transport_does_not_see_who_belongs_to_whom(model):
+    ecg, text = model.embed_ecg(torch.randn(4, 12, 300)), model.embed_text(text_tokens())
+    loss = AlignmentLoss(contrastive_weight=0.0, token_loss="ot_batch", transport=Transport(max_iter=500))
+    order = torch.tensor([2, 0, 3, 1])
+    swapped = Embedding(text.tokens[order], text.mask[order], text.pooled[order])
+    own, other = (loss(ecg, each, torch.arange(4), model)["token"] for each in (text, swapped))
+    torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
 
 
 def test_transport_similarity_of_every_pair_is_its_own_problem():
@@ -109,7 +158,7 @@ def test_transport_similarity_of_every_pair_is_its_own_problem():
     ecg = Embedding(torch.randn(3, 6, 8), torch.ones(3, 6, dtype=torch.bool), torch.randn(3, 8))
     text_mask = torch.tensor([[True] * 4, [True, True, False, False]])
     text = Embedding(torch.randn(2, 4, 8), text_mask, torch.randn(2, 8))
-    scores = transport_similarity(ecg, text, eps=0.2, max_iter=2000, tol=1e-6)
+    scores = token_similarity("ot", ecg, text, Transport(eps=0.2, max_iter=2000, tol=1e-6))
     for row in range(3):
         for column in range(2):
             (solution,) = reference.sinkhorn(

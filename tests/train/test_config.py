@@ -10,9 +10,9 @@ from ecgot.train.config import Config, differences, from_json, parse_folds, reso
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
     path = tmp_path / "c.toml"
-    path.write_text("seed = 5\n[align]\nepochs = 3\not_weight = 0.25\n[data]\ntrain_folds = [1, 2]\n")
+    path.write_text("seed = 5\n[align]\nepochs = 3\ntoken_weight = 0.25\n[data]\ntrain_folds = [1, 2]\n")
     config = resolve(path, ["align.epochs=7", "data.validation_folds=8-9", "text.train=true"])
-    assert (config.seed, config.align.epochs, config.align.ot_weight) == (5, 7, 0.25)
+    assert (config.seed, config.align.epochs, config.align.token_weight) == (5, 7, 0.25)
     assert (config.data.train_folds, config.data.validation_folds) == ((1, 2), (8, 9))
     assert config.text.train is True
     assert config.report == Config().report
@@ -34,7 +34,7 @@ def test_a_run_s_config_json_is_a_config_file(tmp_path):
         ("align.epochs", ["KEY=VALUE"]),
         ("align.epochs=2.5", ["align.epochs", "2.5", "int"]),
         ("align.epochs=0", ["align.epochs", "> 0"]),
-        ("align.ot_weight=-1", ["align.ot_weight", ">= 0"]),
+        ("align.token_weight=-1", ["align.token_weight", ">= 0"]),
         ("align.ot_eps=nan", ["align.ot_eps"]),
         ("align.learning_rate=fast", ["align.learning_rate", "fast"]),
         ("text.train=maybe", ["text.train", "maybe"]),
@@ -60,7 +60,7 @@ def test_bad_overrides_are_named_in_one_line(override, parts):
 
 def test_a_run_without_any_loss_is_refused():
     with pytest.raises(EcgotError, match="nothing to learn"):
-        resolve(None, ["align.ot_weight=0", "align.phrase_weight=0", "align.contrastive_weight=0"])
+        resolve(None, ["align.token_weight=0", "align.phrase_weight=0", "align.contrastive_weight=0"])
 
 
 @pytest.mark.parametrize("content", ["seed = ", "\x00", "[align]\nepochs = true"])

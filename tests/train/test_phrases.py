@@ -5,7 +5,7 @@ import torch
 
 from ecgot.errors import EcgotError
 from ecgot.models.alignment import phrase_logits, phrase_loss
-from ecgot.train.phrases import find_phrases
+from ecgot.train.phrases import PhraseSource, find_phrases
 
 REPORTS = (
     "sinus rhythm. left axis deviation",
@@ -28,7 +28,7 @@ def test_phrases_are_runs_of_words_within_a_statement():
 def test_rows_say_what_their_report_says():
     phrases = find_phrases(REPORTS, min_count=2, max_words=3)
     assert phrases.texts == ("left", "normal ecg", "sinus", "sinus rhythm")  # of equal ones the longest
-    said = phrases.batch(torch.tensor([1, 3, 4]))
+    said = PhraseSource(phrases, torch.zeros(4, 2), torch.device("cpu")).batch(torch.tensor([1, 3, 4])).said
     assert said.tolist() == [[0, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert said.dtype == torch.float32
 

@@ -69,7 +69,7 @@ def test_a_run_leaves_configuration_metrics_and_checkpoints(settings, tmp_path, 
     assert run.config() == resolve(None, settings)
     lines = run.metrics()
     assert [(line["stage"], line["epoch"]) for line in lines] == [("align", 1), ("align", 2), ("report", 1)]
-    assert {"loss", "contrastive", "ot", "validation_recall@1", "seconds"} <= lines[0].keys()
+    assert {"loss", "contrastive", "token", "validation_recall@1", "seconds"} <= lines[0].keys()
     assert lines[1]["loss"] < lines[0]["loss"]
     assert run.done("align")
     assert run.done("report")
