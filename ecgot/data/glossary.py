@@ -5,7 +5,8 @@ import re
 from importlib import resources
 
 _SPACE_BEFORE = re.compile(r"\s+([.,])")
-_REPEATED = re.compile(r"([.,])[.,\s]*([.,])")
+_PUNCTUATION_RUN = re.compile(r"[.,](?:\s*[.,])+")
+_PART = re.compile(r"\{([A-Z]+)\}")
 
 
 def plain_english(text: str) -> str:
@@ -18,18 +19,42 @@ def plain_english(text: str) -> str:
         text: as :func:`ecgot.data.reports.clean_report` leaves it.
     """
     text = " ".join(text.split())
-    for pattern, replacement in _rules():
-        text = pattern.sub(replacement, text)
+    for guard, rules in _groups():
+        if guard is None or guard.search(text):
+            for pattern, replacement in rules:
+                text, changes = pattern.subn(replacement, text)
+                if changes:
+                    text = _tidy(text)
+    return _tidy(text).strip(" ,.;-")
+
+
+def _tidy(text: str) -> str:
     text = _SPACE_BEFORE.sub(r"\1", " ".join(text.split()))
-    return _REPEATED.sub(r"\2", text).strip(" ,.;-")
+    return _PUNCTUATION_RUN.sub(lambda run: "." if "." in run[0] else ",", text)
 
 
 @functools.cache
-def _rules() -> list[tuple[re.Pattern[str], str]]:
-    lines = (resources.files("ecgot.data") / "glossary.txt").read_text(encoding="utf-8").splitlines()
-    rules = []
-    for line in lines:
-        if line.strip() and not line.startswith("#"):
-            pattern, _, replacement = line.partition("=>")
-            rules.append((re.compile(pattern.strip()), replacement.removeprefix(" ")))
-    return rules
+def _groups() -> list[tuple[re.Pattern[str] | None, list[tuple[re.Pattern[str], str]]]]:
+    text = (resources.files("ecgot.data") / "glossary.txt").read_text(encoding="utf-8")
+    parts: dict[str, str] = {}
+    groups = []
+    for block in text.split("\n\n"):
+        guard = None
+        rules = []
+        for line in block.splitlines():
+            if not line or line.startswith("#"):
+                continue
+            if line.startswith("IF "):
+                guard = re.compile(line.removeprefix("IF "))
+            elif " := " in line:
+                name, _, part = line.partition(" := ")
+                parts[name] = _with_parts(part, parts)
+            else:
+                pattern, _, replacement = line.partition(" => ")
+                rules.append((re.compile(_with_parts(pattern, parts)), replacement))
+        groups.append((guard, rules))
+    return groups
+
+
+def _with_parts(pattern: str, parts: dict[str, str]) -> str:
+    return _PART.sub(lambda match: parts[match[1]], pattern)

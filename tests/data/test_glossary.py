@@ -26,6 +26,93 @@ from ecgot.data.ptbxl import read_table
         ("vorhofflimmern rechtsschenkelblock", "atrial fibrillation. right bundle branch block"),
         ("unvollständiger rechtsschenkelblock", "incomplete right bundle branch block"),
         ("av-block i. grades", "first degree av block"),
+        # half-translated by a machine
+        ("sinusrhythm lagetyp normal normal ekg", "sinus rhythm. normal axis. normal ecg"),
+        (
+            "sinus rhythm position type normal otherwise normal ekg",
+            "sinus rhythm. normal axis. otherwise normal ecg",
+        ),
+        (
+            "left sinus tachycardia unspecific abnormal t",
+            "sinus tachycardia. left axis. non-specific t abnormality",
+        ),
+        (
+            "tachycardial atrial fibrillation hyperturned left type qrs (t) abnormal inferior infarct "
+            "old unconfirmed",
+            "atrial fibrillation with rapid ventricular response. left axis deviation. abnormal qrs. "
+            "inferior myocardial infarction age undetermined",
+        ),
+        (
+            "sinus rhythm r-s # transition in v leads shifted to the right",
+            "sinus rhythm. r-s transition displaced to the right",
+        ),
+        ("position type considering the age normal qt extension", "normal axis for age. prolonged qt"),
+        # German
+        (
+            "sinusrhythmus r-s übergang in v ableitungen nach links verschoben linksanteriorer hemiblock",
+            "sinus rhythm. r-s transition displaced to the left. left anterior fascicular block",
+        ),
+        (
+            "sinusrhythmus schenkelblock partiell rechts grenzbefund",
+            "sinus rhythm. incomplete right bundle branch block. borderline ecg",
+        ),
+        (
+            "sinusrhythmus llt q in iii,avf t flach in v1 - v3 ekg pathologisch",
+            "sinus rhythm. left axis. q in iii, avf. flat t in v1-3. abnormal ecg",
+        ),
+        (
+            "regelmässiger rhythmus, keine p-welle erkannt rechtstyp",
+            "regular rhythm, no p wave found. right axis",
+        ),
+        ("normokardes vorhofflimmern", "atrial fibrillation with controlled ventricular response"),
+        (
+            "st & t abnormal, wahrscheinlich anterolaterale ischämie oder linksbelastung",
+            "abnormal st and t. probably anterolateral ischemia or left strain",
+        ),
+        (
+            "qrs(t) abnorm hochlateraler myokardschaden nicht auszuschliessen",
+            "abnormal qrs. high lateral myocardial damage cannot be excluded",
+        ),
+        (
+            "unspezifisch abnormes st-t (hebung) sonst normales ekg",
+            "non-specific st-t abnormality (elevation). otherwise normal ecg",
+        ),
+        (
+            "interponierte ventrikuläre extrasystole(n), bigeminus",
+            "interposed premature ventricular contractions, bigeminy",
+        ),
+        # Swedish
+        (
+            "sinusrytm p förlängd extrem vänster el-axel avvikande qrs(t) förlopp",
+            "sinus rhythm. broad p wave. left axis deviation. abnormal qrs",
+        ),
+        (
+            "sinusrytm låga qrs amplituder i extremitetsavledningarna ospecifik t-förändring",
+            "sinus rhythm. low voltage in limb leads. non-specific t changes",
+        ),
+        (
+            "st-t sänkning, såsom vid hög lateral ischemi eller vänster belastning",
+            "st-t depression as in high lateral ischemia or left strain",
+        ),
+        ("förmaksflimmer med hög kammarfrekvens", "atrial fibrillation with rapid ventricular response"),
+        # English keeps its words, hedges and places
+        (
+            "t wave changes in v2-4 consistent with anterior ischaemia",
+            "t wave changes in v2-4 consistent with anterior ischemia",
+        ),
+        ("widespread non-specific st-t abnormality", "widespread non-specific st-t abnormality"),
+        ("probable left atrial enlargement", "probable left atrial enlargement"),
+        ("slightly prolonged qt", "slightly prolonged qt"),
+        (
+            "premature ventricular contraction(s). sinus rhythm",
+            "premature ventricular contractions. sinus rhythm",
+        ),
+        ("ves sinus rhythm", "premature ventricular contractions. sinus rhythm"),
+        ("sinus rhythm left axis otherwise normal ecg", "sinus rhythm. left axis. otherwise normal ecg"),
+        (
+            "in the presence of lbbb, ischaemia is not excluded",
+            "in the presence of left bundle branch block, ischemia is not excluded",
+        ),
         ("sinus rhythm. normal ecg", "sinus rhythm. normal ecg"),
         ("", ""),
     ],
