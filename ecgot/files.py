@@ -1,9 +1,14 @@
-"""Writing files so that no half of one is ever seen: beside its place first, then renamed."""
+"""Files: the cache's folder, and writing so that no half of a file is ever seen."""
 
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+
+def default_cache_dir() -> Path:
+    """``$ECGOT_CACHE``, else ``~/.cache/ecgot``."""
+    return Path(os.environ.get("ECGOT_CACHE") or Path.home() / ".cache" / "ecgot")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -16,6 +16,7 @@ from ecgot.data.glossary import plain_english
 from ecgot.data.ptbxl import Labels, PtbXlTable, read_table
 from ecgot.data.record import STANDARD_LEADS, read_record
 from ecgot.errors import EcgotError
+from ecgot.files import default_cache_dir
 
 FORMAT = 2  # of the cache; raise it when the contents change for the same files
 UV_PER_MV = 1000.0
@@ -108,11 +109,6 @@ class EcgDataset:
                 f"there are folds {', '.join(map(str, np.unique(self.table.fold)))}"
             )
         return self.select(rows)
-
-
-def default_cache_dir() -> Path:
-    """``$ECGOT_CACHE``, else ``~/.cache/ecgot``."""
-    return Path(os.environ.get("ECGOT_CACHE") or Path.home() / ".cache" / "ecgot")
 
 
 def load_dataset(

@@ -275,6 +275,6 @@ def _token_similarity(
         return masked_mean(x, ecg.mask) @ masked_mean(y, text.mask).T, None
     cosine = torch.einsum("bnd,kmd->bknm", x, y)
     x_mask, y_mask = ecg.mask[:, None, :], text.mask[None, :, :]
-    best_of_x = cosine.masked_fill(~y_mask[:, :, None, :], -2).amax(3).masked_fill(~x_mask, 0).sum(2)
-    best_of_y = cosine.masked_fill(~x_mask[:, :, :, None], -2).amax(2).masked_fill(~y_mask, 0).sum(2)
+    best_of_x = cosine.masked_fill(~y_mask[:, :, None, :], -2).max(3).values.masked_fill(~x_mask, 0).sum(2)
+    best_of_y = cosine.masked_fill(~x_mask[:, :, :, None], -2).max(2).values.masked_fill(~y_mask, 0).sum(2)
     return (best_of_x / x_mask.sum(2) + best_of_y / y_mask.sum(2)) / 2, None

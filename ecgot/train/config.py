@@ -12,6 +12,8 @@ from typing import Any
 from ecgot.data.record import STANDARD_LEADS
 from ecgot.errors import EcgotError
 from ecgot.models.alignment import TOKEN_LOSSES
+from ecgot.models.reporter import SCRATCH
+from ecgot.models.text import MULTILINGUAL
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class DataConfig:
     seconds: float = 10.0
     leads: tuple[str, ...] = STANDARD_LEADS
     max_bad_share: float = 0.05  # more unreadable records than this stop the run
-    plain_english: bool = True  # stage 1 learns from the original reports, made plain English by a glossary
+    plain_english: bool = True  # learn from the original reports, made plain English by a glossary
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class ReportConfig:
     epochs: int = 6
     batch_size: int = 64
     learning_rate: float = 2e-3  # of the projector and of a decoder from scratch
-    pretrained_learning_rate: float = 5e-5  # of a pretrained language model
+    pretrained_learning_rate: float = 5e-5  # of a pretrained language model that trains whole
+    lora_rank: int = 0  # > 0: a pretrained language model stays frozen, with adapters of this rank beside it
+    lora_learning_rate: float = 5e-4  # of the adapters
     weight_decay: float = 0.01
     max_tokens: int = 96
 
@@ -259,7 +263,7 @@ def _check(config: Config) -> None:
             *("contrastive_weight", "phrase_weight", "token_weight", "ot_tol"),
             *("weight_decay", "text_learning_rate", "average"),
         ),
-        "report": ("weight_decay", "pretrained_learning_rate"),
+        "report": ("weight_decay", "pretrained_learning_rate", "lora_rank", "lora_learning_rate"),
     }
     for limits, accepted in ((positive, "a number > 0"), (zero_or_more, "a number >= 0")):
         for section, names in limits.items():
@@ -291,6 +295,13 @@ def _check(config: Config) -> None:
             raise EcgotError(f"{section}.batch_size: got 1, accepted is at least 2")
     if config.report.hidden_size % 2:
         raise EcgotError(f"report.hidden_size: got {config.report.hidden_size}, accepted is an even number")
+    if config.report.lora_rank and config.report.language_model == SCRATCH:
+        raise EcgotError(
+            f"report.lora_rank: got {config.report.lora_rank} with report.language_model={SCRATCH}, "
+            "accepted is 0 there: adapters need a pretrained language model"
+        )
+    if config.text.train and config.text.name == MULTILINGUAL:
+        raise EcgotError(f"text.train: got true with text.name={MULTILINGUAL}, accepted is false there")
     overlap = set(config.data.train_folds) & set(config.data.validation_folds)
     if overlap:
         raise EcgotError(f"data: folds {sorted(overlap)} are in train_folds and in validation_folds")

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from ecgot.data.dataset import EcgDataset
 from ecgot.models.alignment import AlignmentModel
-from ecgot.models.reporter import SCRATCH, Reporter, build_reporter, empty_reporter, save_language_model_shape
+from ecgot.models.reporter import (
+    SCRATCH,
+    Reporter,
+    add_lora,
+    build_reporter,
+    empty_reporter,
+    save_language_model_shape,
+)
 from ecgot.train.batches import encode, epoch_order
 from ecgot.train.config import ReportConfig
 from ecgot.train.run import Progress, Run, choose_device, train_epochs
@@ -24,15 +31,9 @@ def train_reporter(
     config = run.config()
     settings, device = config.report, choose_device(config.device)
     torch.manual_seed(config.seed)
-    reporter = build_reporter(
-        settings.language_model,
-        model.ecg_width,
-        reports=train.reports,
-        max_tokens=settings.max_tokens,
-        hidden_size=settings.hidden_size,
-        layers=settings.layers,
-    ).to(device)
-    save_language_model_shape(reporter, run.folder / "language_model")
+    reporter = _new_reporter(settings, model.ecg_width, train.reports).to(device)
+    if not settings.lora_rank:
+        save_language_model_shape(reporter, run.folder / "language_model")
     lengths = torch.tensor([len(report) for report in train.reports])
     tokens, mask = encode(model, train, progress=progress, cuda_graph=config.cuda_graph)
     validation_tokens, validation_mask = encode(
@@ -69,20 +70,42 @@ def train_reporter(
 
 
 def load_reporter(run: Run, ecg_width: int) -> Reporter:
-    """The stage-2 model of a run, in eval mode."""
+    """The stage-2 model of a run, in eval mode; one with adapters reads its language model by name."""
     config = run.config()
-    reporter = empty_reporter(run.folder / "language_model", ecg_width, max_tokens=config.report.max_tokens)
+    settings = config.report
+    if settings.lora_rank:
+        reporter = _new_reporter(settings, ecg_width, ())
+    else:
+        reporter = empty_reporter(run.folder / "language_model", ecg_width, max_tokens=settings.max_tokens)
     run.load("report", reporter)
     return reporter.to(choose_device(config.device)).eval()
 
 
+def _new_reporter(settings: ReportConfig, ecg_width: int, reports: tuple[str, ...]) -> Reporter:
+    reporter = build_reporter(
+        settings.language_model,
+        ecg_width,
+        reports=reports,
+        max_tokens=settings.max_tokens,
+        hidden_size=settings.hidden_size,
+        layers=settings.layers,
+    )
+    if settings.lora_rank:
+        add_lora(reporter, settings.lora_rank)
+    return reporter
+
+
 def _parameter_groups(reporter: Reporter, settings: ReportConfig) -> list[dict[str, Any]]:
-    """Weight decay for matrices alone; a pretrained language model has a rate of its own."""
+    """What is trained, with weight decay for matrices alone; a pretrained language model, or its adapters,
+    have a rate of their own."""
     pretrained = settings.language_model != SCRATCH
+    own_rate = settings.lora_learning_rate if settings.lora_rank else settings.pretrained_learning_rate
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, parameter in reporter.named_parameters():
+        if not parameter.requires_grad:
+            continue
         own = pretrained and name.startswith("language_model.")
-        rate = settings.pretrained_learning_rate if own else settings.learning_rate
+        rate = own_rate if own else settings.learning_rate
         groups.setdefault((rate, parameter.dim() > 1), []).append(parameter)
     return [
         {"params": parameters, "lr": rate} | ({} if decays else {"weight_decay": 0.0})

@@ -1,5 +1,7 @@
 """Report generation through one path for causal and encoder-decoder language models."""
 
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -161,3 +163,36 @@ def test_bad_models_are_named(tmp_path, tokenizer):
     assert "\n" not in str(caught.value)
     with pytest.raises(EcgotError, match="does not hold a language model"):
         empty_reporter(tmp_path, WIDTH, max_tokens=4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sentence_probabilities_are_those_of_token_after_token(family, tokenizer, monkeypatch):
+    model = reporter(family, tokenizer).eval()
+    torch.manual_seed(1)
+    tokens, mask = torch.randn(2, 5, WIDTH), torch.tensor([[True] * 5, [True, True, True, False, False]])
+    monkeypatch.setattr(model, "generate", lambda *_, **__: list(REPORTS))  # a random model writes nonsense
+    for row, report in enumerate(model.write(tokens, mask)):
+        expected = [0.0, 0.0]
+        ids = tokenizer(REPORTS[row], add_special_tokens=False).input_ids
+        for step, token in enumerate(ids):
+            if tokenizer.decode([token]).strip(" .") == "":
+                continue  # a full stop of its own belongs to no sentence
+            sentence = tokenizer.decode(ids[:step]).count(".")
+            logits = _next(model, tokens[row : row + 1], mask[row : row + 1], ids[:step])
+            expected[sentence] += logits[token].item()
+        assert [text for text, _ in report.sentences] == REPORTS[row].rstrip(".").split(". ")
+        found = [math.log(probability) for _, probability in report.sentences]
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+@torch.no_grad()
+def _next(reporter: Reporter, tokens: torch.Tensor, mask: torch.Tensor, before: list[int]) -> torch.Tensor:
+    """Log-probabilities of the token after ``before``, by a pass that sees nothing else."""
+    model, prefix = reporter.language_model, reporter.projector(tokens[:, mask[0]])
+    if reporter.is_encoder_decoder:
+        start = [model.config.decoder_start_token_id, *before]
+        logits = model(inputs_embeds=prefix, decoder_input_ids=torch.tensor([start])).logits
+    else:
+        words = model.get_input_embeddings()(torch.tensor([[reporter.bos_id, *before]]))
+        logits = model(inputs_embeds=torch.cat([prefix, words], 1)).logits
+    return logits[0, -1].log_softmax(0)
