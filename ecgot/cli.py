@@ -1,4 +1,4 @@
-"""The command line: synth, train, evaluate, report, classify, export, bench."""
+"""The command line: synth, train, supervise, evaluate, report, classify, export, bench."""
 
 import ctypes
 import json
@@ -18,6 +18,7 @@ from ecgot.errors import EcgotError
 from ecgot.version import __version__
 
 NOT_A_DEVICE = "Research software, not a medical device: do not use it for diagnosis or treatment."
+SURE = 0.5  # of a sentence's probability; a less likely one is marked
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -30,7 +31,7 @@ cache = click.option(
 )
 score_option = click.option(
     "--score",
-    type=click.Choice(["phrase", "cosine", "ot"]),
+    type=click.Choice(["phrase", "cosine", "ot", "best_match", "mean_match"]),
     help="Score of a class (default: phrase where the run has learned phrases, else cosine).",
 )
 
@@ -167,6 +168,66 @@ def train(
 
 
 @cli.command()
+@click.option("--data", type=PATH, required=True, help="Data set in PTB-XL's layout.")
+@click.option("--out", type=PATH, required=True, help="Folder of the run.")
+@click.option("--encoder", help="Encoder to train from scratch (default: resnet1d_wang).")
+@click.option("--from", "start", type=PATH, metavar="RUN", help="Fine-tune the aligned encoder of this run.")
+@click.option("--group", help="Label group, or all (default: superclass; with --from all).")
+@click.option("--epochs", type=click.IntRange(min=1), help="Default: 50; with --from 8.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--folds", default="9", show_default=True, help="Folds to evaluate, such as 9 or 9,10.")
+@click.option("--resamples", type=click.IntRange(min=1), default=1000, show_default=True, help="Bootstrap.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted training, or evaluate a finished one.")
+@cache
+@as_json
+def supervise(
+    data: Path,
+    out: Path,
+    encoder: str | None,
+    start: Path | None,
+    group: str | None,
+    epochs: int | None,
+    seed: int,
+    folds: str,
+    resamples: int,
+    resume: bool,
+    cache: Path | None,
+    as_json: bool,
+) -> None:
+    """Train an encoder on the labels, as a baseline for zero-shot scores, and measure it.
+
+    From scratch by the protocol of the PTB-XL benchmark, or from the aligned encoder of a run. The weights
+    after the last epoch count; evaluation.json goes to the run's folder.
+    """
+    from ecgot.eval.supervised import supervise as train_supervised
+    from ecgot.train.config import parse_folds
+    from ecgot.train.run import Progress, Run
+
+    with _progress(as_json) as (bar, note):
+        evaluation = train_supervised(
+            data,
+            out,
+            encoder_name=encoder,
+            start=None if start is None else Run.open(start),
+            group=group,
+            epochs=epochs,
+            seed=seed,
+            folds=parse_folds(folds),
+            resamples=resamples,
+            resume=resume,
+            cache_dir=cache,
+            progress=Progress(bar, note),
+        )
+    result = evaluation.to_dict()
+    if as_json:
+        _print(result | {"notice": NOT_A_DEVICE}, True)
+        return
+    console = Console()
+    console.print(_supervised_table(result))
+    console.print(f"\n{NOT_A_DEVICE}")
+
+
+@cli.command()
 @click.argument("run", type=PATH, required=False)
 @click.option("--data", type=PATH, required=True, help="Data set in PTB-XL's layout.")
 @click.option("--folds", default="9", show_default=True, help="Folds to evaluate, such as 9 or 9,10.")
@@ -224,12 +285,16 @@ def evaluate(
         return
     console = Console()
     console.print(_auroc_table(result))
+    if result["retrieval"]:
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in result["retrieval"].items())
+        console.print(f"recall: {shown}", highlight=False)
     if result["reports"]:
         console.print(_report_table(result))
         for name, dialect in result["dialect"].items():
             console.print(f"{name}: {dialect}", highlight=False)
-    for ecg_id, reference, generated in result["examples"]:
-        console.print(f"\nrecord {ecg_id}\n  reference: {reference}\n  generated: {generated}", markup=False)
+    for example in result["examples"]:
+        lines = (f"record {example['ecg_id']}", f"reference: {example['reference']}")
+        console.print("\n" + "\n  ".join((*lines, f"generated: {example['generated']}")), markup=False)
     console.print(f"\n{NOT_A_DEVICE}")
 
 
@@ -267,6 +332,11 @@ def report(
         console.print(f"note: {note}", markup=False)
     console.print("Scores compare records by one class; classes differ in how often they are named.")
     console.print(f"report: {reading['report'] or '(none: stage 2 has not been trained)'}", markup=False)
+    if reading["sentences"]:
+        console.print("Probability that the model gives to each of its sentences:")
+    for sentence, probability in reading["sentences"]:
+        unsure = "" if probability >= SURE else "  (unsure)"
+        console.print(f"  {probability:.2f}  {sentence}{unsure}", markup=False, highlight=False)
     console.print(NOT_A_DEVICE)
 
 
@@ -407,10 +477,22 @@ def _auroc_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def _supervised_table(result: dict[str, Any]) -> Table:
+    folds = ", ".join(map(str, result["folds"]))
+    table = Table(title=f"Macro AUROC [95 % interval], fold {folds}, {result['records']} records")
+    for name in ("group", "classes", "records", f"supervised ({result['encoder']})"):
+        table.add_column(name, justify="left" if name == "group" else "right")
+    for group, ranking in result["ranking"].items():
+        table.add_row(group, str(len(ranking["auroc"])), str(ranking["records"]), _interval(ranking))
+    return table
+
+
 def _interval(ranking: dict[str, Any]) -> str:
-    if ranking["macro"] is None:
-        return "-"
-    return f"{ranking['macro']:.3f} [{ranking['low']:.3f}, {ranking['high']:.3f}]"
+    return "-" if ranking["macro"] is None else _bracketed(ranking | {"value": ranking["macro"]})
+
+
+def _bracketed(metric: dict[str, float]) -> str:
+    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
 
 
 def _report_table(result: dict[str, Any]) -> Table:
@@ -419,7 +501,7 @@ def _report_table(result: dict[str, Any]) -> Table:
     for system in result["reports"]:
         table.add_column(system.replace("_", " "), justify="right")
     for metric in next(iter(result["reports"].values())):
-        values = (f"{metrics[metric]:.3f}" for metrics in result["reports"].values())
+        values = (_bracketed(metrics[metric]) for metrics in result["reports"].values())
         table.add_row(metric.replace("_", "-").upper(), *values)
     return table
 

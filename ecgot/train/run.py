@@ -24,6 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ecgot.errors import EcgotError
@@ -188,6 +190,11 @@ class Run:
         return self.folder / f"{stage}.resume.pt"
 
 
+def warm_up_and_decay(optimizer: Optimizer, total: int) -> LRScheduler:
+    """The rates of :func:`rate_factor` over ``total`` steps."""
+    return LambdaLR(optimizer, lambda step: rate_factor(step, total))
+
+
 def train_epochs(
     run: Run,
     stage: str,
@@ -201,6 +208,8 @@ def train_epochs(
     progress: Progress,
     average: float = 0.0,
     validate: Callable[[nn.Module], dict[str, float]] = lambda _model: {},
+    schedule: Callable[[Optimizer, int], LRScheduler] = warm_up_and_decay,
+    clip: float = 1.0,
 ) -> None:
     """Run ``epoch(number, step)`` to the last epoch, with AdamW, resuming where it stopped.
 
@@ -212,10 +221,11 @@ def train_epochs(
         epoch: trains one epoch, calling ``step(loss)`` for every batch, and returns its metrics.
         average: of an exponential average of the weights over steps, which is what is validated and saved.
         validate: metrics of the weights after an epoch.
+        schedule: of the learning rates, given the optimizer and its number of steps.
+        clip: the largest norm of a step's gradients.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
-    total = epochs * steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, total))
+    rates = schedule(optimizer, epochs * steps)
     parameters = [p for group in groups for p in group["params"]]
     kept = copy.deepcopy(model).requires_grad_(False) if average else model
     done = 0
@@ -225,9 +235,9 @@ def train_epochs(
             raise EcgotError(f"{stage}: the loss is {loss.item()}; lower {stage}.learning_rate")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
-        schedule.step()
+        rates.step()
         nonlocal done
         done += 1
         if average:
@@ -242,7 +252,7 @@ def train_epochs(
         if average:
             kept.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        rates.load_state_dict(state["schedule"])
         first = state["epochs"]
         done = first * steps
         progress.note(f"{stage}: resuming after epoch {first}")
@@ -262,7 +272,7 @@ def train_epochs(
                 "model": model.state_dict(),
                 "average": kept.state_dict() if average else {},
                 "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
+                "schedule": rates.state_dict(),
                 "epochs": number + 1,
             },
         )
@@ -337,6 +347,7 @@ def _shaping(config: Config, stage: str) -> dict[str, Any]:
     names += {
         "align": ["text.name", "text.train", "text.max_tokens", "align.width"],
         "report": ["report.language_model"],
+        "supervised": [],
     }[stage]
     return {name: list(flat[name]) if isinstance(flat[name], tuple) else flat[name] for name in names}
 
