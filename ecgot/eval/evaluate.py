@@ -1,12 +1,9 @@
 """Evaluation of a run on held-out folds: zero-shot detection, a linear probe, reports and their controls."""
 
-import csv
 import dataclasses
 import functools
-import io
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ecgot.data.dataset import EcgDataset, default_cache_dir
+from ecgot.data.dataset import EcgDataset
+from ecgot.data.glossary import plain_english
 from ecgot.data.ptbxl import GROUPS, available_folds, check_patient_split
 from ecgot.errors import EcgotError
 from ecgot.eval.probe import linear_probe
 from ecgot.eval.ranking import Ranking, rank
-from ecgot.eval.text_metrics import DIALECT, report_metrics
+from ecgot.eval.reports import (
+    NOTICE,
+    Example,
+    baseline_reports,
+    measure_reports,
+    save_examples,
+    sentence_confidence,
+    write_reports,
+)
+from ecgot.eval.retrieval import retrieval
+from ecgot.eval.text_metrics import DIALECT
 from ecgot.eval.zeroshot import (
     BUILT_IN,
     EmbeddedPrompts,
@@ -31,13 +40,12 @@ from ecgot.eval.zeroshot import (
     read_prompts,
     select_prompts,
 )
-from ecgot.files import write_text
+from ecgot.files import default_cache_dir, write_text
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import EncoderOutput, masked_mean
-from ecgot.models.reporter import Reporter
-from ecgot.models.text import TextEncoder
+from ecgot.models.text import TextEncoder, TextTokens, embed_texts
 from ecgot.train.align import load_alignment, transport
-from ecgot.train.batches import encode, with_reports
+from ecgot.train.batches import encode
 from ecgot.train.config import Config
 from ecgot.train.report import load_reporter
 from ecgot.train.run import PRETRAINED, Progress, Run
@@ -45,6 +53,11 @@ from ecgot.train.stages import load_folds
 from ecgot.version import __version__
 
 BATCH = 128
+REFERENCES = {
+    False: "cleaned by ecgot.data.reports.clean_report and lower-cased",
+    True: "cleaned by ecgot.data.reports.clean_report and put into plain English by "
+    "ecgot.data.glossary.plain_english; those of generated_as_written as they come, cleaned",
+}
 
 
 @dataclass(frozen=True)
@@ -53,10 +66,11 @@ class Evaluation:
 
     Attributes:
         zero_shot, probe: by label group. The probe is empty where the data set lacks the training folds.
-        reports: metrics by system: "generated", "shuffled" (each ECG's report against another patient's
-            reference) and, where the training folds are there, "most_frequent". Empty where no record has a
-            reference or stage 2 has not been trained.
-        examples: (ecg_id, reference, generated).
+        retrieval: recall, see :func:`ecgot.eval.retrieval.retrieval`; empty without a text encoder.
+        reports: metrics by system, see :func:`ecgot.eval.reports.measure_reports`; the baselines take the
+            training folds. Empty where no record has a reference or stage 2 has not been trained.
+        sentences: what sentence scores are worth, see :func:`ecgot.eval.reports.sentence_confidence`.
+        examples: the records that have a reference.
         settings: what was evaluated, on what and how: the data, where the references come from ("report
             column" or a CSV), the prompts, beams, resamples, and the run's whole configuration.
     """
@@ -66,10 +80,13 @@ class Evaluation:
     score: str
     zero_shot: dict[str, Ranking]
     probe: dict[str, Ranking]
-    reports: dict[str, dict[str, float]]
+    retrieval: dict[str, float]
+    reports: dict[str, dict[str, dict[str, float]]]
     references: int
-    examples: tuple[tuple[int, str, str], ...]
+    sentences: dict[str, float]
+    examples: tuple[Example, ...]
     dialect: dict[str, str]
+    notice: str
     settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,6 +140,11 @@ def evaluate(
         check_patient_split(train.table, data.table)
     encoding = functools.partial(encode, model, progress=progress, cuda_graph=config.cuda_graph)
     tokens, mask = encoding(data, task="encoding evaluation folds")
+    # Pooled tokens of the training folds, where there are any, and of those to evaluate.
+    features = (
+        None if train is None else _pooled(*encoding(train, task="encoding training folds")),
+        _pooled(tokens, mask),
+    )
     embedded = _embedded_prompts(run, model, text, data, prompts)
     scores = _zero_shot_scores(model, tokens, mask, embedded, score, config, progress)
     evaluation = Evaluation(
@@ -130,9 +152,11 @@ def evaluate(
         records=len(data),
         score=score,
         zero_shot={group: _rank(scores[group], data, group, resamples) for group in GROUPS},
-        probe=_probe(encoding, train, data, masked_mean(tokens.float(), mask), resamples, progress),
-        **_evaluate_reports(run, model, train, data, tokens, mask, num_beams, progress),
-        dialect=DIALECT,
+        probe=_probe(train, features, data, resamples, progress),
+        retrieval=_retrieval(model, text, data, tokens, mask, score, config, cache_dir, progress),
+        **_evaluate_reports(run, model, train, features, data, tokens, mask, num_beams, resamples, progress),
+        dialect=DIALECT | {"references": REFERENCES[config.data.plain_english]},
+        notice=NOTICE,
         settings={
             "ecgot": __version__,
             "data": str(root.resolve()),
@@ -140,6 +164,7 @@ def evaluate(
             "prompts": "built-in" if prompts == BUILT_IN else str(prompts.resolve()),
             "num_beams": num_beams,
             "resamples": resamples,
+            "training_seconds": _training_seconds(run),
             "config": dataclasses.asdict(config),
         },
     )
@@ -149,8 +174,16 @@ def evaluate(
         saved = {key: value for key, value in evaluation.to_dict().items() if key != "examples"}
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "evaluation.json", json.dumps(saved, indent=2) + "\n")
-        _write_reports(out / "generated_reports.csv", evaluation.examples)
+        save_examples(out / "generated_reports.csv", evaluation.examples)
     return evaluation
+
+
+def _training_seconds(run: Run) -> dict[str, float]:
+    """By stage, as far as the run's metrics.jsonl goes."""
+    seconds: dict[str, float] = {}
+    for line in run.metrics():
+        seconds[line["stage"]] = seconds.get(line["stage"], 0.0) + line["seconds"]
+    return seconds
 
 
 def _references(config: Config, root: Path, reports_csv: Path | None) -> str:
@@ -204,29 +237,31 @@ def _zero_shot_scores(
     return {group: torch.cat(values).numpy() for group, values in parts.items()}
 
 
+def _pooled(tokens: Tensor, mask: Tensor) -> np.ndarray:
+    return masked_mean(tokens.float(), mask).numpy()
+
+
 def _rank(scores: np.ndarray, data: EcgDataset, group: str, resamples: int) -> Ranking:
     return rank(scores, data.labels(group), data.table.patient_id, resamples=resamples)
 
 
 def _probe(
-    encoding: Callable[..., tuple[Tensor, Tensor]],
     train: EcgDataset | None,
+    features: tuple[np.ndarray | None, np.ndarray],
     data: EcgDataset,
-    targets: Tensor,
     resamples: int,
     progress: Progress,
 ) -> dict[str, Ranking]:
-    if train is None:
+    known, targets = features
+    if train is None or known is None:
         return {}
-    tokens, mask = encoding(train, task="encoding training folds")
-    features = masked_mean(tokens.float(), mask).numpy()
     rankings = {}
     for number, group in enumerate(GROUPS):
         # The same protocol as in ranking: records with a label in the group.
         labelled = train.labels(group).matrix.any(1)
         truth = train.labels(group).matrix[labelled]
         scores = (
-            linear_probe(features[labelled], truth, targets.numpy())
+            linear_probe(known[labelled], truth, targets)
             if len(truth)
             else np.zeros((len(targets), truth.shape[1]))
         )
@@ -239,67 +274,91 @@ def _evaluate_reports(
     run: Run,
     model: AlignmentModel,
     train: EcgDataset | None,
+    features: tuple[np.ndarray | None, np.ndarray],
     data: EcgDataset,
     tokens: Tensor,
     mask: Tensor,
     num_beams: int,
+    resamples: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The evaluation's fields ``reports``, ``references`` and ``examples``."""
+    """The evaluation's fields ``reports``, ``references``, ``sentences`` and ``examples``."""
     rows = torch.tensor([row for row, report in enumerate(data.reports) if report], dtype=torch.long)
     if not len(rows) or not run.done("report"):
         reason = "no record has a reference" if not len(rows) else "stage report has not been trained"
         progress.note(f"no report metrics: {reason}")
-        return {"reports": {}, "references": len(rows), "examples": ()}
+        return {"reports": {}, "references": len(rows), "sentences": {}, "examples": ()}
+    plain = run.config().data.plain_english
     reporter = load_reporter(run, model.ecg_width)
-    generated = generate(reporter, tokens[rows], mask[rows], num_beams=num_beams, progress=progress)
+    written = write_reports(reporter, tokens[rows], mask[rows], num_beams=num_beams, progress=progress)
     references = [data.reports[row] for row in rows.tolist()]
-    reports = {"generated": report_metrics(generated, references)}
-    other = another_patients(data.table.patient_id[rows.numpy()])
-    if other is not None:
-        reports["shuffled"] = report_metrics([generated[row] for row in other], references)
-    if train is not None and any(train.reports):
-        common = Counter(with_reports(train).reports).most_common(1)[0][0]
-        reports["most_frequent"] = report_metrics([common] * len(references), references)
+    baselines = None
+    if train is not None and features[0] is not None:
+        known = (train.in_plain_english() if plain else train).reports
+        baselines = baseline_reports(features[0], known, features[1][rows.numpy()])
+    reports = measure_reports(
+        written,
+        references,
+        data.table.patient_id[rows.numpy()],
+        baselines=baselines,
+        in_plain_english=plain,
+        resamples=resamples,
+    )
+    compared = [plain_english(text) for text in references] if plain else references
     ids = data.table.ecg_id[rows.numpy()].tolist()
-    examples = tuple(zip(ids, references, generated, strict=True))
-    return {"reports": reports, "references": len(rows), "examples": examples}
+    examples = tuple(
+        Example(number, reference, report.text, tuple(score for _, score in report.sentences))
+        for number, reference, report in zip(ids, compared, written, strict=True)
+    )
+    return {
+        "reports": reports,
+        "references": len(rows),
+        "sentences": sentence_confidence(written, compared),
+        "examples": examples,
+    }
 
 
-def generate(
-    reporter: Reporter, tokens: Tensor, mask: Tensor, *, num_beams: int, progress: Progress
-) -> list[str]:
-    """Reports of n encoded ECGs."""
-    device = next(reporter.parameters()).device
-    reports: list[str] = []
-    for rows in torch.arange(len(tokens)).split(BATCH):
-        part = tokens[rows].float().to(device)
-        reports += reporter.generate(part, mask[rows].to(device), num_beams=num_beams)
-        progress.bar("reports", len(reports), len(tokens))
-    return reports
-
-
-def another_patients(patients: np.ndarray, *, seed: int = 0) -> np.ndarray | None:
-    """For each record a record of another patient, each used once; None where no such order exists."""
-    rng = np.random.default_rng(seed)
-    distinct, patient = np.unique(patients, return_inverse=True)
-    # Records of one patient side by side, patients and their records in random order.
-    order = np.lexsort((rng.random(len(patients)), rng.permutation(len(distinct))[patient]))
-    largest = int(np.unique(patients, return_counts=True)[1].max())
-    if 2 * largest > len(patients):
-        return None
-    # Half-way round the circle a patient's block has ended, as it is at most half as long as the circle.
-    other = np.empty(len(patients), dtype=np.int64)
-    other[order] = np.roll(order, len(patients) // 2)
-    return other
-
-
-def _write_reports(path: Path, examples: Sequence[tuple[int, str, str]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(("ecg_id", "reference", "generated"))
-    writer.writerows(examples)
-    write_text(path, text.getvalue())
+@torch.no_grad()
+def _retrieval(
+    model: AlignmentModel,
+    text: TextEncoder | None,
+    data: EcgDataset,
+    tokens: Tensor,
+    mask: Tensor,
+    score: str,
+    config: Config,
+    cache_dir: Path,
+    progress: Progress,
+) -> dict[str, float]:
+    data = data.in_plain_english() if config.data.plain_english else data
+    rows = torch.tensor([row for row, report in enumerate(data.reports) if report], dtype=torch.long)
+    if text is None or len(rows) < 2:
+        progress.note("no retrieval: " + ("no report" if text else "the run brings no text encoder"))
+        return {}
+    reports = [data.reports[row] for row in rows.tolist()]
+    distinct = sorted(set(reports))
+    number = {report: index for index, report in enumerate(distinct)}
+    if config.text.train:
+        parts = [text(distinct[start : start + BATCH]) for start in range(0, len(distinct), BATCH)]
+        longest = max(part.tokens.shape[1] for part in parts)
+        embedded = TextTokens(
+            torch.cat([F.pad(part.tokens, (0, 0, 0, longest - part.tokens.shape[1])) for part in parts]),
+            torch.cat([F.pad(part.mask, (0, longest - part.mask.shape[1])) for part in parts]),
+            torch.cat([part.pooled for part in parts]),
+        )
+    else:
+        store = embed_texts(text, distinct, cache_dir=cache_dir)
+        embedded = store.batch(torch.arange(len(distinct)))
+    device = next(model.parameters()).device
+    moved = TextTokens(embedded.tokens.to(device), embedded.mask.to(device), embedded.pooled.to(device))
+    part, valid = tokens[rows].float().to(device), mask[rows].to(device)
+    return retrieval(
+        model.project_tokens(EncoderOutput(part, valid, masked_mean(part, valid))),
+        model.embed_text(moved),
+        torch.tensor([number[report] for report in reports], device=device),
+        score=score,
+        transport=transport(config.align),
+    )
 
 
 def _without_nan(value: Any) -> Any:

@@ -19,7 +19,7 @@ from ecgot.version import __version__
 
 CARD = Path(__file__).with_name("model_card.md")
 UNKNOWN = "A data set in PTB-XL's layout"
-STATEMENTS = " Stage 1 read the original reports in plain English, by a glossary."
+STATEMENTS = " Both stages learned from the original reports in plain English, by a glossary."
 
 
 def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
@@ -29,12 +29,18 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
         trained_on: name, source and licence of the data, for the card.
 
     Raises:
-        EcgotError: the run is not trained, its text encoder was trained with it, or ``out`` exists.
+        EcgotError: the run is not trained, its text encoder was trained with it, its language model has
+            adapters, or ``out`` exists.
     """
     config = run.config()
     if config.text.train:
         raise EcgotError(
             "run: its text encoder was trained (text.train=true), accepted are runs with a frozen one"
+        )
+    if config.report.lora_rank and run.done("report"):
+        raise EcgotError(
+            f"run: it holds adapters without their language model {config.report.language_model!r} "
+            f"(report.lora_rank={config.report.lora_rank}), accepted are runs with all weights"
         )
     if out.exists():
         raise EcgotError(f"out: {out} exists, accepted is a new folder")
@@ -95,12 +101,16 @@ def _metrics(evaluation: dict) -> str:
         names = list(next(iter(evaluation["reports"].values())))
         lines += ["", "| reports | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
         for system, values in evaluation["reports"].items():
-            lines.append(f"| {system} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |")
+            lines.append(f"| {system} | " + " | ".join(_bracketed(values[name]) for name in names) + " |")
     return "\n".join(lines)
 
 
+def _bracketed(metric: dict) -> str:
+    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**metric)
+
+
 def _interval(ranking: dict) -> str:
-    return "-" if ranking["macro"] is None else "{macro:.3f} [{low:.3f}, {high:.3f}]".format(**ranking)
+    return "-" if ranking["macro"] is None else _bracketed(ranking | {"value": ranking["macro"]})
 
 
 def _without_paths(run: Run) -> str:

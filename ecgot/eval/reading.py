@@ -36,12 +36,14 @@ class Reading:
             would name the class where the run has learned phrases. Compare records by one class rather than
             classes within a record: classes differ in how often and in how many words they are named.
         report: the generated text; None where stage 2 has not been trained.
+        sentences: of the report, each with the probability that the model gives to these very words.
         notes: what was done to the signal: repaired gaps, flat leads, cutting, padding.
     """
 
     record: str
     scores: dict[str, dict[str, float]]
     report: str | None
+    sentences: tuple[tuple[str, float], ...]
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,10 +106,10 @@ class Reader:
         """
         encoded, notes = self._encode(path)
         scores = self._scores(encoded, self.prompts)
-        written = None
-        if self.reporter is not None:
-            written = self.reporter.generate(encoded.tokens, encoded.mask, num_beams=self.num_beams)[0]
-        return Reading(str(path), scores, written, notes)
+        if self.reporter is None:
+            return Reading(str(path), scores, None, (), notes)
+        written = self.reporter.write(encoded.tokens, encoded.mask, num_beams=self.num_beams)[0]
+        return Reading(str(path), scores, written.text, written.sentences, notes)
 
     @torch.no_grad()
     def classify(self, path: Path, prompts: Sequence[str]) -> Reading:
@@ -124,7 +126,7 @@ class Reader:
         wanted = {"prompts": {text: (text,) for text in prompts}}
         assert self._text is not None
         scores = self._scores(encoded, embed_prompts(self.model, self._text, wanted))
-        return Reading(str(path), scores, None, notes)
+        return Reading(str(path), scores, None, (), notes)
 
     def _encode(self, path: Path) -> tuple[EncoderOutput, tuple[str, ...]]:
         data = self.config.data

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ecgot.data.dataset import EcgDataset, default_cache_dir, load_dataset
+from ecgot.data.dataset import EcgDataset, load_dataset
 from ecgot.data.ptbxl import check_patient_split
 from ecgot.errors import EcgotError
+from ecgot.files import default_cache_dir
 from ecgot.models.encoders import encoder
 from ecgot.models.reporter import check_language_model
 from ecgot.models.text import TextEncoder
@@ -48,25 +49,26 @@ def train(
     check_cuda_graph(config)
     encoder(config.encoder.name, leads=len(config.data.leads))
     if "report" in stages:
-        check_language_model(config.report.language_model)
+        check_language_model(config.report.language_model, lora_rank=config.report.lora_rank)
     text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
     train_set = load_folds(config, config.data.train_folds, cache_dir, progress)
     validation_set = load_folds(config, config.data.validation_folds, cache_dir, progress)
     check_patient_split(train_set.table, validation_set.table)
-    sets = train_set, validation_set
-    aligned = [with_reports(each.in_plain_english() if config.data.plain_english else each) for each in sets]
-    reported = [with_reports(each) for each in sets] if "report" in stages else []
-    phrases = report_phrases(aligned[0].reports, config.align) if "align" in stages else None
+    sets = [
+        with_reports(each.in_plain_english() if config.data.plain_english else each)
+        for each in (train_set, validation_set)
+    ]
+    phrases = report_phrases(sets[0].reports, config.align) if "align" in stages else None
     if phrases is not None:
-        progress.note(f"align: {len(phrases.texts)} phrases in {len(aligned[0])} reports")
+        progress.note(f"align: {len(phrases.texts)} phrases in {len(sets[0])} reports")
 
     run = Run.create(out, config, resume=resume or "align" not in stages)
     if "align" in stages and not run.done("align"):
-        model = train_alignment(run, text, *aligned, phrases=phrases, cache_dir=cache_dir, progress=progress)
+        model = train_alignment(run, text, *sets, phrases=phrases, cache_dir=cache_dir, progress=progress)
     else:
         model = load_alignment(run, text)
     if "report" in stages and not run.done("report"):
-        train_reporter(run, model, *reported, progress=progress)
+        train_reporter(run, model, *sets, progress=progress)
     return run
 
 

@@ -9,9 +9,10 @@ import torch
 
 from ecgot.data.ptbxl import GROUPS
 from ecgot.errors import EcgotError
-from ecgot.eval.evaluate import another_patients, evaluate
+from ecgot.eval.evaluate import evaluate
 from ecgot.eval.ranking import rank
 from ecgot.eval.reading import Reader
+from ecgot.eval.reports import another_patients
 from ecgot.eval.zeroshot import class_scores, embed_prompts, read_prompts, select_prompts
 from ecgot.models.text import TextEncoder
 from ecgot.train.align import load_alignment
@@ -80,10 +81,33 @@ def test_shuffled_records_are_chance(macro):
 
 def test_reports_depend_on_the_ecg(evaluation):
     reports = evaluation.reports
-    assert reports.keys() == {"generated", "shuffled", "most_frequent"}
+    baselines = {"shuffled", "nearest_neighbour", "most_frequent", "generated_as_written"}
+    assert reports.keys() == {"generated"} | baselines
     for metric in ("bleu_4", "meteor", "rouge_l"):
-        assert reports["generated"][metric] > 1.15 * reports["most_frequent"][metric]
-        assert reports["generated"][metric] > 1.3 * reports["shuffled"][metric]
+        value = reports["generated"][metric]["value"]
+        assert value > 1.15 * reports["most_frequent"][metric]["value"]
+        assert value > 1.3 * reports["shuffled"][metric]["value"]
+        assert reports["generated"][metric]["low"] < value < reports["generated"][metric]["high"]
+    label_f1 = {system: values["label_f1_superclass"]["value"] for system, values in reports.items()}
+    assert label_f1["generated"] > 0.6
+    assert label_f1["shuffled"] < 0.6 * label_f1["generated"]
+    assert label_f1["nearest_neighbour"] > 1.5 * label_f1["most_frequent"]
+
+
+def test_sentence_scores_tell_right_from_wrong(evaluation):
+    assert evaluation.sentences["auroc"] > 0.6
+    assert evaluation.sentences["said_sure"] > evaluation.sentences["said_unsure"]
+    scores = [score for example in evaluation.examples for score in example.scores]
+    assert all(0 <= score <= 1 for score in scores)
+    assert len(scores) > len(evaluation.examples)
+
+
+def test_retrieval_is_well_above_chance(evaluation):
+    recall = evaluation.retrieval
+    assert recall.keys() == {f"{way}@{k}" for way in ("ecg_to_report", "report_to_ecg") for k in (1, 5, 10)}
+    for way in ("ecg_to_report", "report_to_ecg"):
+        assert recall[f"{way}@1"] <= recall[f"{way}@5"] <= recall[f"{way}@10"]
+        assert recall[f"{way}@10"] > 0.3
 
 
 def test_evaluation_leaves_its_files(trained, evaluation):
@@ -96,7 +120,7 @@ def test_evaluation_leaves_its_files(trained, evaluation):
     with open(trained.folder / "generated_reports.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == evaluation.references == evaluation.records
-    assert [int(row["ecg_id"]) for row in rows] == [example[0] for example in evaluation.examples]
+    assert [int(row["ecg_id"]) for row in rows] == [example.ecg_id for example in evaluation.examples]
 
 
 def test_beam_search_and_transport_scores(small_run, few, cache_dir):
@@ -104,7 +128,7 @@ def test_beam_search_and_transport_scores(small_run, few, cache_dir):
     greedy = evaluate(small_run, few, score="cosine", cache_dir=cache_dir, resamples=10)
     assert beams.score == "ot"
     assert beams.zero_shot["superclass"].auroc != greedy.zero_shot["superclass"].auroc
-    assert {example[0] for example in beams.examples} == {example[0] for example in greedy.examples}
+    assert {each.ecg_id for each in beams.examples} == {each.ecg_id for each in greedy.examples}
 
 
 def test_trained_folds_and_unknown_scores_are_refused(small_run, few, cache_dir):
@@ -131,7 +155,10 @@ def test_another_patients_records():
 def test_a_reading_is_what_the_evaluation_says(trained, evaluation, dataset, synthetic):
     data = dataset.folds(HELD_OUT)
     reading = Reader(trained).read(synthetic / data.table.record_paths[0])
-    assert reading.report == evaluation.examples[0][2]
+    assert reading.report == evaluation.examples[0].generated
+    assert ". ".join(text for text, _ in reading.sentences) == reading.report.rstrip(".")
+    scores = [score for _, score in reading.sentences]
+    assert scores == pytest.approx(evaluation.examples[0].scores, rel=0.05)
     assert reading.scores.keys() == set(GROUPS)
     assert reading.notes == ()
     cosines = Reader(trained, score="cosine").read(synthetic / data.table.record_paths[0]).scores

@@ -7,6 +7,7 @@ import pytest
 from ecgot.eval.text_metrics import DIALECT, report_metrics
 
 NAMES = {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_1", "rouge_2", "rouge_l"}
+NAMES |= {"label_f1_superclass", "label_f1_rhythm"}
 REPORT = "sinus rhythm. left axis deviation. otherwise normal ecg."
 
 
@@ -64,5 +65,7 @@ def test_unequal_numbers_are_an_error():
 
 
 def test_every_metric_has_its_dialect():
-    assert {name.split("_")[0] for name in NAMES} | {"references"} == DIALECT.keys()
+    told = {name: [kind for kind in DIALECT if name.startswith(kind)] for name in NAMES}
+    assert all(len(kinds) == 1 for kinds in told.values()), told
+    assert {kinds[0] for kinds in told.values()} == DIALECT.keys()
     assert "nrefs:1|case:lc|eff:no|tok:13a|smooth:exp" in DIALECT["bleu"]

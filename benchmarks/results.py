@@ -1,0 +1,216 @@
+"""Tables of RESULTS.md from the folders of runs.
+
+    python benchmarks/results.py collect RUNS benchmarks/results/runs    # each run's evaluation.json alone
+    python benchmarks/results.py write benchmarks/results/runs RESULTS.md
+    python benchmarks/results.py check benchmarks/results/runs RESULTS.md    # exit code 1 where they differ
+
+A table stands between ``<!-- table KIND GLOB ... -->`` and ``<!-- end -->``; the globs name folders below
+the first argument, in order. A row is named by its folder without the seed at its end ("ot-seed0");
+rows that differ in the seed alone are averaged. Brackets are 95 % bootstrap intervals over patients.
+"""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+GROUPS = ("superclass", "subclass", "form", "rhythm")
+EVALUATION = "evaluation.json"
+_TABLE = re.compile(r"(<!-- table (\S+) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_SEED = re.compile(r"-?seed(\d+)(?=/|$)")
+Cell = tuple[str, float | None]  # as it is shown, and its value
+Row = tuple[str, str, list[Cell]]  # name, seed
+
+
+def collect(runs: Path, out: Path) -> None:
+    """Copy every evaluation below ``runs`` to the same place below ``out``."""
+    for path in sorted(runs.rglob(EVALUATION)):
+        target = out / path.relative_to(runs)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def rebuilt(text: str, runs: Path) -> str:
+    """The text with each table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        head, kind, globs, end = match.groups()
+        return f"{head}{TABLES[kind](list(_evaluations(runs, globs.split())))}{end}"
+
+    return _TABLE.sub(table, text)
+
+
+def _evaluations(runs: Path, globs: Iterable[str]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Folder below ``runs`` and evaluation of each match.
+
+    Raises:
+        SystemExit: a glob matches nothing.
+    """
+    for glob in globs:
+        found = sorted(runs.glob(f"{glob}/{EVALUATION}"))
+        if not found:
+            raise SystemExit(f"results: nothing in {runs} is {glob}/{EVALUATION}")
+        for path in found:
+            folder = path.parent.relative_to(runs).as_posix()
+            yield folder, json.loads(path.read_text(encoding="utf-8"))
+
+
+def _auroc(runs: list[tuple[str, dict[str, Any]]]) -> str:
+    """Zero-shot, linear probe and supervised macro AUROC by group of classes."""
+    rows = [row for kind in (_zero_shot, _probe, _supervised) for row in kind(runs)]
+    return _table(("macro AUROC", "seed", *GROUPS), rows)
+
+
+def _zero_shot_alone(runs: list[tuple[str, dict[str, Any]]]) -> str:
+    return _table(("macro AUROC", "seed", *GROUPS), list(_zero_shot(runs)))
+
+
+def _zero_shot(runs: list[tuple[str, dict[str, Any]]]) -> Iterable[Row]:
+    for folder, run in runs:
+        if "zero_shot" in run:
+            name, seed = _named(folder)
+            yield f"zero-shot, {run['score']} score, {name}", seed, _rankings(run["zero_shot"])
+
+
+def _probe(runs: list[tuple[str, dict[str, Any]]]) -> Iterable[Row]:
+    for folder, run in runs:
+        if run.get("probe"):
+            name, seed = _named(folder)
+            yield f"linear probe, {name}", seed, _rankings(run["probe"])
+
+
+def _supervised(runs: list[tuple[str, dict[str, Any]]]) -> Iterable[Row]:
+    for folder, run in runs:
+        if run.get("kind") == "supervised":
+            how = "fine-tuned" if run["from"] else f"supervised, {run['epochs']} epochs"
+            name, seed = _named(folder)
+            yield f"{how}, {name}", seed, _rankings(run["ranking"])
+
+
+def _rankings(rankings: Mapping[str, Any]) -> list[Cell]:
+    return [_interval(rankings.get(group), "macro") for group in GROUPS]
+
+
+def _retrieval(runs: list[tuple[str, dict[str, Any]]]) -> str:
+    """Recall of reports by ECGs and back."""
+    names = list(runs[0][1]["retrieval"])
+    rows = [
+        (
+            f"{run['score']} score, {_named(folder)[0]}",
+            _named(folder)[1],
+            [_plain(run["retrieval"][n]) for n in names],
+        )
+        for folder, run in runs
+    ]
+    return _table(("recall", "seed", *(name.replace("_", " ") for name in names)), rows)
+
+
+def _reports(runs: list[tuple[str, dict[str, Any]]]) -> str:
+    """Report metrics by system."""
+    names = list(next(iter(runs[0][1]["reports"].values())))
+    rows = [
+        (
+            f"{system.replace('_', ' ')}, {_named(folder)[0]}",
+            _named(folder)[1],
+            [_interval(v[n], "value") for n in names],
+        )
+        for system in runs[0][1]["reports"]
+        for folder, run in runs
+        for v in [run["reports"][system]]
+    ]
+    return _table(("reports", "seed", *(name.replace("_", "-") for name in names)), rows)
+
+
+def _generated(runs: list[tuple[str, dict[str, Any]]]) -> str:
+    """Report metrics of the generated reports alone."""
+    return _reports(
+        [(folder, run | {"reports": {"generated": run["reports"]["generated"]}}) for folder, run in runs]
+    )
+
+
+def _sentences(runs: list[tuple[str, dict[str, Any]]]) -> str:
+    """What sentence scores are worth."""
+    names = list(runs[0][1]["sentences"])
+    rows = [(_named(f)[0], _named(f)[1], [_plain(run["sentences"][n]) for n in names]) for f, run in runs]
+    return _table(("sentences", "seed", *(name.replace("_", " ") for name in names)), rows)
+
+
+def _time(runs: list[tuple[str, dict[str, Any]]]) -> str:
+    """Seconds of training by stage."""
+    rows = [
+        (
+            *_named(folder),
+            [
+                (f"{run['settings']['training_seconds'].get(stage, 0):.0f}", None)
+                for stage in ("align", "report")
+            ],
+        )
+        for folder, run in runs
+    ]
+    return _table(("seconds of training", "seed", "stage 1", "stage 2"), rows)
+
+
+TABLES: dict[str, Callable[[list[tuple[str, dict[str, Any]]]], str]] = {
+    "auroc": _auroc,
+    "zero-shot": _zero_shot_alone,
+    "retrieval": _retrieval,
+    "reports": _reports,
+    "generated": _generated,
+    "sentences": _sentences,
+    "time": _time,
+}
+
+
+def _named(folder: str) -> tuple[str, str]:
+    """ "ablation/ot-seed0" as ("ot", "0")."""
+    seed = _SEED.search(folder)
+    return _SEED.sub("", folder).split("/", 1)[-1], seed.group(1) if seed else ""
+
+
+def _interval(cell: Mapping[str, float | None] | None, value: str) -> Cell:
+    if cell is None or cell[value] is None:
+        return "-", None
+    return f"{cell[value]:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]", cell[value]
+
+
+def _plain(value: float | None) -> Cell:
+    return ("-", None) if value is None else (f"{value:.3f}", value)
+
+
+def _table(header: tuple[str, ...], rows: list[Row]) -> str:
+    """Rows of one name follow each other, then their mean where there are several."""
+    lines = [header, ("---",) * len(header)]
+    for name in dict.fromkeys(row[0] for row in rows):
+        same = [row for row in rows if row[0] == name]
+        lines += [(name, seed, *(shown for shown, _ in cells)) for _, seed, cells in same]
+        if len(same) > 1 and any(value is not None for _, _, cells in same for _, value in cells):
+            columns = zip(*(cells for _, _, cells in same), strict=True)
+            lines.append((name, "mean", *(_mean([value for _, value in column]) for column in columns)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"**{sum(known) / len(known):.3f}**" if known else "-"
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 3 or arguments[0] not in ("collect", "write", "check"):
+        raise SystemExit(__doc__)
+    first, second = Path(arguments[1]), Path(arguments[2])
+    if arguments[0] == "collect":
+        collect(first, second)
+        return
+    text = second.read_text(encoding="utf-8")
+    made = rebuilt(text, first)
+    if arguments[0] == "write":
+        second.write_text(made, encoding="utf-8")
+    elif made != text:
+        raise SystemExit(f"results: the tables of {second} are not those of {first}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

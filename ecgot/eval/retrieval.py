@@ -1,0 +1,60 @@
+"""Retrieval between ECGs and reports."""
+
+import torch
+from torch import Tensor
+
+from ecgot.models.alignment import TOKEN_SIMILARITIES, Embedding, Transport, token_similarity
+
+DEPTHS = (1, 5, 10)
+BATCH = 128
+
+
+@torch.no_grad()
+def retrieval(
+    ecg: Embedding,
+    reports: Embedding,
+    own: Tensor,
+    *,
+    score: str = "cosine",
+    transport: Transport | None = None,
+) -> dict[str, float]:
+    """Recall at 1, 5 and 10 of each ECG's report among distinct reports, and back.
+
+    A report is found where one of its own ECGs is among the first. Ties and NaN count against the model.
+
+    Args:
+        ecg: n records; reports: K distinct texts, each the report of a record.
+        own: [n], the number of each record's report.
+        score: a token similarity, see :data:`ecgot.models.alignment.TOKEN_SIMILARITIES`; any other name is
+            the cosine of the pooled embeddings.
+
+    Returns:
+        "ecg_to_report@1", ..., "report_to_ecg@10".
+    """
+    similarity = torch.cat(
+        [
+            _similarity(_rows(ecg, rows), reports, score, transport or Transport())
+            for rows in torch.arange(len(own)).split(BATCH)
+        ]
+    )
+    matching = own[:, None] == torch.arange(similarity.shape[1], device=own.device)
+    found: dict[str, float] = {}
+    for name, values, match in (
+        ("ecg_to_report", similarity, matching),
+        ("report_to_ecg", similarity.T, matching.T),
+    ):
+        best = values.masked_fill(~match, -torch.inf).amax(1, keepdim=True)
+        # The best own column is one place before those that are not below it, itself included.
+        rank = (~(values < best) & ~match).sum(1)
+        found |= {f"{name}@{depth}": (rank < depth).float().mean().item() for depth in DEPTHS}
+    return found
+
+
+def _rows(embedding: Embedding, rows: Tensor) -> Embedding:
+    return Embedding(embedding.tokens[rows], embedding.mask[rows], embedding.pooled[rows])
+
+
+def _similarity(ecg: Embedding, reports: Embedding, score: str, transport: Transport) -> Tensor:
+    if score in TOKEN_SIMILARITIES:
+        return token_similarity(score, ecg, reports, transport)
+    return ecg.pooled @ reports.pooled.T

@@ -1,0 +1,93 @@
+"""Labels read from reports, baselines, and what sentence scores are worth."""
+
+import numpy as np
+import pytest
+
+from ecgot.data.ptbxl import read_table
+from ecgot.eval.report_labels import label_groups, stated_labels
+from ecgot.eval.reports import baseline_reports, measure_reports, sentence_confidence
+from ecgot.eval.text_metrics import label_f1, report_statistics
+from ecgot.models.reporter import WrittenReport, sentences
+
+
+@pytest.mark.parametrize(
+    ("report", "superclasses", "rhythms"),
+    [
+        ("sinus rhythm. normal ecg.", {"NORM"}, {"SR"}),
+        ("sinusrhythmus lagetyp normal normales ekg", {"NORM"}, {"SR"}),
+        ("vorhofflimmern linksschenkelblock", {"CD"}, {"AFIB"}),
+        ("sinus rhythm. no evidence of infarction. prolonged qt", {"STTC"}, {"SR"}),
+        ("sinus bradycardia. possible left atrial enlargement", set(), {"SBRAD"}),
+        ("left atrial enlargement. inferior infarction cannot be excluded", {"HYP", "MI"}, set()),
+        ("", set(), set()),
+    ],
+)
+def test_labels_read_from_a_report(report, superclasses, rhythms):
+    for group, expected in (("superclass", superclasses), ("rhythm", rhythms)):
+        stated = stated_labels([report], group)[0]
+        assert {name for name, yes in zip(label_groups()[group], stated, strict=True) if yes} == expected
+
+
+def test_labels_of_real_references_agree_with_the_codes(ptbxl):
+    """The rule, checked where cardiologists' codes stand beside the report."""
+    table = read_table(ptbxl)
+    reports = np.array(table.reports, dtype=object)
+    rows = np.flatnonzero(reports != "")
+    for group, least in (("superclass", 0.6), ("rhythm", 0.7)):
+        labels = table.labels(group)
+        columns = [labels.classes.index(name) for name in label_groups()[group] if name in labels.classes]
+        kept = [index for index, name in enumerate(label_groups()[group]) if name in labels.classes]
+        stated = stated_labels(list(reports[rows]), group)[:, kept]
+        assert label_f1(stated, labels.matrix[rows][:, columns], np.ones(len(rows))) > least
+
+
+def test_label_f1_by_hand():
+    stated = np.array([[True, False, False], [True, True, False]])
+    wanted = np.array([[True, False, False], [False, True, False]])
+    assert label_f1(stated, wanted, np.ones(2)) == pytest.approx((2 / 3 + 1) / 2)
+    assert label_f1(stated, wanted, np.array([1.0, 0.0])) == 1.0  # of the first record alone
+    assert np.isnan(label_f1(stated[:, 2:], wanted[:, 2:], np.ones(2)))
+
+
+def test_weights_count_reports():
+    texts = ["sinus rhythm. normal ecg", "atrial fibrillation", "sinus rhythm"]
+    wanted = ["sinus rhythm. normal ecg", "atrial fibrillation. left axis", "pacemaker rhythm"]
+    twice = report_statistics([*texts, texts[1]], [*wanted, wanted[1]]).metrics()
+    assert report_statistics(texts, wanted).metrics(np.array([1.0, 2.0, 1.0])) == pytest.approx(twice)
+
+
+def test_intervals_shrink_with_patients():
+    texts, wanted = ["sinus rhythm. normal ecg", "left axis"] * 20, ["sinus rhythm. normal ecg"] * 40
+    statistics = report_statistics(texts, wanted)
+    few = statistics.intervals(np.arange(40) % 4, resamples=200)["rouge_l"]
+    many = statistics.intervals(np.arange(40), resamples=200)["rouge_l"]
+    assert few[0] < many[0] < statistics.metrics()["rouge_l"] < many[1] < few[1]
+
+
+def test_baselines():
+    known = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [-1.0, 0.0]])
+    reports = ["normal ecg", "", "left axis", "normal ecg"]
+    found = baseline_reports(known, reports, np.array([[0.1, 3.0], [2.0, 0.1]]))
+    assert found is not None
+    assert found.nearest == ("left axis", "normal ecg")  # the record without a report is no neighbour
+    assert found.most_frequent == "normal ecg"
+    assert baseline_reports(known, [""] * 4, known) is None
+
+
+def test_references_in_plain_english_are_what_is_measured():
+    written = [WrittenReport("atrial fibrillation", (("atrial fibrillation", 0.9),))] * 2
+    references = ["vorhofflimmern"] * 2
+    measured = measure_reports(
+        written, references, np.arange(2), baselines=None, in_plain_english=True, resamples=5
+    )
+    assert measured["generated"]["rouge_l"]["value"] == pytest.approx(1.0)
+    assert measured["generated_as_written"]["rouge_l"]["value"] == 0
+    assert measured.keys() == {"generated", "generated_as_written", "shuffled"}
+
+
+def test_confidence_by_hand():
+    written = [WrittenReport("a. b. c", (("a", 0.9), ("b", 0.6), ("c", 0.1)))]
+    assert sentences("a. c. ") == ["a", "c"]
+    found = sentence_confidence(written, ["a. d."])
+    assert found == pytest.approx({"auroc": 1.0, "said": 1 / 3, "said_sure": 1 / 2, "said_unsure": 0.0})
+    assert sentence_confidence([WrittenReport("", ())], ["a"]) == {}
