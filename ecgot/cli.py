@@ -234,7 +234,7 @@ def supervise(
 @click.option("--reports", type=PATH, help="CSV ecg_id,report with the references.")
 @score_option
 @click.option("--prompts", type=PATH, help="TOML file with prompts instead of the built-in ones.")
-@click.option("--num-beams", type=click.IntRange(min=1), default=1, show_default=True, help="1: greedy.")
+@click.option("--num-beams", type=click.IntRange(min=1), default=4, show_default=True, help="1: greedy.")
 @click.option("--resamples", type=click.IntRange(min=1), default=1000, show_default=True, help="Bootstrap.")
 @click.option("--examples", type=click.IntRange(min=0), default=0, help="Print this many generated reports.")
 @click.option("--out", type=PATH, help="Folder for evaluation.json and generated_reports.csv.")
@@ -300,7 +300,7 @@ def evaluate(
 
 @cli.command()
 @click.argument("paths", type=PATH, nargs=-1, metavar="[RUN] RECORD")
-@click.option("--num-beams", type=click.IntRange(min=1), default=1, show_default=True, help="1: greedy.")
+@click.option("--num-beams", type=click.IntRange(min=1), default=4, show_default=True, help="1: greedy.")
 @score_option
 @click.option("--prompts", type=PATH, help="TOML file with prompts instead of the built-in ones.")
 @as_json

@@ -12,6 +12,7 @@ import wfdb
 
 from ecgot import cli
 from ecgot.data.record import STANDARD_LEADS
+from ecgot.models.reporter import BEAMS
 from ecgot.train.config import resolve
 from ecgot.train.run import Run
 from ecgot.train.stages import train
@@ -278,3 +279,9 @@ def test_resuming_takes_the_settings_of_the_run(ecgot, few, tmp_path, tiny_bert,
     assert code == 0, err
     assert Run.open(run).done("report")
     assert Run.open(run).config() == resolve(None, [*settings, f"data.root={few.resolve()}"])
+
+
+def test_the_command_line_and_python_search_alike():
+    for command in ("evaluate", "report"):
+        (beams,) = (option for option in cli.cli.commands[command].params if option.name == "num_beams")
+        assert beams.default == BEAMS

@@ -43,6 +43,7 @@ from ecgot.eval.zeroshot import (
 from ecgot.files import default_cache_dir, write_text
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import EncoderOutput, masked_mean
+from ecgot.models.reporter import BEAMS
 from ecgot.models.text import TextEncoder, TextTokens, embed_texts
 from ecgot.train.align import load_alignment, transport
 from ecgot.train.batches import encode
@@ -103,7 +104,7 @@ def evaluate(
     reports_csv: Path | None = None,
     score: str | None = None,
     prompts: Path = BUILT_IN,
-    num_beams: int = 1,
+    num_beams: int = BEAMS,
     resamples: int = 1000,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
@@ -118,7 +119,7 @@ def evaluate(
         reports_csv: references; where omitted, the run's own if ``root`` is what it was trained on, else the
             report column.
         score: see :func:`ecgot.eval.zeroshot.check_score` and :func:`ecgot.eval.zeroshot.class_scores`.
-        num_beams: 1 writes reports greedily.
+        num_beams: of the search for a report; 1 writes greedily.
         resamples: of the bootstrap over patients.
 
     Raises:

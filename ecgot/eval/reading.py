@@ -21,6 +21,7 @@ from ecgot.eval.zeroshot import (
 )
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import EncoderOutput
+from ecgot.models.reporter import BEAMS
 from ecgot.models.text import TextEncoder
 from ecgot.train.align import load_alignment, transport
 from ecgot.train.report import load_reporter
@@ -57,7 +58,7 @@ class Reader:
         run: the run's folder; the model that comes with the package where omitted.
         prompts: a TOML file in place of the built-in prompts.
         score: see :func:`ecgot.eval.zeroshot.check_score`.
-        num_beams: 1 writes reports greedily.
+        num_beams: of the search for a report; 1 writes greedily.
 
     Attributes:
         model: the :class:`ecgot.models.alignment.AlignmentModel`; ``model.encoder`` is the ECG encoder.
@@ -76,7 +77,7 @@ class Reader:
         *,
         prompts: Path = BUILT_IN,
         score: str | None = None,
-        num_beams: int = 1,
+        num_beams: int = BEAMS,
     ) -> None:
         self.run = Run.open(PRETRAINED) if run is None else run
         self.config = self.run.config()

