@@ -11,7 +11,6 @@ rows that differ in the seed alone are averaged. Brackets are 95 % bootstrap int
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -26,11 +25,20 @@ Row = tuple[str, str, list[Cell]]  # name, seed
 
 
 def collect(runs: Path, out: Path) -> None:
-    """Copy every evaluation below ``runs`` to the same place below ``out``."""
+    """Copy every evaluation below ``runs`` to the same place below ``out``, of paths the last part alone."""
     for path in sorted(runs.rglob(EVALUATION)):
         target = out / path.relative_to(runs)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        values = _without_folders(json.loads(path.read_text(encoding="utf-8")))
+        target.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def rebuilt(text: str, runs: Path) -> str:

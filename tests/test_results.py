@@ -56,6 +56,9 @@ def test_a_missing_run_is_named(runs):
 
 
 def test_evaluations_alone_are_collected(runs, tmp_path):
+    (runs / "recipe/ot-seed0/evaluation.json").write_text('{"settings": {"data": "/home/someone/ptbxl"}}')
     collect(runs, tmp_path / "kept")
+    text = (tmp_path / "kept/recipe/ot-seed0/evaluation.json").read_text()
+    assert json.loads(text) == {"settings": {"data": "ptbxl"}}
     kept = [path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()]
     assert kept == ["evaluation.json", "evaluation.json"]
