@@ -18,7 +18,8 @@ from typing import Any
 
 GROUPS = ("superclass", "subclass", "form", "rhythm")
 EVALUATION = "evaluation.json"
-_TABLE = re.compile(r"(<!-- table (\S+) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TOKEN_SCORES = ("ot", "best_match", "mean_match")  # by which retrieval goes too; else by pooled embeddings
+_TABLE = re.compile(r"^(<!-- table (\S+) (.*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 _SEED = re.compile(r"-?seed(\d+)(?=/|$)")
 Cell = tuple[str, float | None]  # as it is shown, and its value
 Row = tuple[str, str, list[Cell]]  # name, seed
@@ -107,7 +108,7 @@ def _retrieval(runs: list[tuple[str, dict[str, Any]]]) -> str:
     names = list(runs[0][1]["retrieval"])
     rows = [
         (
-            f"{run['score']} score, {_named(folder)[0]}",
+            f"{run['score'] if run['score'] in TOKEN_SCORES else 'cosine'} score, {_named(folder)[0]}",
             _named(folder)[1],
             [_plain(run["retrieval"][n]) for n in names],
         )
