@@ -491,7 +491,11 @@ def _interval(ranking: dict[str, Any]) -> str:
     return "-" if ranking["macro"] is None else _bracketed(ranking | {"value": ranking["macro"]})
 
 
-def _bracketed(metric: dict[str, float]) -> str:
+def _bracketed(metric: dict[str, float | None]) -> str:
+    if metric["value"] is None:  # no class of the group is stated by either side
+        return "-"
+    if metric["low"] is None:
+        return f"{metric['value']:.3f}"
     return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
 
 

@@ -106,7 +106,11 @@ def _metrics(evaluation: dict) -> str:
 
 
 def _bracketed(metric: dict) -> str:
-    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**metric)
+    if metric["value"] is None:  # no class of the group is stated by either side
+        return "-"
+    if metric["low"] is None:
+        return f"{metric['value']:.3f}"
+    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
 
 
 def _interval(ranking: dict) -> str:

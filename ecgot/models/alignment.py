@@ -277,4 +277,7 @@ def _token_similarity(
     x_mask, y_mask = ecg.mask[:, None, :], text.mask[None, :, :]
     best_of_x = cosine.masked_fill(~y_mask[:, :, None, :], -2).max(3).values.masked_fill(~x_mask, 0).sum(2)
     best_of_y = cosine.masked_fill(~x_mask[:, :, :, None], -2).max(2).values.masked_fill(~y_mask, 0).sum(2)
-    return (best_of_x / x_mask.sum(2) + best_of_y / y_mask.sum(2)) / 2, None
+    # A side without any token, which is like nothing, gives 0 instead of NaN.
+    some = x_mask.any(2) & y_mask.any(2)
+    both = best_of_x / x_mask.sum(2).clamp_min(1) + best_of_y / y_mask.sum(2).clamp_min(1)
+    return (both / 2).masked_fill(~some, 0.0), None

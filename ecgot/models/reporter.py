@@ -114,6 +114,8 @@ class Reporter(nn.Module):
         self.bos_id: int = _first(  # type: ignore[assignment]
             tokenizer.bos_token_id, tokenizer.cls_token_id, eos_id
         )
+        # A published model's own search, such as a least length, is for its own texts.
+        language_model.generation_config = GenerationConfig()
         width = language_model.get_input_embeddings().embedding_dim
         self.projector = nn.Sequential(
             nn.LayerNorm(ecg_width), nn.Linear(ecg_width, width), nn.GELU(), nn.Linear(width, width)
@@ -150,7 +152,7 @@ class Reporter(nn.Module):
     def write(self, tokens: Tensor, mask: Tensor, *, num_beams: int = BEAMS) -> list[WrittenReport]:
         """As :meth:`generate`, with the probability of each sentence."""
         reports = self.generate(tokens, mask, num_beams=num_beams)
-        labels = self._labels(reports).to(tokens.device)
+        labels = self._labels(reports, whole=True).to(tokens.device)
         logits = self._language_model_output(tokens, mask, labels).logits
         # A causal model predicts a token from the one before it; an encoder-decoder's logits stand in place.
         count = labels.shape[1]
@@ -163,7 +165,7 @@ class Reporter(nn.Module):
 
     def _with_sentences(self, report: str, log_probability: Tensor) -> WrittenReport:
         encoded = self.tokenizer(report, add_special_tokens=False, return_offsets_mapping=True)
-        spans = torch.tensor(encoded.offset_mapping[: self.max_tokens - 1]).view(-1, 2)
+        spans = torch.tensor(encoded.offset_mapping).view(-1, 2)
         found = []
         for start, stop in _sentence_spans(report):
             # A token may hold the sentence's last letters and its full stop.
@@ -202,9 +204,13 @@ class Reporter(nn.Module):
     def _tokenized(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _labels(self, reports: Sequence[str]) -> Tensor:
-        """Report tokens [B, S], each ended by the end-of-text token and padded with IGNORED."""
-        rows = [[*self._tokenized(text)[: self.max_tokens - 1], self.eos_id] for text in reports]
+    def _labels(self, reports: Sequence[str], *, whole: bool = False) -> Tensor:
+        """Report tokens [B, S], each ended by the end-of-text token and padded with IGNORED.
+
+        Those of training are cut to the longest report; ``whole`` ones are not.
+        """
+        longest_text = None if whole else self.max_tokens - 1
+        rows = [[*self._tokenized(text)[:longest_text], self.eos_id] for text in reports]
         longest = max(map(len, rows))
         return torch.tensor([row + [IGNORED] * (longest - len(row)) for row in rows])
 

@@ -19,6 +19,8 @@ from ecgot.models.reporter import WrittenReport, sentences
         ("sinus rhythm. no evidence of infarction. prolonged qt", {"STTC"}, {"SR"}),
         ("sinus bradycardia. possible left atrial enlargement", set(), {"SBRAD"}),
         ("left atrial enlargement. inferior infarction cannot be excluded", {"HYP", "MI"}, set()),
+        ("sinus rhythm. abnormal ecg.", set(), {"SR"}),
+        ("this is not a normal ecg. t waves are normal. widely spaced beats", set(), set()),
         ("", set(), set()),
     ],
 )

@@ -174,3 +174,11 @@ def test_the_temperature_stays_above_a_hundredth(model):
     with torch.no_grad():
         model.log_temperature.fill_(-100.0)
     assert model.temperature.item() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("name", TOKEN_SIMILARITIES)
+def test_a_side_without_tokens_is_like_nothing(name):
+    empty = Embedding(torch.randn(2, 3, 8), torch.tensor([[True] * 3, [False] * 3]), torch.randn(2, 8))
+    found = token_similarity(name, empty, empty, Transport())
+    assert found.isfinite().all()
+    assert found[1].tolist() == [0.0, 0.0]

@@ -196,3 +196,23 @@ def _next(reporter: Reporter, tokens: torch.Tensor, mask: torch.Tensor, before: 
         words = model.get_input_embeddings()(torch.tensor([[reporter.bos_id, *before]]))
         logits = model(inputs_embeds=torch.cat([prefix, words], 1)).logits
     return logits[0, -1].log_softmax(0)
+
+
+def test_no_sentence_is_left_without_its_probability(tokenizer, monkeypatch):
+    """Not even those behind the longest report of training."""
+    model = reporter("llama", tokenizer).eval()
+    monkeypatch.setattr(model, "generate", lambda *_, **__: [" ".join(REPORTS)])
+    tokens, mask = torch.randn(1, 5, WIDTH), torch.ones(1, 5, dtype=torch.bool)
+    (whole,) = model.write(tokens, mask)
+    monkeypatch.setattr(model, "max_tokens", 3)
+    (cut,) = model.write(tokens, mask)
+    assert cut == whole
+    assert all(0 < probability < 0.9 for _, probability in whole.sentences)  # of random weights
+
+
+def test_a_published_models_own_search_is_left_out(tokenizer):
+    language_model = language_models(len(tokenizer))["bart"]
+    language_model.generation_config.min_length = 30
+    torch.manual_seed(0)
+    model = Reporter(language_model, tokenizer, WIDTH, max_tokens=40).eval()
+    assert model.language_model.generation_config.min_length != 30
