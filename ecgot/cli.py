@@ -41,8 +41,9 @@ score_option = click.option(
 def cli() -> None:
     """Teach language models to read electrocardiograms, aligned by optimal transport.
 
-    synth makes a data set, train trains on one, evaluate measures a trained run, report and classify read one
-    record, export makes a run portable, bench times the transport solver.
+    synth makes a data set, train trains on one, supervise trains a baseline on its labels, evaluate
+    measures a trained run, report and classify read one record, export makes a run portable, bench times the
+    transport solver.
     """
 
 
@@ -256,7 +257,8 @@ def evaluate(
 ) -> None:
     """Measure RUN, or the model that comes with the package, on held-out folds.
 
-    Zero-shot AUROC, report metrics, a linear probe, controls. evaluation.json and generated_reports.csv go to
+    Zero-shot AUROC, a linear probe, retrieval, and reports by text metrics and label F1, beside shuffled
+    ECGs, nearest neighbours and the most frequent report. evaluation.json and generated_reports.csv go to
     RUN, or to the folder of --out; without either nothing is written.
     """
     from ecgot.eval.evaluate import evaluate as evaluate_run

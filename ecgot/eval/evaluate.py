@@ -200,7 +200,7 @@ def _training_folds(
     """The run's training folds in ``root``, or None where it has none of them."""
     there = [fold for fold in available_folds(root) if fold in config.data.train_folds]
     if not there:
-        progress.note(f"no linear probe and no most-frequent-report baseline: {root} has no training fold")
+        progress.note(f"no linear probe and no baselines of reports: {root} has no training fold")
         return None
     return load_folds(config, there, cache_dir, progress, root=root, reports_csv=reports_csv)
 
@@ -334,7 +334,9 @@ def _retrieval(
     data = data.in_plain_english() if config.data.plain_english else data
     rows = torch.tensor([row for row, report in enumerate(data.reports) if report], dtype=torch.long)
     if text is None or len(rows) < 2:
-        progress.note("no retrieval: " + ("no report" if text else "the run brings no text encoder"))
+        progress.note(
+            "no retrieval: " + ("fewer than two reports" if text else "the run brings no text encoder")
+        )
         return {}
     reports = [data.reports[row] for row in rows.tolist()]
     distinct = sorted(set(reports))

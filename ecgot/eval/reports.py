@@ -99,8 +99,9 @@ def sentence_confidence(written: Sequence[WrittenReport], references: Sequence[s
     sentences that it says ("said"), and of those with a score of at least 0.5 and below ("said_sure",
     "said_unsure")."""
     pairs = [
-        (score, text in set(sentences(reference)))
+        (score, text in said_by_reference)
         for report, reference in zip(written, references, strict=True)
+        for said_by_reference in [set(sentences(reference))]
         for text, score in report.sentences
     ]
     if not pairs:

