@@ -351,6 +351,12 @@ def _configured(
         )
         return config, benchmark_config(group, epochs)
     config = start.config()
+    if not start.done("align"):
+        raise EcgotError(f"from: stage align of {start.folder} is not trained, accepted is a run where it is")
+    if config.text.train:
+        raise EcgotError(
+            f"from: {start.folder} trained its text encoder, accepted is a run with a frozen one"
+        )
     return (
         replace(config, seed=seed, data=replace(config.data, root=place, reports_csv="")),
         fine_tuning_config(start, group, epochs),

@@ -128,7 +128,8 @@ def test_beam_search_and_transport_scores(small_run, few, cache_dir):
     greedy = evaluate(small_run, few, score="cosine", num_beams=1, cache_dir=cache_dir, resamples=10)
     assert beams.score == "ot"
     assert beams.zero_shot["superclass"].auroc != greedy.zero_shot["superclass"].auroc
-    assert {each.ecg_id for each in beams.examples} == {each.ecg_id for each in greedy.examples}
+    assert [each.ecg_id for each in beams.examples] == [each.ecg_id for each in greedy.examples]
+    assert [each.generated for each in beams.examples] != [each.generated for each in greedy.examples]
 
 
 def test_trained_folds_and_unknown_scores_are_refused(small_run, few, cache_dir):

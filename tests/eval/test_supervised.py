@@ -389,3 +389,10 @@ def test_the_command_line_prints_the_score_and_what_this_is_not(few, tmp_path, c
     assert "not a medical device" in result.output
     result = CliRunner().invoke(cli, [*arguments, "--resume", "--json", "--resamples", "20"])
     assert json.loads(result.stdout)["ranking"] == saved["ranking"]
+
+
+def test_a_run_that_is_not_aligned_is_refused_before_anything_is_made(few, tmp_path):
+    start = Run.create(tmp_path / "start", resolve(None, [f"data.root={few}"]), resume=False)
+    with pytest.raises(EcgotError, match=r"from: stage align of .* is not trained"):
+        supervised.supervise(few, tmp_path / "out", start=start)
+    assert not (tmp_path / "out").exists()
