@@ -21,6 +21,7 @@ from ecgot.eval.probe import linear_probe
 from ecgot.eval.ranking import Ranking, rank
 from ecgot.eval.reports import (
     NOTICE,
+    Described,
     Example,
     baseline_reports,
     measure_reports,
@@ -59,6 +60,28 @@ REFERENCES = {
     True: "cleaned by ecgot.data.reports.clean_report and put into plain English by "
     "ecgot.data.glossary.plain_english; those of generated_as_written as they come, cleaned",
 }
+
+
+@dataclass(frozen=True)
+class Known:
+    """The training folds: n records and their pooled tokens [n, D]."""
+
+    data: EcgDataset
+    pooled: np.ndarray
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The records to evaluate: n of them, tokens [n, N, D], mask [n, N] and pooled tokens [n, D]."""
+
+    data: EcgDataset
+    tokens: Tensor
+    mask: Tensor
+    pooled: np.ndarray
+
+    def with_reports(self, reports: Sequence[str]) -> Tensor:
+        """Rows of the records whose report, of n, is not empty."""
+        return torch.tensor([row for row, report in enumerate(reports) if report], dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -141,21 +164,20 @@ def evaluate(
         check_patient_split(train.table, data.table)
     encoding = functools.partial(encode, model, progress=progress, cuda_graph=config.cuda_graph)
     tokens, mask = encoding(data, task="encoding evaluation folds")
-    # Pooled tokens of the training folds, where there are any, and of those to evaluate.
-    features = (
-        None if train is None else _pooled(*encoding(train, task="encoding training folds")),
-        _pooled(tokens, mask),
-    )
+    held_out = Encoded(data, tokens, mask, _pooled(tokens, mask))
+    known = None
+    if train is not None:
+        known = Known(train, _pooled(*encoding(train, task="encoding training folds")))
     embedded = _embedded_prompts(run, model, text, data, prompts)
-    scores = _zero_shot_scores(model, tokens, mask, embedded, score, config, progress)
+    scores = _zero_shot_scores(model, held_out, embedded, score, config, progress)
     evaluation = Evaluation(
         folds=tuple(folds),
         records=len(data),
         score=score,
         zero_shot={group: _rank(scores[group], data, group, resamples) for group in GROUPS},
-        probe=_probe(train, features, data, resamples, progress),
-        retrieval=_retrieval(model, text, data, tokens, mask, score, config, cache_dir, progress),
-        **_evaluate_reports(run, model, train, features, data, tokens, mask, num_beams, resamples, progress),
+        probe=_probe(known, held_out, resamples, progress),
+        retrieval=_retrieval(model, text, held_out, score, config, cache_dir, progress),
+        **_evaluate_reports(run, model, known, held_out, num_beams, resamples, progress),
         dialect=DIALECT | {"references": REFERENCES[config.data.plain_english]},
         notice=NOTICE,
         settings={
@@ -219,14 +241,14 @@ def _embedded_prompts(
 @torch.no_grad()
 def _zero_shot_scores(
     model: AlignmentModel,
-    tokens: Tensor,
-    mask: Tensor,
+    held_out: Encoded,
     prompts: EmbeddedPrompts,
     score: str,
     config: Config,
     progress: Progress,
 ) -> dict[str, np.ndarray]:
     device = next(model.parameters()).device
+    tokens, mask = held_out.tokens, held_out.mask
     parts: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
     for rows in torch.arange(len(tokens)).split(BATCH):
         part, valid = tokens[rows].float().to(device), mask[rows].to(device)
@@ -246,27 +268,20 @@ def _rank(scores: np.ndarray, data: EcgDataset, group: str, resamples: int) -> R
     return rank(scores, data.labels(group), data.table.patient_id, resamples=resamples)
 
 
-def _probe(
-    train: EcgDataset | None,
-    features: tuple[np.ndarray | None, np.ndarray],
-    data: EcgDataset,
-    resamples: int,
-    progress: Progress,
-) -> dict[str, Ranking]:
-    known, targets = features
-    if train is None or known is None:
+def _probe(known: Known | None, held_out: Encoded, resamples: int, progress: Progress) -> dict[str, Ranking]:
+    if known is None:
         return {}
     rankings = {}
     for number, group in enumerate(GROUPS):
         # The same protocol as in ranking: records with a label in the group.
-        labelled = train.labels(group).matrix.any(1)
-        truth = train.labels(group).matrix[labelled]
+        labelled = known.data.labels(group).matrix.any(1)
+        truth = known.data.labels(group).matrix[labelled]
         scores = (
-            linear_probe(known[labelled], truth, targets)
+            linear_probe(known.pooled[labelled], truth, held_out.pooled)
             if len(truth)
-            else np.zeros((len(targets), truth.shape[1]))
+            else np.zeros((len(held_out.pooled), truth.shape[1]))
         )
-        rankings[group] = _rank(scores, data, group, resamples)
+        rankings[group] = _rank(scores, held_out.data, group, resamples)
         progress.bar("linear probe", number + 1, len(GROUPS))
     return rankings
 
@@ -274,29 +289,32 @@ def _probe(
 def _evaluate_reports(
     run: Run,
     model: AlignmentModel,
-    train: EcgDataset | None,
-    features: tuple[np.ndarray | None, np.ndarray],
-    data: EcgDataset,
-    tokens: Tensor,
-    mask: Tensor,
+    known: Known | None,
+    held_out: Encoded,
     num_beams: int,
     resamples: int,
     progress: Progress,
 ) -> dict[str, Any]:
     """The evaluation's fields ``reports``, ``references``, ``sentences`` and ``examples``."""
-    rows = torch.tensor([row for row, report in enumerate(data.reports) if report], dtype=torch.long)
+    data = held_out.data
+    rows = held_out.with_reports(data.reports)
     if not len(rows) or not run.done("report"):
         reason = "no record has a reference" if not len(rows) else "stage report has not been trained"
         progress.note(f"no report metrics: {reason}")
         return {"reports": {}, "references": len(rows), "sentences": {}, "examples": ()}
     plain = run.config().data.plain_english
     reporter = load_reporter(run, model.ecg_width)
-    written = write_reports(reporter, tokens[rows], mask[rows], num_beams=num_beams, progress=progress)
+    written = write_reports(
+        reporter, held_out.tokens[rows], held_out.mask[rows], num_beams=num_beams, progress=progress
+    )
     references = [data.reports[row] for row in rows.tolist()]
     baselines = None
-    if train is not None and features[0] is not None:
-        known = (train.in_plain_english() if plain else train).reports
-        baselines = baseline_reports(features[0], known, features[1][rows.numpy()])
+    if known is not None:
+        baselines = baseline_reports(
+            Described(known.pooled, known.data.table.codes),
+            (known.data.in_plain_english() if plain else known.data).reports,
+            Described(held_out.pooled[rows.numpy()], data.table.select(rows.numpy()).codes),
+        )
     reports = measure_reports(
         written,
         references,
@@ -323,16 +341,14 @@ def _evaluate_reports(
 def _retrieval(
     model: AlignmentModel,
     text: TextEncoder | None,
-    data: EcgDataset,
-    tokens: Tensor,
-    mask: Tensor,
+    held_out: Encoded,
     score: str,
     config: Config,
     cache_dir: Path,
     progress: Progress,
 ) -> dict[str, float]:
-    data = data.in_plain_english() if config.data.plain_english else data
-    rows = torch.tensor([row for row, report in enumerate(data.reports) if report], dtype=torch.long)
+    data = held_out.data.in_plain_english() if config.data.plain_english else held_out.data
+    rows = held_out.with_reports(data.reports)
     if text is None or len(rows) < 2:
         progress.note(
             "no retrieval: " + ("fewer than two reports" if text else "the run brings no text encoder")
@@ -354,7 +370,7 @@ def _retrieval(
         embedded = store.batch(torch.arange(len(distinct)))
     device = next(model.parameters()).device
     moved = TextTokens(embedded.tokens.to(device), embedded.mask.to(device), embedded.pooled.to(device))
-    part, valid = tokens[rows].float().to(device), mask[rows].to(device)
+    part, valid = held_out.tokens[rows].float().to(device), held_out.mask[rows].to(device)
     return retrieval(
         model.project_tokens(EncoderOutput(part, valid, masked_mean(part, valid))),
         model.embed_text(moved),

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ecgot.models.reporter import Reporter, WrittenReport, sentences
 from ecgot.train.run import Progress
 
 BATCH = 128
+TYPICAL_OF = 60  # distinct reports among which the most typical one is looked for
 NOTICE = "Research software, not a medical device: do not use it for diagnosis or treatment."
 
 
@@ -36,11 +37,14 @@ class Example:
 class Baselines:
     """Reports that a system without a language model would write: texts of the training folds.
 
-    most_frequent: the commonest one; nearest: for each of n records that of the nearest training ECG.
+    most_frequent: the commonest one; nearest: for each of n records that of the nearest training ECG;
+    same_codes: for each of n records the one most like the others among the reports of the same SCP codes.
+    The last knows the record's codes, so that it shows how far knowing every finding goes, without the words.
     """
 
     most_frequent: str
     nearest: tuple[str, ...]
+    same_codes: tuple[str, ...]
 
 
 def write_reports(
@@ -80,6 +84,7 @@ def measure_reports(
     if baselines is not None:
         systems["nearest_neighbour"] = (list(baselines.nearest), plain)
         systems["most_frequent"] = ([baselines.most_frequent] * len(plain), plain)
+        systems["same_codes"] = (list(baselines.same_codes), plain)
     if in_plain_english:
         systems["generated_as_written"] = (texts, list(references))
     measured = {}
@@ -116,22 +121,66 @@ def sentence_confidence(written: Sequence[WrittenReport], references: Sequence[s
     }
 
 
-def baseline_reports(
-    train_features: np.ndarray, train_reports: Sequence[str], features: np.ndarray
-) -> Baselines | None:
+@dataclass(frozen=True)
+class Described:
+    """What baselines know of n records: pooled encoder tokens [n, D] and SCP codes."""
+
+    features: np.ndarray
+    codes: Sequence[frozenset[str]]
+
+
+def baseline_reports(train: Described, train_reports: Sequence[str], wanted: Described) -> Baselines | None:
     """Baselines for n records; None where no training record has a report.
 
     Args:
-        train_features, features: pooled encoder tokens [m, D] and [n, D]; neighbours are by cosine.
+        train: m records.
         train_reports: m, "" where there is none.
+        wanted: n records; neighbours are by cosine of the features.
     """
     rows = np.array([row for row, text in enumerate(train_reports) if text], dtype=np.int64)
     if not len(rows):
         return None
-    known, wanted = _unit(train_features[rows]), _unit(features)
-    nearest = [int((known @ each).argmax()) for each in wanted]
+    known, targets = _unit(train.features[rows]), _unit(wanted.features)
+    nearest = [int((known @ each).argmax()) for each in targets]
     texts = [train_reports[row] for row in rows]
-    return Baselines(Counter(texts).most_common(1)[0][0], tuple(texts[row] for row in nearest))
+    by_codes: dict[frozenset[str], Counter[str]] = {}
+    for row, text in zip(rows, texts, strict=True):
+        by_codes.setdefault(train.codes[row], Counter())[text] += 1
+    typical = {codes: _most_typical(_of_codes(by_codes, codes)) for codes in set(wanted.codes)}
+    return Baselines(
+        most_frequent=Counter(texts).most_common(1)[0][0],
+        nearest=tuple(texts[row] for row in nearest),
+        same_codes=tuple(typical[codes] for codes in wanted.codes),
+    )
+
+
+def _of_codes(by_codes: Mapping[frozenset[str], Counter[str]], codes: frozenset[str]) -> Counter[str]:
+    """The reports of records with these codes or, where there are none, of the set that shares most."""
+    if codes in by_codes:
+        return by_codes[codes]
+    return by_codes[max(by_codes, key=lambda other: len(other & codes) / max(len(other | codes), 1))]
+
+
+def _most_typical(reports: Counter[str]) -> str:
+    """The report that shares most n-grams of up to four words with all, among the commonest few."""
+    counted = [(_ngrams(text), text, count) for text, count in reports.most_common(TYPICAL_OF)]
+    return max(counted, key=lambda one: sum(count * _overlap(one[0], other) for other, _, count in counted))[
+        1
+    ]
+
+
+def _ngrams(text: str) -> list[Counter[tuple[str, ...]]]:
+    words = text.split()
+    return [Counter(zip(*(words[start:] for start in range(order)), strict=False)) for order in range(1, 5)]
+
+
+def _overlap(first: list[Counter[tuple[str, ...]]], second: list[Counter[tuple[str, ...]]]) -> float:
+    """Mean F1 of n-grams over the orders."""
+    scores = []
+    for one, other in zip(first, second, strict=True):
+        total = one.total() + other.total()
+        scores.append(2 * (one & other).total() / total if total else 0.0)
+    return sum(scores) / len(scores)
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import pytest
 
 from ecgot.data.ptbxl import read_table
 from ecgot.eval.report_labels import label_groups, stated_labels
-from ecgot.eval.reports import baseline_reports, measure_reports, sentence_confidence
+from ecgot.eval.reports import Described, baseline_reports, measure_reports, sentence_confidence
 from ecgot.eval.text_metrics import label_f1, report_statistics
 from ecgot.models.reporter import WrittenReport, sentences
 
@@ -67,13 +67,34 @@ def test_intervals_shrink_with_patients():
 
 
 def test_baselines():
-    known = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [-1.0, 0.0]])
+    ill, well = frozenset({"AFIB"}), frozenset({"NORM", "SR"})
+    known = Described(np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [-1.0, 0.0]]), [well, ill, ill, well])
     reports = ["normal ecg", "", "left axis", "normal ecg"]
-    found = baseline_reports(known, reports, np.array([[0.1, 3.0], [2.0, 0.1]]))
+    wanted = Described(np.array([[0.1, 3.0], [2.0, 0.1]]), [well, frozenset({"AFIB", "PVC"})])
+    found = baseline_reports(known, reports, wanted)
     assert found is not None
     assert found.nearest == ("left axis", "normal ecg")  # the record without a report is no neighbour
     assert found.most_frequent == "normal ecg"
-    assert baseline_reports(known, [""] * 4, known) is None
+    assert found.same_codes == (
+        "normal ecg",
+        "left axis",
+    )  # of no other record the codes, so the closest set's
+    assert baseline_reports(known, [""] * 4, wanted) is None
+
+
+def test_the_typical_report_shares_most_with_the_others():
+    reports = ["a b c d e", "a b c d f", "a b c x y", "a b c x y", "q r s t u"]
+    same = Described(np.ones((5, 1)), [frozenset({"NORM"})] * 5)
+    found = baseline_reports(same, reports, Described(np.ones((1, 1)), [frozenset({"NORM"})]))
+    # "a b c x y" has itself as a neighbour; were it there once, one of the first two would be most typical.
+    assert found is not None
+    assert found.same_codes == ("a b c x y",)
+    once = Described(np.ones((4, 1)), [frozenset({"NORM"})] * 4)
+    single = baseline_reports(
+        once, ["a b c x y", *reports[:2], reports[4]], Described(np.ones((1, 1)), [frozenset()])
+    )
+    assert single is not None
+    assert single.same_codes == ("a b c d e",)
 
 
 def test_references_in_plain_english_are_what_is_measured():
