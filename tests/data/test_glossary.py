@@ -81,6 +81,20 @@ from ecgot.data.ptbxl import read_table
             "interponierte ventrikuläre extrasystole(n), bigeminus",
             "interposed premature ventricular contractions, bigeminy",
         ),
+        # a denial, a hedge and a number stay with what they are about
+        ("sinusrhythmus nicht pathologisch", "sinus rhythm. no pathology"),
+        ("linker vorhof normal", "linker vorhof normal"),
+        ("vorhofflimmern möglich", "atrial fibrillation possible"),
+        ("vorhofflimmern nicht mehr nachweisbar", "atrial fibrillation no longer present"),
+        ("vorhofsueberlastung links moeglich pathologisch", "left atrial enlargement possible. abnormal ecg"),
+        (
+            "infarct of uncertain age cannot be excluded",
+            "myocardial infarction age undetermined cannot be excluded",
+        ),
+        ("av block 3:1. av block ii-iii", "av block 3:1. av block ii-iii"),
+        ("sinus tachycardia atrial fibrillation", "sinus tachycardia. atrial fibrillation"),
+        ("q in v5. 2 ves", "q in v5. 2 premature ventricular contractions"),
+        ("wandernder schrittmacher rhythmus", "wandering pacemaker"),
         # Swedish
         (
             "sinusrytm p förlängd extrem vänster el-axel avvikande qrs(t) förlopp",
