@@ -14,7 +14,12 @@ from ecgot.data.reports import clean_report
 RULES = Path(__file__).with_name("report_labels.toml")
 Patterns = Iterable[Sequence[re.Pattern[str]]]
 _STATEMENT_END = re.compile(r"\.\s+|\.$")
-_DENIED = re.compile(r"\b(?:no|without)(?: \w+){0,3} ?$")
+# Up to a "but" or "with", which begins what is there; "no change in" denies nothing.
+_DENIED_BEFORE = re.compile(r"\b(?:no|without)(?: (?!(?:but|with|change)\b)\w+){0,8} ?$")
+_DENIED_AFTER = re.compile(
+    r"^\w*(?: (?!(?:but|with|and|or|cannot|not|no)\b)\w+){0,5}?"
+    r" (?:ruled out|excluded|absent|(?:not|no longer) (?:present|seen|detected|evident))\b"
+)
 
 
 @functools.cache
@@ -49,4 +54,8 @@ def _states(report: str, rules: Patterns) -> list[bool]:
 
 
 def _found(pattern: re.Pattern[str], statement: str) -> bool:
-    return any(not _DENIED.search(statement[: match.start()]) for match in pattern.finditer(statement))
+    return any(
+        not _DENIED_BEFORE.search(statement[: match.start()])
+        and not _DENIED_AFTER.search(statement[match.end() :])
+        for match in pattern.finditer(statement)
+    )

@@ -102,13 +102,7 @@ class Reporter(nn.Module):
         super().__init__()
         self.language_model, self.tokenizer, self.max_tokens = language_model, tokenizer, max_tokens
         self.is_encoder_decoder: bool = language_model.config.is_encoder_decoder
-        # BERT frames its texts by [CLS] and [SEP].
-        eos_id = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
-        if eos_id is None:
-            raise EcgotError(
-                "report.language_model: its tokenizer has no end-of-text token, which reports need"
-            )
-        self.eos_id: int = eos_id
+        eos_id = self.eos_id = _end_of_text(tokenizer)
         # GPT-2 and Llama come without a padding token; its positions are masked, so any token serves.
         self.pad_id: int = _first(tokenizer.pad_token_id, eos_id)  # type: ignore[assignment]
         self.bos_id: int = _first(  # type: ignore[assignment]
@@ -164,14 +158,25 @@ class Reporter(nn.Module):
         ]
 
     def _with_sentences(self, report: str, log_probability: Tensor) -> WrittenReport:
-        encoded = self.tokenizer(report, add_special_tokens=False, return_offsets_mapping=True)
-        spans = torch.tensor(encoded.offset_mapping).view(-1, 2)
+        spans = torch.tensor(self._token_spans(report)).view(-1, 2)
         found = []
         for start, stop in _sentence_spans(report):
             # A token may hold the sentence's last letters and its full stop.
             inside = (spans[:, 0] < stop) & (spans[:, 1] > start)
-            found.append((report[start:stop], log_probability[: len(spans)][inside].sum().exp().item()))
+            found.append(
+                (report[start:stop], log_probability[: len(spans)][inside].double().sum().exp().item())
+            )
         return WrittenReport(report, tuple(found))
+
+    def _token_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where in the text each of its tokens begins and ends."""
+        if self.tokenizer.is_fast:
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            return encoded.offset_mapping
+        # Without offsets, such as bytes: by how far the tokens up to each one read.
+        ids = self._tokenized(text)
+        ends = [len(self.tokenizer.decode(ids[: count + 1])) for count in range(len(ids))]
+        return list(zip([0, *ends], ends, strict=False))
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, mask: Tensor, *, num_beams: int = BEAMS) -> list[str]:
@@ -284,8 +289,8 @@ def _heads(hidden_size: int) -> int:
 
 
 def check_language_model(name: str, *, lora_rank: int = 0) -> None:
-    """Raise EcgotError where :func:`build_reporter` would not find ``name``, or :func:`add_lora` not peft;
-    loads no weights."""
+    """Raise EcgotError where :func:`build_reporter` would not find ``name`` or it cannot end a text, or
+    :func:`add_lora` would not find peft; loads no weights."""
     if lora_rank:
         _check_peft()
     if name == SCRATCH:
@@ -296,7 +301,7 @@ def check_language_model(name: str, *, lora_rank: int = 0) -> None:
     with quiet_transformers():
         try:
             AutoConfig.from_pretrained(name)
-            AutoTokenizer.from_pretrained(name)
+            _end_of_text(AutoTokenizer.from_pretrained(name))
         except (OSError, ValueError) as error:
             raise _unknown_language_model(name, error) from error
 
@@ -413,6 +418,14 @@ def empty_reporter(folder: Path, ecg_width: int, *, max_tokens: int) -> Reporter
         except (OSError, ValueError) as error:
             raise EcgotError(f"run: {folder} does not hold a language model ({first_line(error)})") from error
     return Reporter(_auto(config).from_config(config), tokenizer, ecg_width, max_tokens=max_tokens)
+
+
+def _end_of_text(tokenizer: Any) -> int:
+    # BERT frames its texts by [CLS] and [SEP].
+    token = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
+    if token is None:
+        raise EcgotError("report.language_model: its tokenizer has no end-of-text token, which reports need")
+    return token
 
 
 def _first(*values: int | None) -> int | None:

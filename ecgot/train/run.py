@@ -232,7 +232,9 @@ def train_epochs(
 
     def step(loss: Tensor) -> None:
         if not bool(torch.isfinite(loss)):
-            raise EcgotError(f"{stage}: the loss is {loss.item()}; lower {stage}.learning_rate")
+            # The stages of ecgot train have a section of settings; other training has a fixed rate.
+            cure = f"; lower {stage}.learning_rate" if hasattr(run.config(), stage) else ""
+            raise EcgotError(f"{stage}: the loss is {loss.item()}{cure}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, clip)

@@ -21,6 +21,10 @@ from ecgot.models.reporter import WrittenReport, sentences
         ("left atrial enlargement. inferior infarction cannot be excluded", {"HYP", "MI"}, set()),
         ("sinus rhythm. abnormal ecg.", set(), {"SR"}),
         ("this is not a normal ecg. t waves are normal. widely spaced beats", set(), set()),
+        ("no ecg evidence of left ventricular hypertrophy or recent ischemia", set(), set()),
+        ("no signs of old anterior infarction but left bundle branch block", {"CD"}, set()),
+        ("atrial fibrillation is ruled out. ischemia no longer present", set(), set()),
+        ("old infarction cannot be entirely excluded. no change in t wave inversion", {"MI", "STTC"}, set()),
         ("", set(), set()),
     ],
 )

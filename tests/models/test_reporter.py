@@ -7,10 +7,12 @@ import torch
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    ByT5Tokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -19,6 +21,7 @@ from ecgot.errors import EcgotError
 from ecgot.models.reporter import (
     Reporter,
     build_reporter,
+    check_language_model,
     empty_reporter,
     fit_tokenizer,
     save_language_model_shape,
@@ -196,6 +199,27 @@ def _next(reporter: Reporter, tokens: torch.Tensor, mask: torch.Tensor, before: 
         words = model.get_input_embeddings()(torch.tensor([[reporter.bos_id, *before]]))
         logits = model(inputs_embeds=torch.cat([prefix, words], 1)).logits
     return logits[0, -1].log_softmax(0)
+
+
+def test_a_tokenizer_that_tells_no_places_gives_sentences_too(monkeypatch):
+    """Such as one of bytes, whose tokens are not even whole letters."""
+    words = ByT5Tokenizer()
+    torch.manual_seed(0)
+    model = Reporter(language_models(len(words))["t5"], words, WIDTH, max_tokens=40).eval()
+    assert not words.is_fast
+    text = "st-hebung über v2. normal"
+    assert model._token_spans(text)[:2] == [(0, 1), (1, 2)]
+    monkeypatch.setattr(model, "generate", lambda *_, **__: [text])
+    (written,) = model.write(torch.randn(1, 5, WIDTH), torch.ones(1, 5, dtype=torch.bool))
+    assert [sentence for sentence, _ in written.sentences] == ["st-hebung über v2", "normal"]
+    assert all(0 < probability < 1 for _, probability in written.sentences)
+
+
+def test_a_tokenizer_that_cannot_end_a_text_is_refused_before_training(tokenizer, tmp_path):
+    language_models(len(tokenizer))["gpt2"].save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(EcgotError, match="no end-of-text token"):
+        check_language_model(str(tmp_path))
 
 
 def test_no_sentence_is_left_without_its_probability(tokenizer, monkeypatch):
