@@ -81,7 +81,7 @@ def test_shuffled_records_are_chance(macro):
 
 def test_reports_depend_on_the_ecg(evaluation):
     reports = evaluation.reports
-    baselines = {"shuffled", "nearest_neighbour", "most_frequent", "generated_as_written"}
+    baselines = {"shuffled", "nearest_neighbour", "most_frequent", "same_codes", "generated_as_written"}
     assert reports.keys() == {"generated"} | baselines
     for metric in ("bleu_4", "meteor", "rouge_l"):
         value = reports["generated"][metric]["value"]
@@ -91,6 +91,7 @@ def test_reports_depend_on_the_ecg(evaluation):
     label_f1 = {system: values["label_f1_superclass"]["value"] for system, values in reports.items()}
     assert label_f1["generated"] > 0.6
     assert label_f1["shuffled"] < 0.6 * label_f1["generated"]
+    assert label_f1["same_codes"] > label_f1["nearest_neighbour"]
     assert label_f1["nearest_neighbour"] > 1.5 * label_f1["most_frequent"]
 
 
