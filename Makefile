@@ -1,14 +1,19 @@
-# make demo   the whole way once on synthetic ECGs, in minutes on a CPU; leaves everything in runs/demo
-# make test   format, lint, types, the kernels' resources, tests
-# make bench  the benchmark suite
-# make clean  remove the virtual environment and runs/demo
+# make demo       the whole way once on synthetic ECGs, in minutes on a CPU; leaves everything in runs/demo
+# make test       format, lint, types, tests; the kernels' tests a second time in Triton's interpreter
+# make resources  every tile of every kernel compiled for four GPUs, none needed; some ten minutes
+# make bench      the benchmark suite
+# make clean      remove the virtual environment and runs/demo
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := runs/demo
+# A file's tests stay together, as they share what is slow to make.
+PYTEST := $(BIN)/pytest --numprocesses $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4))) --dist loadfile
+# These set up Triton themselves, each in a process of its own.
+ONCE := --ignore=tests/kernels/test_resources.py --ignore=tests/kernels/test_conv1d_table.py
 
-.PHONY: demo test bench clean
+.PHONY: demo test resources bench clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): constraints.txt pyproject.toml
@@ -28,9 +33,11 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) $(ONCE) tests/kernels
+
+resources: $(INSTALLED)
 	$(BIN)/python -m ecgot.kernels.resources --spills none
-	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
 
 bench: $(INSTALLED)
 	$(BIN)/pytest benchmarks

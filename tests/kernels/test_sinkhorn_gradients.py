@@ -54,7 +54,7 @@ def arguments(masked: bool, rho: dict[str, float]):
 
 @fp64
 @pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize(("masked", "rho"), itertools.product((False, True), MARGINALS), ids=str)
+@pytest.mark.parametrize(("masked", "rho"), list(itertools.product((False, True), MARGINALS)), ids=str)
 def test_value_once_and_twice(cost, masked, rho):
     leaves, given = arguments(masked, rho)
     value = lambda *leaves: sinkhorn(**given(*leaves), eps=0.3, cost=cost).value  # noqa: E731
@@ -63,7 +63,7 @@ def test_value_once_and_twice(cost, masked, rho):
 
 
 @fp64
-@pytest.mark.parametrize(("masked", "rho"), itertools.product((False, True), MARGINALS), ids=str)
+@pytest.mark.parametrize(("masked", "rho"), list(itertools.product((False, True), MARGINALS)), ids=str)
 @pytest.mark.parametrize("shift", [0.0, 5.0])
 def test_plan_potentials_and_transport_cost(masked, rho, shift):
     leaves, given = arguments(masked, rho)
@@ -87,7 +87,9 @@ def test_given_cost(rho):
 
 
 @fp64
-@pytest.mark.parametrize(("masked", "rho"), itertools.product((False, True), ({}, {"rho": 0.5})), ids=str)
+@pytest.mark.parametrize(
+    ("masked", "rho"), list(itertools.product((False, True), ({}, {"rho": 0.5}))), ids=str
+)
 def test_divergence_once_and_twice(masked, rho):
     tensors = points(masked=masked)
     rest = {k: t for k, t in tensors.items() if "mask" in k} | rho | EXACT
