@@ -8,8 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := runs/demo
-# A file's tests stay together, as they share what is slow to make.
-PYTEST := $(BIN)/pytest --numprocesses $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4))) --dist loadfile
+PYTEST := $(BIN)/pytest --numprocesses $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4)))
 # These set up Triton themselves, each in a process of its own.
 ONCE := --ignore=tests/kernels/test_resources.py --ignore=tests/kernels/test_conv1d_table.py
 
@@ -33,8 +32,8 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) $(ONCE) tests/kernels
+	$(PYTEST) --dist loadfile  # a file's tests together, as they share what is slow to make
+	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal $(ONCE) tests/kernels
 
 resources: $(INSTALLED)
 	$(BIN)/python -m ecgot.kernels.resources --spills none

@@ -126,8 +126,9 @@ def _reports(runs: list[tuple[str, dict[str, Any]]]) -> str:
             _named(folder)[1],
             [_interval(v[n], "value") for n in names],
         )
-        for system in runs[0][1]["reports"]
+        for system in dict.fromkeys(system for _, run in runs for system in run["reports"])
         for folder, run in runs
+        if system in run["reports"]
         for v in [run["reports"][system]]
     ]
     return _table(("reports", "seed", *(name.replace("_", "-") for name in names)), rows)
@@ -182,6 +183,8 @@ def _named(folder: str) -> tuple[str, str]:
 def _interval(cell: Mapping[str, float | None] | None, value: str) -> Cell:
     if cell is None or cell[value] is None:
         return "-", None
+    if cell["low"] is None:
+        return f"{cell[value]:.3f}", cell[value]
     return f"{cell[value]:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]", cell[value]
 
 

@@ -15,10 +15,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from ecgot.errors import EcgotError
+from ecgot.eval.shown import NOTICE, SURE, metric_text, ranking_text
 from ecgot.version import __version__
-
-NOT_A_DEVICE = "Research software, not a medical device: do not use it for diagnosis or treatment."
-SURE = 0.5  # of a sentence's probability; a less likely one is marked
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -36,7 +34,7 @@ score_option = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=NOT_A_DEVICE)
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=NOTICE)
 @click.version_option(__version__, package_name="ecgot")
 def cli() -> None:
     """Teach language models to read electrocardiograms, aligned by optimal transport.
@@ -112,7 +110,12 @@ def synth(out: Path, records: int, seed: int, as_json: bool) -> None:
 
 @cli.command()
 @click.option("--data", type=PATH, help="Data set in PTB-XL's layout (sets data.root).")
-@click.option("--reports", type=PATH, help="CSV ecg_id,report that replaces the report column.")
+@click.option(
+    "--reports",
+    type=PATH,
+    help="CSV ecg_id,report of English reports: for records whose report column is empty and, with "
+    "data.plain_english=false, for all.",
+)
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.option("--config", type=PATH, help="TOML or JSON file with settings, as config.json of a run.")
 @click.option(
@@ -221,11 +224,11 @@ def supervise(
         )
     result = evaluation.to_dict()
     if as_json:
-        _print(result | {"notice": NOT_A_DEVICE}, True)
+        _print(result | {"notice": NOTICE}, True)
         return
     console = Console()
     console.print(_supervised_table(result))
-    console.print(f"\n{NOT_A_DEVICE}")
+    console.print(f"\n{NOTICE}")
 
 
 @cli.command()
@@ -258,8 +261,9 @@ def evaluate(
     """Measure RUN, or the model that comes with the package, on held-out folds.
 
     Zero-shot AUROC, a linear probe, retrieval, and reports by text metrics and label F1, beside shuffled
-    ECGs, nearest neighbours and the most frequent report. evaluation.json and generated_reports.csv go to
-    RUN, or to the folder of --out; without either nothing is written.
+    ECGs, nearest neighbours, the most frequent report and the typical one of the record's SCP codes.
+    evaluation.json and generated_reports.csv go to RUN, or to the folder of --out; without either nothing is
+    written.
     """
     from ecgot.eval.evaluate import evaluate as evaluate_run
     from ecgot.eval.zeroshot import BUILT_IN
@@ -283,7 +287,7 @@ def evaluate(
     result = evaluation.to_dict()
     result["examples"] = result["examples"][:examples]
     if as_json:
-        _print(result | {"notice": NOT_A_DEVICE}, True)
+        _print(result | {"notice": NOTICE}, True)
         return
     console = Console()
     console.print(_auroc_table(result))
@@ -297,7 +301,7 @@ def evaluate(
     for example in result["examples"]:
         lines = (f"record {example['ecg_id']}", f"reference: {example['reference']}")
         console.print("\n" + "\n  ".join((*lines, f"generated: {example['generated']}")), markup=False)
-    console.print(f"\n{NOT_A_DEVICE}")
+    console.print(f"\n{NOTICE}")
 
 
 @cli.command()
@@ -320,26 +324,27 @@ def report(
     reader = Reader(run, prompts=prompts or BUILT_IN, score=score, num_beams=num_beams)
     reading = reader.read(record).to_dict()
     if as_json:
-        _print(reading | {"notice": NOT_A_DEVICE}, True)
+        _print(reading | {"notice": NOTICE}, True)
         return
     console = Console()
     table = Table(title=f"{record}: score of each class, highest first")
     for group in reading["scores"]:
         table.add_column(group)
     columns = [_ranked(scores, 5) for scores in reading["scores"].values()]
-    for row in range(max(map(len, columns))):
+    for row in range(max(map(len, columns), default=0)):
         table.add_row(*(column[row] if row < len(column) else "" for column in columns))
     console.print(table)
     for note in reading["notes"]:
         console.print(f"note: {note}", markup=False)
     console.print("Scores compare records by one class; classes differ in how often they are named.")
-    console.print(f"report: {reading['report'] or '(none: stage 2 has not been trained)'}", markup=False)
+    written = "(none: stage 2 has not been trained)" if reading["report"] is None else reading["report"]
+    console.print(f"report: {written or '(empty)'}", markup=False)
     if reading["sentences"]:
         console.print("Probability that the model gives to each of its sentences:")
     for sentence, probability in reading["sentences"]:
         unsure = "" if probability >= SURE else "  (unsure)"
         console.print(f"  {probability:.2f}  {sentence}{unsure}", markup=False, highlight=False)
-    console.print(NOT_A_DEVICE)
+    console.print(NOTICE)
 
 
 @cli.command()
@@ -358,7 +363,7 @@ def classify(paths: tuple[Path, ...], prompts: tuple[str, ...], score: str | Non
     reading = Reader(run, score=score).classify(record, prompts)
     scores = reading.scores["prompts"]
     if as_json:
-        found = {"record": str(record), "scores": scores, "notes": reading.notes, "notice": NOT_A_DEVICE}
+        found = {"record": str(record), "scores": scores, "notes": reading.notes, "notice": NOTICE}
         _print(found, True)
         return
     console = Console()
@@ -366,7 +371,7 @@ def classify(paths: tuple[Path, ...], prompts: tuple[str, ...], score: str | Non
         console.print(text, markup=False, highlight=False)
     for note in reading.notes:
         console.print(f"note: {note}", markup=False)
-    console.print(NOT_A_DEVICE)
+    console.print(NOTICE)
 
 
 def _run_and_record(paths: tuple[Path, ...]) -> tuple[Any, Path]:
@@ -473,8 +478,8 @@ def _auroc_table(result: dict[str, Any]) -> Table:
             group,
             str(len(ranking["auroc"])),
             str(ranking["records"]),
-            _interval(ranking),
-            _interval(probe) if probe else "-",
+            ranking_text(ranking),
+            ranking_text(probe),
         )
     return table
 
@@ -485,20 +490,8 @@ def _supervised_table(result: dict[str, Any]) -> Table:
     for name in ("group", "classes", "records", f"supervised ({result['encoder']})"):
         table.add_column(name, justify="left" if name == "group" else "right")
     for group, ranking in result["ranking"].items():
-        table.add_row(group, str(len(ranking["auroc"])), str(ranking["records"]), _interval(ranking))
+        table.add_row(group, str(len(ranking["auroc"])), str(ranking["records"]), ranking_text(ranking))
     return table
-
-
-def _interval(ranking: dict[str, Any]) -> str:
-    return "-" if ranking["macro"] is None else _bracketed(ranking | {"value": ranking["macro"]})
-
-
-def _bracketed(metric: dict[str, float | None]) -> str:
-    if metric["value"] is None:  # no class of the group is stated by either side
-        return "-"
-    if metric["low"] is None:
-        return f"{metric['value']:.3f}"
-    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
 
 
 def _report_table(result: dict[str, Any]) -> Table:
@@ -507,7 +500,7 @@ def _report_table(result: dict[str, Any]) -> Table:
     for system in result["reports"]:
         table.add_column(system.replace("_", " "), justify="right")
     for metric in next(iter(result["reports"].values())):
-        values = (_bracketed(metrics[metric]) for metrics in result["reports"].values())
+        values = (metric_text(metrics[metric]) for metrics in result["reports"].values())
         table.add_row(metric.replace("_", "-").upper(), *values)
     return table
 

@@ -5,6 +5,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 
 def default_cache_dir() -> Path:
     """``$ECGOT_CACHE``, else ``~/.cache/ecgot``."""
@@ -27,6 +30,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         temporary.unlink()
         raise
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically."""
+    packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(packed, temporary, metadata))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -50,6 +50,16 @@ def test_a_changed_evaluation_is_noticed(runs, tmp_path):
         main(["check", str(runs), str(results)])
 
 
+def test_a_system_that_an_older_evaluation_lacks_is_left_out(runs):
+    metric = {"bleu_4": {"value": 0.5, "low": None, "high": None}}
+    for seed, systems in ((0, ["generated"]), (1, ["generated", "same_codes"])):
+        path = runs / f"recipe/ot-seed{seed}/evaluation.json"
+        path.write_text(json.dumps({"reports": dict.fromkeys(systems, metric)}))
+    made = rebuilt("<!-- table reports recipe/ot-* -->\n<!-- end -->", runs)
+    assert made.count("| generated, ot |") == 3  # and their mean
+    assert made.count("| same codes, ot | 1 | 0.500 |") == 1
+
+
 def test_a_missing_run_is_named(runs):
     with pytest.raises(SystemExit, match=r"recipe/none-\*"):
         rebuilt("<!-- table zero-shot recipe/none-* -->\n<!-- end -->", runs)

@@ -94,7 +94,7 @@ def read_table(
 
     Args:
         reports_csv: a CSV ``ecg_id,report[,source]`` that takes the place of the report column; records
-            without a row in it have no report.
+            without a row in it have no report. Without a CSV and a column, none has.
         folds: keep these; ``None`` keeps all.
         fs_hz: up to 100, the 100 Hz files are preferred, above it the 500 Hz files; where one of the two is
             not there, the other is taken (and resampled later).
@@ -199,8 +199,8 @@ def _reports(table: pd.DataFrame, database: Path, reports_csv: str | Path | None
         raw: Iterable[str] = (text.get(i, "") for i in _integers(table, "ecg_id", database).tolist())
     elif "report" in table.columns:
         raw = table["report"]
-    else:
-        raise EcgotError(f"{database}: no column report; name a CSV with ecg_id,report by --reports")
+    else:  # labels alone
+        return ("",) * len(table)
     return tuple(clean_report(report) for report in raw)
 
 

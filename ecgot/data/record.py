@@ -9,7 +9,7 @@ import numpy as np
 import wfdb
 from scipy.signal import resample_poly
 
-from ecgot.errors import EcgotError
+from ecgot.errors import EcgotError, first_line
 
 STANDARD_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 
@@ -88,7 +88,7 @@ def _read_digital(name: Path) -> wfdb.Record:
     try:
         header = wfdb.rdheader(str(name))
     except (ValueError, IndexError, TypeError, KeyError, OSError, wfdb.io.header.HeaderSyntaxError) as error:
-        raise EcgotError(f"record {name}: {name.name}.hea cannot be parsed ({_line(error)})") from error
+        raise EcgotError(f"record {name}: {name.name}.hea cannot be parsed ({first_line(error)})") from error
     if not isinstance(header, wfdb.Record):
         raise EcgotError(f"record {name}: it has several segments, accepted is one")
     if not header.n_sig or header.sig_name is None or len(header.sig_name) != header.n_sig:
@@ -102,7 +102,7 @@ def _read_digital(name: Path) -> wfdb.Record:
     try:
         record = wfdb.rdrecord(str(name), physical=False)
     except (ValueError, IndexError, TypeError, KeyError, OSError) as error:
-        raise EcgotError(f"record {name}: its signals cannot be read ({_line(error)})") from error
+        raise EcgotError(f"record {name}: its signals cannot be read ({first_line(error)})") from error
     expected, actual = header.checksum, record.calc_checksum()
     for lead, left, right in zip(record.sig_name, expected or [], actual, strict=False):
         # A checksum is 16 bits, written signed or unsigned by different tools.
@@ -158,7 +158,3 @@ def _fill_gaps(name: Path, signal: np.ndarray, leads: Sequence[str]) -> tuple[np
         row[gap] = np.interp(time[gap], time[~gap], row[~gap])
         repaired[lead] = int(gap.sum())
     return signal, repaired
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

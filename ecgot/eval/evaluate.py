@@ -20,7 +20,6 @@ from ecgot.errors import EcgotError
 from ecgot.eval.probe import linear_probe
 from ecgot.eval.ranking import Ranking, rank
 from ecgot.eval.reports import (
-    NOTICE,
     Described,
     Example,
     baseline_reports,
@@ -30,6 +29,7 @@ from ecgot.eval.reports import (
     write_reports,
 )
 from ecgot.eval.retrieval import retrieval
+from ecgot.eval.shown import NOTICE
 from ecgot.eval.text_metrics import DIALECT
 from ecgot.eval.zeroshot import (
     BUILT_IN,

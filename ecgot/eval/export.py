@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from ecgot.data.ptbxl import GROUPS
 from ecgot.errors import EcgotError
+from ecgot.eval.shown import metric_text, ranking_text
 from ecgot.eval.zeroshot import embed_prompts, read_prompts, save_prompts
-from ecgot.files import write_text
-from ecgot.models.text import TextEncoder, save_tensors
+from ecgot.files import save_tensors, write_text
+from ecgot.models.text import TextEncoder
 from ecgot.train.align import load_alignment
 from ecgot.train.run import Run
 from ecgot.version import __version__
@@ -78,7 +79,7 @@ def model_card(run: Run, trained_on: str = UNKNOWN) -> str:
         validation_folds=_folds(config.data.validation_folds),
         encoder=config.encoder.name,
         text=config.text.name,
-        metrics=_metrics(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else "Not yet.",
+        metrics=_metrics(path) if path.exists() else "Not yet.",
     )
 
 
@@ -86,9 +87,26 @@ def _folds(folds: tuple[int, ...]) -> str:
     return ", ".join(map(str, folds))
 
 
-def _metrics(evaluation: dict) -> str:
+def _metrics(path: Path) -> str:
+    """Tables of an evaluation.
+
+    Raises:
+        EcgotError: it is not one, or another version's.
+    """
+    try:
+        return _tables(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise EcgotError(f"run: {path} cannot be read ({error!r}); make it anew by ecgot evaluate") from error
+
+
+def _tables(evaluation: dict) -> str:
+    settings = evaluation["settings"]
+    same = settings["data"] == settings["config"]["data"]["root"]
+    of_these = "" if same else " of a data set that the model was not trained on"
     lines = [
-        f"Fold {_folds(tuple(evaluation['folds']))}, {evaluation['records']} records; brackets are 95 % "
+        f"Fold {_folds(tuple(evaluation['folds']))}{of_these}, {evaluation['records']} records; "
+        f"zero-shot by the {evaluation['score']} score; reports by a search of {settings['num_beams']} "
+        f"beams, against the references of {Path(settings['references']).name}; brackets are 95 % "
         "intervals (bootstrap over patients).",
         "",
         "| macro AUROC | zero-shot | linear probe |",
@@ -96,25 +114,13 @@ def _metrics(evaluation: dict) -> str:
     ]
     for group, ranking in evaluation["zero_shot"].items():
         probe = evaluation["probe"].get(group)
-        lines.append(f"| {group} | {_interval(ranking)} | {_interval(probe) if probe else '-'} |")
+        lines.append(f"| {group} | {ranking_text(ranking)} | {ranking_text(probe)} |")
     if evaluation["reports"]:
         names = list(next(iter(evaluation["reports"].values())))
         lines += ["", "| reports | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
         for system, values in evaluation["reports"].items():
-            lines.append(f"| {system} | " + " | ".join(_bracketed(values[name]) for name in names) + " |")
+            lines.append(f"| {system} | " + " | ".join(metric_text(values[name]) for name in names) + " |")
     return "\n".join(lines)
-
-
-def _bracketed(metric: dict) -> str:
-    if metric["value"] is None:  # no class of the group is stated by either side
-        return "-"
-    if metric["low"] is None:
-        return f"{metric['value']:.3f}"
-    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
-
-
-def _interval(ranking: dict) -> str:
-    return "-" if ranking["macro"] is None else _bracketed(ranking | {"value": ranking["macro"]})
 
 
 def _without_paths(run: Run) -> str:

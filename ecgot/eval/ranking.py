@@ -38,7 +38,8 @@ def rank(
         scores: [n, C], larger where a class is more likely; compared within a class only.
         labels: the group's classes and matrix [n, C].
         patients: [n], ids; the bootstrap draws patients, as records of one patient resemble each other.
-        resamples: of the bootstrap (percentile interval).
+        resamples: of the bootstrap (percentile interval). In a resample without a rare class, the class has
+            the AUROC that it has in all records.
     """
     counted = labels.matrix.any(1)
     scores, truth, patients = scores[counted], labels.matrix[counted], patients[counted]
@@ -47,9 +48,10 @@ def rank(
         return Ranking(float("nan"), float("nan"), float("nan"), int(counted.sum()), {}, {})
     weights = np.concatenate([np.ones((1, len(truth))), patient_weights(patients, resamples, seed)])
     areas = np.stack([weighted_auroc(scores[:, c], truth[:, c], weights) for c in scored])
-    # A resample may miss a rare class: the mean is then over the others; one that misses all is left out.
-    macro = np.ma.masked_invalid(areas[:, 1:]).mean(axis=0).compressed()
-    low, high = np.percentile(macro, [2.5, 97.5]) if len(macro) else (np.nan, np.nan)
+    # A resample may miss a rare class, which then counts with what it has in all records: left out, it would
+    # move the mean of the resample by how hard a class it is.
+    drawn = np.where(np.isnan(areas[:, 1:]), areas[:, :1], areas[:, 1:]).mean(axis=0)
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
     return Ranking(
         macro=float(areas[:, 0].mean()),
         low=float(low),

@@ -19,7 +19,6 @@ from ecgot.eval.zeroshot import (
     load_prompts,
     read_prompts,
 )
-from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import EncoderOutput
 from ecgot.models.reporter import BEAMS
 from ecgot.models.text import TextEncoder
@@ -89,14 +88,16 @@ class Reader:
             self.prompts = load_prompts(self.run.prompts, self.device)
         else:
             wanted = read_prompts(prompts)
-            self.model = self._with_text()
-            self.prompts = embed_prompts(self.model, self._text, wanted)  # type: ignore[arg-type]
+            text = self._load_with_text()
+            self.prompts = embed_prompts(self.model, text, wanted)
         done = self.run.done("report")
         self.reporter = load_reporter(self.run, self.model.ecg_width) if done else None
 
-    def _with_text(self) -> AlignmentModel:
-        self._text = TextEncoder(self.config.text.name, max_tokens=self.config.text.max_tokens)
-        return load_alignment(self.run, self._text)
+    def _load_with_text(self) -> TextEncoder:
+        text = TextEncoder(self.config.text.name, max_tokens=self.config.text.max_tokens)
+        self.model = load_alignment(self.run, text)
+        self._text = text  # not before it has proved to be the run's
+        return text
 
     @torch.no_grad()
     def read(self, path: Path) -> Reading:
@@ -121,12 +122,10 @@ class Reader:
         Raises:
             EcgotError: the record or the text encoder cannot be used.
         """
-        if self._text is None:
-            self.model = self._with_text()
+        text = self._text or self._load_with_text()
         encoded, notes = self._encode(path)
         wanted = {"prompts": {text: (text,) for text in prompts}}
-        assert self._text is not None
-        scores = self._scores(encoded, embed_prompts(self.model, self._text, wanted))
+        scores = self._scores(encoded, embed_prompts(self.model, text, wanted))
         return Reading(str(path), scores, None, (), notes)
 
     def _encode(self, path: Path) -> tuple[EncoderOutput, tuple[str, ...]]:

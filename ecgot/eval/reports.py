@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ecgot.data.glossary import plain_english
 from ecgot.eval.ranking import weighted_auroc
+from ecgot.eval.shown import NOTICE, SURE
 from ecgot.eval.text_metrics import report_statistics
 from ecgot.files import write_text
 from ecgot.models.reporter import Reporter, WrittenReport, sentences
@@ -20,7 +21,6 @@ from ecgot.train.run import Progress
 
 BATCH = 128
 TYPICAL_OF = 60  # distinct reports among which the most typical one is looked for
-NOTICE = "Research software, not a medical device: do not use it for diagnosis or treatment."
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def measure_reports(
 
 def sentence_confidence(written: Sequence[WrittenReport], references: Sequence[str]) -> dict[str, float]:
     """What sentence scores are worth: "auroc" for whether the reference says the very sentence, the share of
-    sentences that it says ("said"), and of those with a score of at least 0.5 and below ("said_sure",
+    sentences that it says ("said"), and of those with a score of at least SURE and below ("said_sure",
     "said_unsure")."""
     pairs = [
         (score, text in said_by_reference)
@@ -112,7 +112,7 @@ def sentence_confidence(written: Sequence[WrittenReport], references: Sequence[s
     if not pairs:
         return {}
     scores, said = np.array([pair[0] for pair in pairs]), np.array([pair[1] for pair in pairs], dtype=bool)
-    sure = scores >= 0.5
+    sure = scores >= SURE
     return {
         "auroc": float(weighted_auroc(scores, said, np.ones((1, len(scores))))[0]),
         "said": float(said.mean()),

@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ecgot.data.ptbxl import GROUPS
-from ecgot.errors import EcgotError
+from ecgot.errors import EcgotError, first_line
+from ecgot.files import save_tensors
 from ecgot.models.alignment import (
     TOKEN_SIMILARITIES,
     AlignmentModel,
@@ -22,7 +23,7 @@ from ecgot.models.alignment import (
     phrase_logits,
     token_similarity,
 )
-from ecgot.models.text import TextEncoder, save_tensors
+from ecgot.models.text import TextEncoder
 from ecgot.train.config import AlignConfig
 
 BUILT_IN = Path(__file__).with_name("prompts.toml")
@@ -74,6 +75,8 @@ def read_prompts(path: Path = BUILT_IN) -> Prompts:
             if not (isinstance(texts, list) and texts and all(isinstance(t, str) and t for t in texts)):
                 raise EcgotError(f"prompts: {group}.{name} of {path} is not a list of one or more texts")
         prompts[group] = {name: tuple(texts) for name, texts in table.items()}
+    if not any(prompts.values()):
+        raise EcgotError(f"prompts: {path} holds no class, accepted are tables of classes and their texts")
     return prompts
 
 
@@ -137,12 +140,12 @@ def load_prompts(path: Path, device: torch.device) -> EmbeddedPrompts:
     """
     try:
         with safe_open(path, "pt") as file:
-            rows = json.loads(file.metadata()["rows"])
+            rows = json.loads((file.metadata() or {})["rows"])
         tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
-    except (SafetensorError, KeyError) as error:
-        raise EcgotError(f"prompts: {path} is damaged ({error})") from error
-    parts = (tensors[name] for name in ("mask", "pooled", "prior"))
-    return EmbeddedPrompts(Embedding(tensors["tokens"].float(), *parts), rows, tensors["phrase_scale"])
+        parts = (tensors[name] for name in ("mask", "pooled", "prior"))
+        return EmbeddedPrompts(Embedding(tensors["tokens"].float(), *parts), rows, tensors["phrase_scale"])
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise EcgotError(f"prompts: {path} is damaged ({first_line(error)})") from error
 
 
 def check_score(score: str | None, settings: AlignConfig) -> str:
@@ -178,20 +181,22 @@ def class_scores(
         texts = prompts.embedding
         assert texts.prior is not None
         logits = phrase_logits(ecg.pooled, texts.pooled, texts.prior, prompts.phrase_scale)
-        return {
-            group: torch.stack(
-                [SOFTNESS * torch.logsumexp(logits[:, rows] / SOFTNESS, 1) for rows in classes.values()],
-                dim=1,
-            )
-            for group, classes in prompts.rows.items()
-        }
+        return _by_class(prompts, lambda rows: SOFTNESS * torch.logsumexp(logits[:, rows] / SOFTNESS, 1), ecg)
     if score == "cosine":
         similarity = ecg.pooled @ prompts.embedding.pooled.T
     elif score in TOKEN_SIMILARITIES:
         similarity = token_similarity(score, ecg, prompts.embedding, transport or Transport())
     else:
         raise EcgotError(f"score: got {score!r}, accepted are {', '.join(SCORES)}")
+    return _by_class(prompts, lambda rows: similarity[:, rows].mean(1), ecg)
+
+
+def _by_class(
+    prompts: EmbeddedPrompts, score: Callable[[list[int]], Tensor], ecg: Embedding
+) -> dict[str, Tensor]:
+    """Scores [B, C] of each group, given those [B] of a class by the rows of its prompts."""
+    none = ecg.pooled.new_zeros(len(ecg.pooled), 0)  # of a group without classes
     return {
-        group: torch.stack([similarity[:, rows].mean(1) for rows in classes.values()], dim=1)
+        group: torch.stack([score(rows) for rows in classes.values()], dim=1) if classes else none
         for group, classes in prompts.rows.items()
     }

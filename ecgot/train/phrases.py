@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ecgot.errors import EcgotError
 from ecgot.models.alignment import SaidPhrases
+from ecgot.models.text import STATEMENT_END
 
-_STATEMENT_END = re.compile(r"[.;:](?:\s|$)")
 _WORD = re.compile(r"[^\W_](?:[\w&()/'-]*)")
 # A phrase does not begin or end with these.
 _JOINING = {"and", "or", "of", "to", "be", "is", "are"}
@@ -43,7 +43,7 @@ class Phrases:
 
 
 class PhraseSource:
-    """The phrases of the training reports, each embedded once by the text encoder as it is at the start."""
+    """The phrases of the training reports, and their embeddings by the text encoder."""
 
     def __init__(self, phrases: Phrases, pooled: Tensor, device: torch.device) -> None:
         self.phrases, self.pooled, self.weight = phrases, pooled.to(device), phrases.weight.to(device)
@@ -89,7 +89,7 @@ def find_phrases(reports: Sequence[str], *, min_count: int, max_words: int) -> P
 
 def _phrases(report: str, max_words: int) -> set[str]:
     found: set[str] = set()
-    for statement in _STATEMENT_END.split(report):
+    for statement in STATEMENT_END.split(report):
         words = _WORD.findall(statement)
         runs = [
             words[start : start + length]

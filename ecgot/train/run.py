@@ -15,7 +15,8 @@ import math
 import pickle
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ecgot.errors import EcgotError
-from ecgot.files import write_atomically, write_text
-from ecgot.models.text import save_tensors
+from ecgot.errors import EcgotError, first_line
+from ecgot.files import save_tensors, write_atomically, write_text
 from ecgot.train.config import Config, differences, from_json
 
 
@@ -134,19 +134,11 @@ class Run:
         Raises:
             EcgotError: there is no checkpoint, it is damaged, or belongs to another configuration.
         """
-        path = self._weights(stage)
-        if not path.exists():
-            raise EcgotError(f"run: {self.folder} holds no {path.name}; train with --stage {stage} first")
-        if not self.done(stage):
-            raise EcgotError(
-                f"run: stage {stage} of {self.folder} was interrupted; go on with --resume first"
-            )
-        try:
+        path = self._trained(stage)
+        with _named_if_damaged(path):
             with safe_open(path, "pt") as file:
                 saved = json.loads((file.metadata() or {}).get("ecgot", "{}"))
             weights = load_file(path)
-        except SafetensorError as error:
-            raise EcgotError(f"run: {path} is damaged ({error})") from error
         for name, value in _shaping(self.config(), stage).items():
             if saved.get(name) != value:
                 raise EcgotError(
@@ -164,9 +156,25 @@ class Run:
             raise EcgotError(f"run: {path} does not fit the configured model ({[*missing, *unexpected][0]})")
 
     def shape(self, stage: str, name: str) -> tuple[int, ...]:
-        """Of a tensor of a stage's checkpoint."""
-        with safe_open(self._weights(stage), "pt") as file:
+        """Of a tensor of a stage's checkpoint.
+
+        Raises:
+            EcgotError: there is no checkpoint, or it is damaged.
+        """
+        path = self._trained(stage)
+        with _named_if_damaged(path), safe_open(path, "pt") as file:
             return tuple(file.get_slice(name).get_shape())
+
+    def _trained(self, stage: str) -> Path:
+        """The checkpoint of a stage that has been trained to its end."""
+        path = self._weights(stage)
+        if not path.exists():
+            raise EcgotError(f"run: {self.folder} holds no {path.name}; train with --stage {stage} first")
+        if not self.done(stage):
+            raise EcgotError(
+                f"run: stage {stage} of {self.folder} was interrupted; go on with --resume first"
+            )
+        return path
 
     def save_state(self, stage: str, state: dict[str, Any]) -> None:
         write_atomically(self._resume(stage), lambda temporary: torch.save(state, temporary))
@@ -188,6 +196,14 @@ class Run:
 
     def _resume(self, stage: str) -> Path:
         return self.folder / f"{stage}.resume.pt"
+
+
+@contextmanager
+def _named_if_damaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise EcgotError(f"run: {path} is damaged ({first_line(error)})") from error
 
 
 def warm_up_and_decay(optimizer: Optimizer, total: int) -> LRScheduler:

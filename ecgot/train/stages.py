@@ -54,6 +54,12 @@ def train(
     train_set = load_folds(config, config.data.train_folds, cache_dir, progress)
     validation_set = load_folds(config, config.data.validation_folds, cache_dir, progress)
     check_patient_split(train_set.table, validation_set.table)
+    if config.data.reports_csv and config.data.plain_english:
+        own = sum(map(bool, train_set.table.originals))
+        progress.note(
+            f"data: {own} training records learn from their report column, made plain English, and not "
+            "from the CSV of --reports (data.plain_english=false changes that)"
+        )
     sets = [
         with_reports(each.in_plain_english() if config.data.plain_english else each)
         for each in (train_set, validation_set)

@@ -90,7 +90,6 @@ def test_the_sampling_rate_chooses_the_file_and_falls_back(root):
         (lambda t: t.drop(columns="scp_codes"), "no column scp_codes"),
         (lambda t: t.drop(columns="patient_id"), "no column patient_id"),
         (lambda t: t.drop(columns=["filename_lr", "filename_hr"]), "filename_lr"),
-        (lambda t: t.drop(columns="report"), "no column report"),
         (lambda t: t.iloc[:0], "lists no records"),
         (lambda t: pd.concat([t, t]), "twice"),
         (lambda t: t.assign(patient_id="x"), "patient_id"),
@@ -121,6 +120,13 @@ def test_missing_files_and_columns_are_named(root):
     (root / "scp_statements.csv").unlink()
     with pytest.raises(EcgotError, match="scp_statements"):
         read_table(root)
+
+
+def test_a_table_of_labels_alone_has_no_reports(root):
+    rewrite(root, lambda table: table.drop(columns="report"))
+    table = read_table(root)
+    assert table.reports == table.originals == ("", "", "", "")
+    assert table.labels("superclass").matrix.any()
 
 
 def test_a_patient_on_both_sides_is_an_error(root):

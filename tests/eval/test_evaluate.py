@@ -174,6 +174,16 @@ def test_a_reading_is_what_the_evaluation_says(trained, evaluation, dataset, syn
         assert list(scores.values()) == pytest.approx(expected[group][0].tolist(), abs=1e-3), group
 
 
+def test_a_reader_with_another_text_encoder_does_not_score_by_it(trained, few, monkeypatch, tiny_bert):
+    reader = Reader(trained)
+    reader._text = None  # as of a run whose prompts are embedded
+    monkeypatch.setattr("ecgot.eval.reading.TextEncoder", lambda *_, **__: TextEncoder(str(tiny_bert)))
+    record = next((few / "records100").rglob("*.hea")).with_suffix("")
+    for _ in range(2):  # nor the second time
+        with pytest.raises(EcgotError):
+            reader.classify(record, ["sinus rhythm"])
+
+
 def test_stage_one_alone_reads_without_a_report(few, tiny_bert, tmp_path, cache_dir):
     config = resolve(None, small_settings(few, tiny_bert))
     run = train(config, tmp_path / "run", stages=["align"], cache_dir=cache_dir)

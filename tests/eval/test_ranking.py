@@ -63,6 +63,17 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 0.90 <= covered / trials <= 0.99
 
 
+def test_a_class_that_a_resample_misses_does_not_move_the_interval():
+    """One positive among many, ranked worst: without it, the mean of a third of the resamples would be 1."""
+    truth = np.arange(400) % 2 == 0
+    rare = np.arange(400) == 7
+    labels = Labels(("A", "B", "rare"), np.stack([truth, ~truth, rare], axis=1))
+    scores = np.stack([truth, ~truth, ~rare], axis=1).astype(float)
+    ranking = rank(scores, labels, np.arange(400))
+    assert ranking.macro == pytest.approx(2 / 3)
+    assert (ranking.low, ranking.high) == pytest.approx((2 / 3, 2 / 3))
+
+
 def test_two_records_a_patient_widen_the_interval():
     rng = np.random.default_rng(0)
     truth = rng.random(100) < 0.5

@@ -1,5 +1,6 @@
 """Prompts and class scores."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,17 @@ from ecgot.data.ptbxl import GROUPS, SUPERCLASSES, read_table
 from ecgot.data.synth import STATEMENTS
 from ecgot.errors import EcgotError
 from ecgot.eval.zeroshot import (
+    SCORES,
     EmbeddedPrompts,
     check_score,
     class_scores,
     embed_prompts,
+    load_prompts,
     read_prompts,
+    save_prompts,
     select_prompts,
 )
+from ecgot.files import save_tensors
 from ecgot.kernels import reference
 from ecgot.models.alignment import AlignmentModel, Embedding, Transport
 from ecgot.models.encoders import encoder
@@ -156,6 +161,8 @@ def test_an_unknown_score_or_class_is_named(prompts):
         ("[mood]\nSR = ['a']", "holds 'mood'"),
         ("[rhythm]\nSR = 'a'", "rhythm.SR"),
         ("[rhythm]\nSR = []", "rhythm.SR"),
+        ("", "holds no class"),
+        ("[rhythm]", "holds no class"),
         (None, "cannot be read"),
     ],
 )
@@ -166,3 +173,21 @@ def test_a_bad_prompt_file_is_named(tmp_path: Path, content, part):
     with pytest.raises(EcgotError, match=part) as caught:
         read_prompts(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_group_without_classes_has_no_scores(prompts, score):
+    some = replace(prompts, rows=prompts.rows | {"form": {}})
+    assert class_scores(ecgs(3), some, score=score)["form"].shape == (3, 0)
+
+
+def test_damaged_embedded_prompts_are_named(prompts, tmp_path):
+    path = tmp_path / "prompts.safetensors"
+    save_prompts(prompts, path)
+    load_prompts(path, torch.device("cpu"))
+    save_tensors({"tokens": torch.zeros(1)}, path)  # no rows
+    with pytest.raises(EcgotError, match="damaged"):
+        load_prompts(path, torch.device("cpu"))
+    save_tensors({"tokens": torch.zeros(1)}, path, {"rows": "{"})
+    with pytest.raises(EcgotError, match="damaged"):
+        load_prompts(path, torch.device("cpu"))

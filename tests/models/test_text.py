@@ -5,7 +5,8 @@ import torch
 from transformers import T5Config, T5Model
 
 from ecgot.errors import EcgotError
-from ecgot.models.text import TextEncoder, TokenStore, embed_texts, save_tensors
+from ecgot.files import save_tensors
+from ecgot.models.text import TextEncoder, TokenStore, embed_texts
 
 TEXTS = ("sinus rhythm", "left bundle branch block", "ecg", "normal ecg . st wave - normal")
 

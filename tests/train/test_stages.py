@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ecgot.data import dataset as dataset_module
+from ecgot.data.ptbxl import read_table
 from ecgot.errors import EcgotError
 from ecgot.models.text import TextEncoder
 from ecgot.train import run as run_module
-from ecgot.train.align import ReportSource, build_model, load_alignment
+from ecgot.train.align import ReportSource, build_model, load_alignment, validate
 from ecgot.train.batches import epoch_order, with_reports
 from ecgot.train.config import Config, resolve
 from ecgot.train.report import load_reporter
 from ecgot.train.run import Progress, Run, rate_factor
-from ecgot.train.stages import train
+from ecgot.train.stages import load_folds, train
 from tests.conftest import small_settings
 
 
@@ -230,6 +230,24 @@ def test_a_trained_text_encoder_is_saved_and_loaded(settings, tmp_path, cache_di
     model = load_alignment(run, text)
     assert text.fingerprint() != before
     assert any(name.startswith("text.") for name in model.state_dict())
+    # What is validated is what is saved, text encoder and all.
+    validation = with_reports(load_folds(config, (9,), cache_dir, Progress()).in_plain_english())
+    source = ReportSource(validation.reports, TextEncoder(str(tiny_bert)), None)
+    found = validate(model, validation, source, torch.device("cpu"))
+    last = [line for line in run.metrics() if line["stage"] == "align"][-1]
+    assert found == pytest.approx({name: last[name] for name in found}, rel=1e-4)
+
+
+def test_a_csv_of_reports_beside_originals_says_what_is_learned(settings, few, tmp_path, cache_dir):
+    ids = read_table(few).ecg_id
+    csv = tmp_path / "reports.csv"
+    csv.write_text("ecg_id,report\n" + "".join(f"{number},translated text\n" for number in ids))
+    notes: list[str] = []
+    config = resolve(None, [*settings, f"data.reports_csv={csv}"])
+    train(
+        config, tmp_path / "run", stages=["align"], cache_dir=cache_dir, progress=Progress(note=notes.append)
+    )
+    assert any("learn from their report column" in note for note in notes)
 
 
 def test_a_stored_report_is_looked_up_by_row(tiny_bert, dataset):
@@ -307,6 +325,13 @@ def test_checkpoints_of_another_configuration_or_damaged_are_named(settings, tmp
     with pytest.raises(EcgotError, match=r"another configuration .*align\.width"):
         load_with(align={"width": 64})
     load_with()
+    path = run.folder / "align.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    for given in (text, None):
+        with pytest.raises(EcgotError, match="damaged"):
+            load_alignment(run, given)
+    path.write_bytes(whole)
     path = run.folder / "report.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(EcgotError, match="damaged"):
@@ -339,8 +364,3 @@ def test_the_rate_rises_and_falls_within_any_number_of_steps(total):
     if total == 100:
         assert (top, max(factors)) == (20, 1.0)
         assert factors[-1] < 0.01
-
-
-def test_the_data_share_of_bad_records_is_a_setting():
-    assert Config().data.max_bad_share == 0.05
-    assert dataset_module.load_dataset.__kwdefaults__["max_bad_share"] == 0.05
