@@ -163,10 +163,12 @@ def _of_codes(by_codes: Mapping[frozenset[str], Counter[str]], codes: frozenset[
 
 def _most_typical(reports: Counter[str]) -> str:
     """The report that shares most n-grams of up to four words with all, among the commonest few."""
-    counted = [(_ngrams(text), text, count) for text, count in reports.most_common(TYPICAL_OF)]
-    return max(counted, key=lambda one: sum(count * _overlap(one[0], other) for other, _, count in counted))[
-        1
-    ]
+    counted = [(text, _ngrams(text), count) for text, count in reports.most_common(TYPICAL_OF)]
+    shared = {
+        text: sum(count * _overlap(ngrams, others) for _, others, count in counted)
+        for text, ngrams, _ in counted
+    }
+    return max(shared, key=shared.__getitem__)
 
 
 def _ngrams(text: str) -> list[Counter[tuple[str, ...]]]:
