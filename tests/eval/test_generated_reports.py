@@ -86,6 +86,14 @@ def test_baselines():
     assert baseline_reports(known, [""] * 4, wanted) is None
 
 
+def test_a_record_without_codes_is_like_those_without():
+    none, well = frozenset[str](), frozenset({"NORM"})
+    known = Described(np.ones((2, 1)), [well, none])
+    found = baseline_reports(known, ["normal ecg", "trace"], Described(np.ones((1, 1)), [none]))
+    assert found is not None
+    assert found.same_codes == ("trace",)
+
+
 def test_the_typical_report_shares_most_with_the_others():
     reports = ["a b c d e", "a b c d f", "a b c x y", "a b c x y", "q r s t u"]
     same = Described(np.ones((5, 1)), [frozenset({"NORM"})] * 5)

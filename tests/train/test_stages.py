@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from ecgot.data.ptbxl import read_table
 from ecgot.errors import EcgotError
 from ecgot.models.text import TextEncoder
+from ecgot.train import align as align_module
 from ecgot.train import run as run_module
 from ecgot.train.align import ReportSource, build_model, load_alignment, validate
 from ecgot.train.batches import epoch_order, with_reports
 from ecgot.train.config import Config, resolve
+from ecgot.train.phrases import PhraseSource
 from ecgot.train.report import load_reporter
 from ecgot.train.run import Progress, Run, rate_factor
 from ecgot.train.stages import load_folds, train
@@ -236,6 +238,23 @@ def test_a_trained_text_encoder_is_saved_and_loaded(settings, tmp_path, cache_di
     found = validate(model, validation, source, torch.device("cpu"))
     last = [line for line in run.metrics() if line["stage"] == "align"][-1]
     assert found == pytest.approx({name: last[name] for name in found}, rel=1e-4)
+
+
+def test_phrases_follow_a_text_encoder_that_is_trained(settings, tmp_path, cache_dir, monkeypatch):
+    """Else prompts would be read by another encoder than the phrases were learned with."""
+    embed, seen = align_module._pooled, []
+    batch = PhraseSource.batch
+    monkeypatch.setattr(align_module, "_pooled", lambda *given: seen.append(embed(*given)) or seen[-1])
+
+    def learned(source, rows):
+        assert source.pooled is seen[-1]
+        return batch(source, rows)
+
+    monkeypatch.setattr(PhraseSource, "batch", learned)
+    config = resolve(None, [*settings, "text.train=true"])
+    train(config, tmp_path / "run", stages=["align"], cache_dir=cache_dir)
+    assert len(seen) == config.align.epochs
+    assert not torch.allclose(seen[0], seen[1])
 
 
 def test_a_csv_of_reports_beside_originals_says_what_is_learned(settings, few, tmp_path, cache_dir):
