@@ -1,6 +1,6 @@
 # make demo       the whole way once on synthetic ECGs, in minutes on a CPU; leaves everything in runs/demo
 # make test       format, lint, types, tests; the kernels' tests a second time in Triton's interpreter
-# make resources  every tile of every kernel compiled for four GPUs, none needed; some ten minutes
+# make resources  every tile of every kernel compiled for four GPUs, none needed; minutes
 # make bench      the benchmark suite
 # make clean      remove the virtual environment and runs/demo
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

@@ -123,7 +123,7 @@ def test_unbalanced_equals_pot():
 def test_a_large_rho_is_balanced():
     tensors = problem((2, 9, 7, 3), weighted=True)
     balanced = sinkhorn(**tensors, eps=0.2, tol=1e-6, max_iter=5000).value
-    nearly = sinkhorn(**tensors, eps=0.2, rho=1e4, tol=1e-6, max_iter=5000).value
+    nearly = sinkhorn(**tensors, eps=0.2, rho=1e4, tol=1e-6, max_iter=500).value
     torch.testing.assert_close(nearly, balanced, atol=1e-3, rtol=0)
 
 
