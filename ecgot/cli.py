@@ -178,10 +178,14 @@ def train(
 @click.option("--from", "start", type=PATH, metavar="RUN", help="Fine-tune the aligned encoder of this run.")
 @click.option("--group", help="Label group, or all (default: superclass; with --from all).")
 @click.option("--epochs", type=click.IntRange(min=1), help="Default: 50; with --from 8.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), help="Default: 0.")
 @click.option("--folds", default="9", show_default=True, help="Folds to evaluate, such as 9 or 9,10.")
 @click.option("--resamples", type=click.IntRange(min=1), default=1000, show_default=True, help="Bootstrap.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted training, or evaluate a finished one.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue an interrupted training, or evaluate a finished one, in its own settings.",
+)
 @cache
 @as_json
 def supervise(
@@ -191,7 +195,7 @@ def supervise(
     start: Path | None,
     group: str | None,
     epochs: int | None,
-    seed: int,
+    seed: int | None,
     folds: str,
     resamples: int,
     resume: bool,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ecgot.models.alignment import TOKEN_SIMILARITIES, Embedding, Transport, token_similarity
+from ecgot.models.alignment import TOKEN_SIMILARITIES, Embedding, Transport, rank_of_match, token_similarity
 
 DEPTHS = (1, 5, 10)
 BATCH = 128
@@ -43,9 +43,7 @@ def retrieval(
         ("ecg_to_report", similarity, matching),
         ("report_to_ecg", similarity.T, matching.T),
     ):
-        best = values.masked_fill(~match, -torch.inf).amax(1, keepdim=True)
-        # The best own column is one place before those that are not below it, itself included.
-        rank = (~(values < best) & ~match).sum(1)
+        rank = rank_of_match(values, match)
         found |= {f"{name}@{depth}": (rank < depth).float().mean().item() for depth in DEPTHS}
     return found
 

@@ -34,7 +34,7 @@ from ecgot.models.encoders import Encoder, encoder, folded, lay_out, masked_mean
 from ecgot.train.align import load_alignment
 from ecgot.train.batches import augmented, epoch_order, waveforms
 from ecgot.train.config import Config, DataConfig, EncoderConfig
-from ecgot.train.run import Progress, Run, choose_device, train_epochs, warm_up_and_decay
+from ecgot.train.run import Progress, Run, choose_device, parameter_groups, train_epochs, warm_up_and_decay
 from ecgot.train.stages import load_folds
 from ecgot.version import __version__
 
@@ -286,7 +286,7 @@ def supervise(
     start: Run | None = None,
     group: str | None = None,
     epochs: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     folds: Sequence[int] = (9,),
     resamples: int = 1000,
     resume: bool = False,
@@ -302,15 +302,20 @@ def supervise(
         start: a run whose aligned encoder is fine-tuned instead.
         group: of labels, or "all"; "superclass" from scratch and "all" from a run where omitted.
         epochs: 50 from scratch and 8 from a run where omitted.
+        seed: 0 where omitted.
         folds: to evaluate, held out. metrics.jsonl follows them too, but nothing is chosen by them.
         resamples: of the bootstrap over patients.
-        resume: go on with a training that was interrupted, or evaluate one that is done.
+        resume: go on with a training that was interrupted, or evaluate one that is done, in its own settings
+            where they are omitted; ``start`` is not read again.
 
     Raises:
         EcgotError: an argument, the data or the folder cannot be used. Nothing of ``out`` is overwritten.
     """
     cache_dir, progress = cache_dir or default_cache_dir(), progress or Progress()
-    config, settings = _configured(root, encoder_name, start, group, epochs, seed)
+    asked = (encoder_name, start, group, epochs, seed)
+    _check_asked(*asked)
+    had = resume and (out / "supervised.json").is_file() and (out / "config.json").is_file()
+    config, settings = _resumed(root, out, *asked) if had else _configured(root, *asked)
     trained_on = set(folds) & set(config.data.train_folds)
     if trained_on:
         raise EcgotError(f"folds: fold {min(trained_on)} is trained on, accepted are held-out folds")
@@ -326,22 +331,56 @@ def supervise(
     return evaluation
 
 
-def _configured(
-    root: Path,
-    encoder_name: str | None,
-    start: Run | None,
-    group: str | None,
-    epochs: int | None,
-    seed: int,
-) -> tuple[Config, SupervisedConfig]:
+def _check_asked(
+    encoder_name: str | None, start: Run | None, group: str | None, epochs: int | None, seed: int | None
+) -> None:
     if start is not None and encoder_name is not None:
         raise EcgotError(f"encoder: got {encoder_name!r} and a run to start from, accepted is one of them")
     if group is not None and group not in (*GROUPS, ALL):
         raise EcgotError(f"group: got {group!r}, accepted are {', '.join((*GROUPS, ALL))}")
     if epochs is not None and epochs < 1:
         raise EcgotError(f"epochs: got {epochs}, accepted is an integer >= 1")
-    if seed < 0:
+    if seed is not None and seed < 0:
         raise EcgotError(f"seed: got {seed}, accepted is an integer >= 0")
+
+
+def _resumed(
+    root: Path,
+    out: Path,
+    encoder_name: str | None,
+    start: Run | None,
+    group: str | None,
+    epochs: int | None,
+    seed: int | None,
+) -> tuple[Config, SupervisedConfig]:
+    """What ``out`` is trained with, under what is asked for now; :func:`_open` refuses what differs."""
+    config, settings = Run.open(out).config(), _saved_settings(out)
+    data = replace(config.data, root=str(root.resolve()))
+    config = replace(config, data=data, seed=config.seed if seed is None else seed)
+    if encoder_name is not None:
+        config, settings = replace(config, encoder=EncoderConfig(encoder_name)), replace(settings, start="")
+    if start is not None:
+        settings = replace(settings, start=str(start.folder.resolve()))
+    return config, replace(settings, group=group or settings.group, epochs=epochs or settings.epochs)
+
+
+def _saved_settings(out: Path) -> SupervisedConfig:
+    path = out / "supervised.json"
+    try:
+        return SupervisedConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise EcgotError(f"out: {path} does not hold the settings of a run ({error})") from error
+
+
+def _configured(
+    root: Path,
+    encoder_name: str | None,
+    start: Run | None,
+    group: str | None,
+    epochs: int | None,
+    seed: int | None,
+) -> tuple[Config, SupervisedConfig]:
+    seed = seed or 0
     place = str(root.resolve())
     if start is None:
         config = Config(
@@ -370,12 +409,11 @@ def _open(out: Path, config: Config, settings: SupervisedConfig, *, resume: bool
     run, path = Run.create(out, config, resume=resume), out / "supervised.json"
     wanted = dataclasses.asdict(settings)
     if path.exists():
-        had = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in wanted.items():
-            if had.get(name) != value:
+        for name, value in dataclasses.asdict(_saved_settings(out)).items():
+            if wanted[name] != value:
                 raise EcgotError(
-                    f"out: {out} was trained with another configuration ({name}: {had.get(name)} "
-                    f"against {value})"
+                    f"out: {out} was trained with another configuration ({name}: {value} against "
+                    f"{wanted[name]})"
                 )
     else:
         write_text(path, json.dumps(wanted, indent=2) + "\n")
@@ -393,7 +431,7 @@ def _train(
     config = run.config()
     device = choose_device(config.device)
     targets = Targets.of(train, settings.groups)
-    classifier = _build(config, settings, targets.matrix.shape[1]).to(device)
+    classifier = _build(run, settings, targets.matrix.shape[1]).to(device)
     if run.done(STAGE):
         run.load(STAGE, classifier)
         return classifier.eval()
@@ -437,14 +475,17 @@ def _train(
     return classifier.eval()
 
 
-def _build(config: Config, settings: SupervisedConfig, classes: int) -> Classifier:
+def _build(run: Run, settings: SupervisedConfig, classes: int) -> Classifier:
+    """The classifier as training begins; of one that has begun, its shape alone."""
+    config = run.config()
     torch.manual_seed(config.seed)
-    if settings.start:
+    if settings.start and not run.begun(STAGE):
         aligned = load_alignment(Run.open(Path(settings.start)), None).encoder
         return Classifier(aligned, classes, benchmark=False)
     fresh = encoder(config.encoder.name, leads=len(config.data.leads))
-    classifier = Classifier(fresh, classes, benchmark=True)
-    initialise(classifier, config.encoder.name)
+    classifier = Classifier(fresh, classes, benchmark=not settings.start)
+    if not settings.start:
+        initialise(classifier, config.encoder.name)
     return classifier
 
 
@@ -479,20 +520,16 @@ def one_cycle(optimizer: Optimizer, total: int) -> OneCycleLR:
 
 def _parameter_groups(classifier: Classifier, settings: SupervisedConfig) -> list[dict[str, Any]]:
     """Encoder and head. The benchmark decays every parameter; in fine-tuning, matrices and kernels alone."""
+    if settings.start:
+        head = settings.learning_rate
+        return parameter_groups(
+            classifier, lambda name: head if name.startswith("head.") else settings.encoder_learning_rate
+        )
     parts = (
         (classifier.encoder, settings.encoder_learning_rate),
         (classifier.head, settings.learning_rate),
     )
-    if not settings.start:
-        return [
-            {"params": list(part.parameters()), "lr": rate, "betas": (0.95, 0.99)} for part, rate in parts
-        ]
-    groups = []
-    for part, rate in parts:
-        parameters = list(part.parameters())
-        groups.append({"params": [p for p in parameters if p.dim() > 1], "lr": rate})
-        groups.append({"params": [p for p in parameters if p.dim() <= 1], "lr": rate, "weight_decay": 0.0})
-    return groups
+    return [{"params": list(part.parameters()), "lr": rate, "betas": (0.95, 0.99)} for part, rate in parts]
 
 
 def _validate(

@@ -281,3 +281,10 @@ def _token_similarity(
     some = x_mask.any(2) & y_mask.any(2)
     both = best_of_x / x_mask.sum(2).clamp_min(1) + best_of_y / y_mask.sum(2).clamp_min(1)
     return (both / 2).masked_fill(~some, 0.0), None
+
+
+def rank_of_match(similarity: Tensor, match: Tensor) -> Tensor:
+    """Of each row of ``similarity`` [n, K], how many columns that do not ``match`` [n, K] come before its
+    best that does: [n], 0 where it is found at once. Ties and NaN count against it."""
+    best = similarity.masked_fill(~match, -torch.inf).amax(1, keepdim=True)
+    return (~(similarity < best) & ~match).sum(1)

@@ -115,7 +115,7 @@ class Reporter(nn.Module):
             nn.LayerNorm(ecg_width), nn.Linear(ecg_width, width), nn.GELU(), nn.Linear(width, width)
         )
         # Models differ in what they take; logits of the ECG's own positions would be computed for nothing.
-        self._takes = inspect.signature(language_model.forward).parameters.keys()
+        self._takes = frozenset(inspect.signature(language_model.forward).parameters)
 
     def forward(self, tokens: Tensor, mask: Tensor, reports: Sequence[str]) -> Tensor:
         """Mean cross-entropy per report token of B reports, given ECG tokens [B, N, D] and mask [B, N]."""

@@ -3,20 +3,19 @@
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ecgot.data.dataset import EcgDataset
 from ecgot.errors import EcgotError
-from ecgot.models.alignment import AlignmentLoss, AlignmentModel, Transport
+from ecgot.models.alignment import AlignmentLoss, AlignmentModel, Transport, rank_of_match
 from ecgot.models.encoders import CapturedTraining, encoder, lay_out
 from ecgot.models.text import TextEncoder, TextTokens, TokenStore, embed_texts
 from ecgot.train.batches import augmented, epoch_order, waveforms
 from ecgot.train.config import AlignConfig, Config
 from ecgot.train.phrases import Phrases, PhraseSource, find_phrases
-from ecgot.train.run import Progress, Run, choose_device, train_epochs
+from ecgot.train.run import Progress, Run, choose_device, parameter_groups, train_epochs
 
 
 class ReportSource:
@@ -117,7 +116,10 @@ def train_alignment(
         run,
         "align",
         model,
-        _parameter_groups(model, settings.learning_rate, settings.text_learning_rate),
+        parameter_groups(
+            model,
+            lambda name: settings.text_learning_rate if name.startswith("text.") else settings.learning_rate,
+        ),
         epochs=settings.epochs,
         steps=len(epoch_order(len(train), settings.batch_size, 0, 0)),
         weight_decay=settings.weight_decay,
@@ -181,10 +183,7 @@ def validate(
         text.append(model.embed_text(tokens).pooled)
     ids = source.text_id.to(device)
     distinct, first = _first_rows(ids)
-    similarity = torch.cat(ecg) @ torch.cat(text)[first].T
-    own = torch.searchsorted(distinct, ids)
-    # Written so that ties and NaN count against the model.
-    rank = (~(similarity < similarity.gather(1, own[:, None]))).sum(1) - 1
+    rank = rank_of_match(torch.cat(ecg) @ torch.cat(text)[first].T, ids[:, None] == distinct)
     return {f"validation_recall@{k}": (rank < k).float().mean().item() for k in (1, 10)}
 
 
@@ -222,15 +221,3 @@ def _first_rows(ids: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.full_like(distinct, len(ids))
     rows = torch.arange(len(ids), device=ids.device)
     return distinct, first.scatter_reduce(0, inverse, rows, reduce="amin")
-
-
-def _parameter_groups(model: AlignmentModel, rate: float, text_rate: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels alone; the text encoder has a rate of its own."""
-    groups: dict[tuple[float, bool], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        key = (text_rate if name.startswith("text.") else rate, parameter.dim() > 1)
-        groups.setdefault(key, []).append(parameter)
-    return [
-        {"params": parameters, "lr": lr} | ({} if decays else {"weight_decay": 0.0})
-        for (lr, decays), parameters in groups.items()
-    ]

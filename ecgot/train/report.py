@@ -1,7 +1,7 @@
 """Stage 2: a language model learns to write reports from the frozen encoder's tokens."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ecgot.models.reporter import (
 )
 from ecgot.train.batches import encode, epoch_order
 from ecgot.train.config import ReportConfig
-from ecgot.train.run import Progress, Run, choose_device, train_epochs
+from ecgot.train.run import Progress, Run, choose_device, parameter_groups, train_epochs
 
 
 def train_reporter(
@@ -59,7 +59,7 @@ def train_reporter(
         run,
         "report",
         reporter,
-        _parameter_groups(reporter, settings),
+        parameter_groups(reporter, functools.partial(_learning_rate, settings)),
         epochs=settings.epochs,
         steps=len(epoch_order(len(train), settings.batch_size, 0, 0)),
         weight_decay=settings.weight_decay,
@@ -95,22 +95,11 @@ def _new_reporter(settings: ReportConfig, ecg_width: int, reports: tuple[str, ..
     return reporter
 
 
-def _parameter_groups(reporter: Reporter, settings: ReportConfig) -> list[dict[str, Any]]:
-    """What is trained, with weight decay for matrices alone; a pretrained language model, or its adapters,
-    have a rate of their own."""
-    pretrained = settings.language_model != SCRATCH
-    own_rate = settings.lora_learning_rate if settings.lora_rank else settings.pretrained_learning_rate
-    groups: dict[tuple[float, bool], list[Tensor]] = {}
-    for name, parameter in reporter.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        own = pretrained and name.startswith("language_model.")
-        rate = own_rate if own else settings.learning_rate
-        groups.setdefault((rate, parameter.dim() > 1), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate} | ({} if decays else {"weight_decay": 0.0})
-        for (rate, decays), parameters in groups.items()
-    ]
+def _learning_rate(settings: ReportConfig, name: str) -> float:
+    """Of a parameter; a pretrained language model, or its adapters, have a rate of their own."""
+    if settings.language_model == SCRATCH or not name.startswith("language_model."):
+        return settings.learning_rate
+    return settings.lora_learning_rate if settings.lora_rank else settings.pretrained_learning_rate
 
 
 @torch.no_grad()

@@ -302,6 +302,18 @@ def train_epochs(
     run.finish(stage)
 
 
+def parameter_groups(model: nn.Module, rate: Callable[[str], float]) -> list[dict[str, Any]]:
+    """What of ``model`` is trained, each at the rate of its name; matrices and kernels alone decay."""
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((rate(name), parameter.dim() > 1), []).append(parameter)
+    return [
+        {"params": parameters, "lr": lr} | ({} if decays else {"weight_decay": 0.0})
+        for (lr, decays), parameters in groups.items()
+    ]
+
+
 @torch.no_grad()
 def _average(kept: nn.Module, model: nn.Module, decay: float) -> None:
     pairs = list(zip(kept.state_dict().values(), model.state_dict().values(), strict=True))
