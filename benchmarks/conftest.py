@@ -33,6 +33,7 @@ COLUMNS = (
     "triton",
     "pot",
     "geomloss",
+    "flash_sinkhorn",
     "numba",
     "ecgot commit",
     "steps",

@@ -68,7 +68,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(CURVES), figsize=(16, 4), sharey=True)
     for axis, curve in zip(axes, CURVES, strict=True):
-        for provider in bench.SOLVERS:
+        for provider in bench.SOLVERS | bench.GPU_SOLVERS:
             points = [
                 (1 / row["at"] if curve == "eps" else row["at"], row["median_ms"])
                 for row in rows

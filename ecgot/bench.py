@@ -8,6 +8,7 @@ provider that is wrong is not timed. Providers take turns, call by call, so that
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -134,6 +135,94 @@ def _plan(exponent: Tensor, f: Tensor, g: Tensor) -> Tensor:
     return torch.exp(exponent + f[:, :, None] + g[:, None, :]) / (f.shape[1] * g.shape[1])
 
 
+def _torch_graph(x: Tensor, y: Tensor, case: Case, steps: int) -> Solution:
+    """The best that one writes by hand: the same iterations without autograd, compiled, gradients by the
+    envelope theorem, and all of it one CUDA graph."""
+    solve = _graph(x.shape, y.shape, case, steps, x.device)
+    value, plan = _Replay.apply(x, y, solve)
+    return value, lambda: plan
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, solve: Callable[..., tuple[Tensor, ...]]) -> Any:
+        value, plan, grad_x, grad_y = solve(x, y)
+        ctx.save_for_backward(grad_x, grad_y)
+        ctx.mark_non_differentiable(plan)
+        return value.clone(), plan
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        return *(grad[:, None, None] * each for each in ctx.saved_tensors), None
+
+
+@functools.lru_cache(maxsize=1)  # a graph keeps its memory
+def _graph(
+    shape_x: torch.Size, shape_y: torch.Size, case: Case, steps: int, device: torch.device
+) -> Callable[..., tuple[Tensor, ...]]:
+    """x, y to values, plan and gradients, recorded once and replayed; what it gives is overwritten then."""
+    x, y = torch.empty(shape_x, device=device), torch.empty(shape_y, device=device)
+    half_step = torch.compile(_half_step, dynamic=False)
+
+    def solve() -> tuple[Tensor, ...]:
+        return enveloped(x, y, case, steps, half_step)
+
+    x.normal_(), y.normal_()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # compiles, as recording may not
+        solve()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = solve()
+
+    def replay(new_x: Tensor, new_y: Tensor) -> tuple[Tensor, ...]:
+        x.copy_(new_x)
+        y.copy_(new_y)
+        graph.replay()
+        return found
+
+    return replay
+
+
+def _half_step(exponent: Tensor, potential: Tensor, log_count: float, dim: int) -> Tensor:
+    return log_count - torch.logsumexp(exponent + potential.unsqueeze(3 - dim), dim=dim)
+
+
+@torch.no_grad()
+def enveloped(
+    x: Tensor, y: Tensor, case: Case, steps: int, half_step: Callable[..., Tensor] = _half_step
+) -> tuple[Tensor, ...]:
+    """Values [B], plan, and the gradients of the values in x and y with the plan held."""
+    exponent = -_cost(x, y) / case.eps
+    log_n, log_m = math.log(x.shape[1]), math.log(y.shape[1])
+    g = torch.zeros_like(y[:, :, 0])
+    for _ in range(steps):
+        f = half_step(exponent, g, log_m, 2)
+        g = half_step(exponent, f, log_n, 1)
+    plan = _plan(exponent, f, g)
+    grad_x = 2 * (plan.sum(2)[:, :, None] * x - plan @ y)
+    grad_y = 2 * (plan.sum(1)[:, :, None] * y - plan.mT @ x)
+    return case.eps * (f.mean(1) + g.mean(1)), plan, grad_x, grad_y
+
+
+MOST_LOOPED = 64  # problems that a Python loop is given
+
+
+def _flash_sinkhorn(x: Tensor, y: Tensor, case: Case, steps: int) -> Solution:
+    if len(x) > MOST_LOOPED:
+        raise RuntimeError(f"it loops over problems in Python, which is timed up to {MOST_LOOPED} of them")
+    samples_loss = importlib.import_module("flash_sinkhorn").SamplesLoss
+    settings = {"backend": "alternating", "use_epsilon_scaling": False, "allow_tf32": False}
+    settings |= {"eps": case.eps, "n_iters": steps}
+
+    def plan() -> Tensor:
+        f, g = samples_loss(potentials=True, **settings)(x.detach(), y.detach())
+        return _plan(-_cost(x, y).detach() / case.eps, f / case.eps, g / case.eps)
+
+    return samples_loss(**settings)(x, y), plan
+
+
 Solver = Callable[[Tensor, Tensor, Case, int], Solution]
 SOLVERS: dict[str, tuple[str, Solver]] = {  # with the package that each needs
     OURS: ("ecgot", _ecgot),
@@ -142,6 +231,16 @@ SOLVERS: dict[str, tuple[str, Solver]] = {  # with the package that each needs
     "pot_scaling": ("ot", _pot("sinkhorn")),
     "geomloss": ("geomloss", _geomloss),
 }
+GPU_SOLVERS: dict[str, tuple[str, Solver]] = {
+    "torch_graph": ("torch", _torch_graph),
+    "flash_sinkhorn": ("flash_sinkhorn", _flash_sinkhorn),
+}
+COUNTED_BY = {"torch_graph": _torch}  # who finds how many iterations are needed, where not itself
+
+
+def solvers(device: torch.device) -> dict[str, tuple[str, Solver]]:
+    """The providers that run on a device."""
+    return SOLVERS | (GPU_SOLVERS if device.type == "cuda" else {})
 
 
 # --- all pairs ----------------------------------------------------------------------------------------------
@@ -237,15 +336,16 @@ def unit_vectors(batch: int, count: int, d: int, device: torch.device, seed: int
     return F.normalize(torch.randn(batch, count, d, generator=generator), dim=2).to(device)
 
 
-def compare(case: Case, device: torch.device, providers: Iterable[str] = tuple(SOLVERS)) -> list[Measurement]:
-    """All providers on one case: gate, then time in turns."""
+def compare(case: Case, device: torch.device, providers: Iterable[str] | None = None) -> list[Measurement]:
+    """Providers, or all of them, on one case: gate, then time in turns."""
+    known = solvers(device)
     x = unit_vectors(case.batch, case.n, case.d, device, 0).requires_grad_()
     y = unit_vectors(case.batch, case.m, case.d, device, 1).requires_grad_()
     value, grads = _exact(x.detach(), y.detach(), case)
     found: list[Measurement] = []
     calls: dict[str, Callable[[], object]] = {}
-    for name in providers:
-        package, solve = SOLVERS[name]
+    for name in known if providers is None else providers:
+        package, solve = known[name]
         if importlib.util.find_spec(package) is None:
             found.append(Measurement(str(case), name, f"{package} is not installed"))
             continue
@@ -278,7 +378,9 @@ def _exact(x: Tensor, y: Tensor, case: Case) -> tuple[Tensor, tuple[Tensor, Tens
 def _gated(
     name: str, solve: Solver, x: Tensor, y: Tensor, case: Case, value: Tensor, grads: tuple[Tensor, Tensor]
 ) -> tuple[Measurement, Callable[[], object]]:
-    steps, marginal = _least_steps(name, solve, x, y, case)
+    steps, marginal = _least_steps(name, COUNTED_BY.get(name, solve), x, y, case)
+    if name in COUNTED_BY:
+        marginal = _marginal_error(solve(x, y, case, steps)[1]())
 
     def forward_backward() -> tuple[Tensor, tuple[Tensor, ...]]:
         found, _ = solve(x, y, case, steps)
@@ -386,6 +488,7 @@ def origin() -> dict[str, str]:
         for name, module, distribution in (
             ("pot", "ot", "POT"),
             ("geomloss", "geomloss", "geomloss"),
+            ("flash_sinkhorn", "flash_sinkhorn", "flash-sinkhorn"),
             ("numba", "numba", "numba"),
         )
     }

@@ -56,6 +56,27 @@ def test_a_provider_that_stops_too_early_is_not_timed(monkeypatch):
     assert "marginal error" in row.refused
 
 
+def test_the_envelope_of_a_recorded_loop_is_that_of_autograd():
+    """What a CUDA graph records, here without one."""
+    x, y = (bench.unit_vectors(3, count, 4, CPU, count).double().requires_grad_() for count in (7, 5))
+    value, plan, *grads = bench.enveloped(x, y, CASE, 400)
+    expected, expected_plan = bench._torch(x, y, CASE, 400)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(plan, expected_plan())
+    for grad, wanted in zip(grads, torch.autograd.grad(expected.sum(), (x, y)), strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_loop_follows_its_input():
+    device = torch.device("cuda")
+    (row,) = bench.compare(CASE, device, ["torch_graph"])
+    assert not row.refused
+    x, y = (bench.unit_vectors(3, count, 4, device, count + 9).requires_grad_() for count in (7, 5))
+    value, _ = bench._torch_graph(x, y, CASE, row.steps)
+    torch.testing.assert_close(value, bench._torch(x, y, CASE, row.steps)[0])
+
+
 def test_what_is_not_installed_or_fails_is_a_row(monkeypatch):
     def fails(*_):
         raise RuntimeError("out of memory\nmore")

@@ -1,0 +1,133 @@
+"""Every Triton kernel launched once, alone in a process: what compute-sanitizer and ncu look at.
+
+    compute-sanitizer --tool memcheck python benchmarks/kernel_cases.py
+    ncu --kernel-name regex:_sinkhorn_fwd python benchmarks/kernel_cases.py --large sinkhorn
+
+Small cases by default, with edges that fill no tile; ``--large`` takes the sizes whose speed matters. Needs a
+GPU, or TRITON_INTERPRET=1. Exits with 1 where a result is not finite.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ecgot.kernels import (
+    FoldedLayer,
+    Signal,
+    conv1d,
+    conv1d_bottleneck,
+    conv1d_norm,
+    join,
+    sinkhorn,
+    sinkhorn_pairwise,
+)
+from ecgot.kernels.dispatch import HAS_TRITON, INTERPRETED
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of transport problems (streamed_n: points of one that does not fit on chip) and of a convolution."""
+
+    batch: int
+    n: int
+    m: int
+    d: int
+    iterations: int
+    streamed_n: int
+    length: int
+    channels: int
+
+
+SMALL = Sizes(3, 37, 21, 19, 5, 300, 45, 24)
+LARGE = Sizes(256, 128, 128, 256, 100, 2000, 1000, 64)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(*size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size))).to(DEVICE).requires_grad_()
+
+
+def run_sinkhorn(sizes: Sizes) -> Iterator[Tensor]:
+    """On chip: values and their gradients, then the plan's, which solve a linear system."""
+    options = {"eps": 0.1, "cost": "cosine", "max_iter": sizes.iterations, "tol": 0.0}
+    x, y = draw(sizes.batch, sizes.n, sizes.d), draw(sizes.batch, sizes.m, sizes.d)
+    yield from torch.autograd.grad(sinkhorn(x, y, **options).value.sum(), (x, y))
+    few = slice(0, 32)
+    plan = sinkhorn(x[:, few], y[:, few], **options).plan()
+    yield from torch.autograd.grad(plan.square().sum(), (x, y))
+
+
+def run_streaming(sizes: Sizes) -> Iterator[Tensor]:
+    x, y = draw(1, sizes.streamed_n, sizes.d), draw(1, sizes.streamed_n, sizes.d)
+    value = sinkhorn(x, y, eps=0.1, cost="cosine", max_iter=min(sizes.iterations, 20), tol=0.0).value
+    yield from torch.autograd.grad(value.sum(), (x, y))
+
+
+def run_pairs(sizes: Sizes) -> Iterator[Tensor]:
+    x, y = draw(sizes.batch, 33, sizes.d), draw(sizes.batch, 20, sizes.d)
+    value = sinkhorn_pairwise(x, y, eps=0.1, cost="cosine", max_iter=min(sizes.iterations, 20), tol=0.0)
+    yield from torch.autograd.grad(value.sum(), (x, y))
+
+
+def run_convolution(sizes: Sizes) -> Iterator[Tensor]:
+    x, weight = draw(sizes.batch, sizes.length, sizes.channels), draw(sizes.channels, sizes.channels, 5)
+    y = conv1d(x, weight, padding=2, activation="relu", backend="triton")
+    yield from torch.autograd.grad(y.square().mean(), (x, weight))
+
+
+def run_norm(sizes: Sizes) -> Iterator[Tensor]:
+    """A convolution with its batch norm in training, joined with a shortcut."""
+    x, weight = draw(sizes.batch, sizes.length, sizes.channels), draw(sizes.channels, sizes.channels, 5)
+    gamma, beta = draw(sizes.channels), draw(sizes.channels)
+    signal = conv1d_norm(Signal(x), weight, gamma, beta, None, None, padding=2, backend="triton")
+    y = join(signal, Signal(x), "relu").values
+    yield from torch.autograd.grad(y.square().mean(), (x, weight, gamma, beta))
+
+
+@torch.no_grad()
+def run_bottleneck(sizes: Sizes) -> Iterator[Tensor]:
+    c = min(sizes.channels, 64)
+    layers = [
+        FoldedLayer(draw(*shape), None, draw(shape[0])) for shape in ((c, c, 5), (4 * c, c, 1), (c, 4 * c, 1))
+    ]
+    x, residual = draw(sizes.batch, sizes.length, c), draw(sizes.batch, sizes.length, 4 * c)
+    for each in conv1d_bottleneck(x, layers[0], layers[1], residual, layers[2], padding=2, backend="triton"):
+        assert each is not None
+        yield each
+
+
+CASES: dict[str, Callable[[Sizes], Iterator[Tensor]]] = {
+    "sinkhorn": run_sinkhorn,
+    "streaming": run_streaming,
+    "pairs": run_pairs,
+    "convolution": run_convolution,
+    "norm": run_norm,
+    "bottleneck": run_bottleneck,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
+    parser.add_argument("--large", action="store_true", help="the sizes whose speed matters")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.names if name not in CASES]
+    if unknown:
+        parser.error(f"CASE: got {unknown[0]}, accepted are {', '.join(CASES)}")
+    if not HAS_TRITON or (DEVICE == "cpu" and not INTERPRETED):
+        print("kernel_cases: there is no GPU, and TRITON_INTERPRET=1 is not set", file=sys.stderr)
+        return 2
+    wrong = []
+    for name in options.names or CASES:
+        finite = [bool(tensor.isfinite().all()) for tensor in CASES[name](LARGE if options.large else SMALL)]
+        print(f"{name}: {len(finite)} results, {'all finite' if all(finite) else 'NOT FINITE'}", flush=True)
+        wrong += [name] * (not all(finite))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
