@@ -98,21 +98,21 @@ def _ours(case: Case) -> nn.Module:
     return model
 
 
-class _AsImage(nn.Module):
+class AsImage(nn.Module):
     """A residual network with Conv2d(1, k) in place of Conv1d(k), channels-last."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = _as_image(model).to(memory_format=torch.channels_last)
+        self.model = _image_modules(model).to(memory_format=torch.channels_last)
 
     def forward(self, waveform: Tensor) -> Tensor:
         image = waveform[:, :, None, :].to(memory_format=torch.channels_last)
         return self.model(image).squeeze(1).mT  # the twin swaps dimensions 1 and 2: [B, 1, C, T]
 
 
-def _as_image(module: nn.Module) -> nn.Module:
+def _image_modules(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
-        setattr(module, name, _as_image(child))
+        setattr(module, name, _image_modules(child))
     if isinstance(module, nn.Conv1d):
         (k,), (stride,), (padding,) = module.kernel_size, module.stride, module.padding
         image = nn.Conv2d(
@@ -154,7 +154,7 @@ def _inference(provider: str, case: Case) -> Encode:
         return lambda waveform: captured(waveform).tokens
     if provider == "torch":
         return _eager(case).eval()
-    model = _AsImage(_eager(case)) if provider == "conv2d_compiled" else _eager(case)
+    model = AsImage(_eager(case)) if provider == "conv2d_compiled" else _eager(case)
     return torch.compile(model.eval(), mode="max-autotune")
 
 
@@ -165,7 +165,7 @@ def _training(provider: str, case: Case) -> tuple[Encode, list[nn.Parameter]]:
             lay_out(model)
         encode = CapturedTraining(model) if provider == "ecgot_graph" else model
         return (lambda waveform: encode(waveform).tokens), list(model.parameters())
-    model = _AsImage(_eager(case)) if provider == "conv2d_compiled" else _eager(case)
+    model = AsImage(_eager(case)) if provider == "conv2d_compiled" else _eager(case)
     model.train()
     encode = model if provider == "torch" else torch.compile(model, mode="max-autotune")
     return encode, list(model.parameters())
