@@ -31,10 +31,12 @@ def retrieval(
     Returns:
         "ecg_to_report@1", ..., "report_to_ecg@10".
     """
+    texts = [_rows(reports, columns) for columns in torch.arange(len(reports.pooled)).split(BATCH)]
+    transport = transport or Transport()
     similarity = torch.cat(
         [
-            _similarity(_rows(ecg, rows), reports, score, transport or Transport())
-            for rows in torch.arange(len(own)).split(BATCH)
+            torch.cat([_similarity(some, each, score, transport) for each in texts], dim=1)
+            for some in (_rows(ecg, rows) for rows in torch.arange(len(own)).split(BATCH))
         ]
     )
     matching = own[:, None] == torch.arange(similarity.shape[1], device=own.device)

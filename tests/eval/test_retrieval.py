@@ -28,3 +28,21 @@ def test_a_model_that_says_the_same_of_all_finds_nothing():
     same = embedding([[1.0, 0.0]] * 30)
     found = retrieval(same, same, torch.arange(30))
     assert set(found.values()) == {0.0}
+
+
+@pytest.mark.parametrize("score", ["cosine", "ot", "best_match"])
+def test_it_does_not_depend_on_the_parts_it_is_made_in(score, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    ecg, reports = (
+        Embedding(
+            torch.randn(count, 3, 4, generator=generator),
+            torch.ones(count, 3, dtype=torch.bool),
+            torch.nn.functional.normalize(torch.randn(count, 4, generator=generator), dim=1),
+        )
+        for count in (9, 7)
+    )
+    own = torch.arange(9) % 7
+    whole = retrieval(ecg, reports, own, score=score)
+    monkeypatch.setattr("ecgot.eval.retrieval.BATCH", 2)
+    assert retrieval(ecg, reports, own, score=score) == whole
+    assert 0 < whole["ecg_to_report@5"] < 1
