@@ -1,19 +1,23 @@
 """All that a GPU has to tell, in steps: correctness, ceilings, comparisons, tuning, profiles.
 
-    python -m benchmarks.campaign OUT [STEP ...] [--minutes 14] [--list]
+    python -m benchmarks.campaign OUT [STEP ...] [--minutes 9] [--list]
 
-A step writes OUT/STEP.log and what it measures as OUT/STEP.csv. One that succeeded is not run again, so that
-the same command goes on where an earlier one stopped, on this day or another. A step that would not end in
-the minutes that are left is cut off and is not done. OUT/campaign.json says what ran, for how long, on what.
+A step writes OUT/STEP.log and what it measures beside it. One that succeeded at this commit is not run again,
+so that the same command goes on where an earlier one stopped, on this day or another. A step is cut off after
+its own limit or when the minutes are over; it then comes last. OUT/campaign.json says what ran, for how long,
+on what.
 
 ``throughput`` trains on the data set that ECGOT_PTBXL names; ``memcheck`` and ``racecheck`` want
 compute-sanitizer, the profiles ncu. What is missing is named and left out.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,11 +26,15 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.conftest import commit
 from ecgot.bench import origin
 from ecgot.files import write_text
+from ecgot.models.encoders import ENCODERS
 
-PYTHON = sys.executable
-SANITIZE = ("compute-sanitizer", "--error-exitcode", "1")
+PYTHON, DONE, CUT_OFF = sys.executable, "done", "cut off"
+ROOT = Path(__file__).parents[1]
+# Without torch's cache of memory each tensor is an allocation of its own, with bounds that a tool can check.
+SANITIZE = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1")
 # Clocks stay as they are, so that a profile's times compare with a benchmark's.
 PROFILE = ("ncu", "--clock-control", "none", "--set", "full", "--launch-count", "3", "--force-overwrite")
 
@@ -37,6 +45,7 @@ class Step:
 
     command: tuple[str, ...]
     needs: str = ""
+    minutes: float = 6.0
 
 
 def _pytest(*arguments: str) -> tuple[str, ...]:
@@ -61,26 +70,39 @@ TRAIN = (
     "--out",
     "{out}",
 )
+
+
+def _encoder(name: str) -> tuple[str, ...]:
+    return _pytest("benchmarks/test_encoders.py", "-k", f"[{name}-", "--csv", "{out}.csv")
+
+
+def _table(dtype: str) -> tuple[str, ...]:
+    return PYTHON, "-m", "benchmarks.conv1d_table", "--dtypes", dtype, "--out", "{out}.csv"
+
+
 STEPS = {  # the cheapest that can show a mistake come first
-    "cases": Step(_cases()),
-    "kernels": Step(_pytest("tests/kernels")),
+    "cases": Step(_cases(), minutes=3),
+    "kernels": Step(_pytest("tests/kernels", "--ignore=tests/kernels/test_resources.py")),
     "tests": Step(_pytest("tests", "--ignore=tests/kernels")),
     "memcheck": Step((*SANITIZE, "--tool", "memcheck", *_cases()), "compute-sanitizer"),
     "racecheck": Step((*SANITIZE, "--tool", "racecheck", *_cases()), "compute-sanitizer"),
-    "peaks": Step(_pytest("benchmarks/test_encoders.py", "-k", "peak", "--csv", "{out}.csv")),
+    "peaks": Step(_pytest("benchmarks/test_encoders.py", "-k", "peak", "--csv", "{out}.csv"), minutes=2),
     "transport": Step(_pytest("benchmarks/test_sinkhorn.py", "--csv", "{out}.csv")),
-    "convolutions": Step(_pytest("benchmarks/test_conv1d.py", "--csv", "{out}.csv")),
-    "training_step": Step(_pytest("benchmarks/test_training_step.py", "--csv", "{out}.csv")),
+    "convolutions": Step(_pytest("benchmarks/test_conv1d.py", "--csv", "{out}.csv"), minutes=3),
+    "training_step": Step(_pytest("benchmarks/test_training_step.py", "--csv", "{out}.csv"), minutes=3),
     "throughput": Step(
         (*TRAIN, "--stage", "align", "--resume", "align.epochs=2", "cuda_graph=true"), "$ECGOT_PTBXL"
     ),
-    "warps": Step((PYTHON, "-m", "benchmarks.sinkhorn_warps", "{out}.csv")),
-    "table": Step((PYTHON, "-m", "benchmarks.conv1d_table", "--out", "{out}.csv")),
-    "profile_sinkhorn": Step(_profile("_sinkhorn_fwd", "sinkhorn"), "ncu"),
-    "profile_forward": Step(_profile("_conv1d_fwd", "norm"), "ncu"),
-    "profile_weight": Step(_profile("_conv1d_wgrad", "norm"), "ncu"),
+    "warps": Step((PYTHON, "-m", "benchmarks.sinkhorn_warps", "{out}.csv"), minutes=3),
+    "warps_1024": Step(
+        (PYTHON, "-m", "benchmarks.sinkhorn_warps", "{out}.csv", "--batch", "1024"), minutes=3
+    ),
+    "profile_sinkhorn": Step(_profile("_sinkhorn_fwd", "sinkhorn"), "ncu", minutes=3),
+    "profile_forward": Step(_profile("_conv1d_fwd", "norm"), "ncu", minutes=3),
+    "profile_weight": Step(_profile("_conv1d_wgrad", "norm"), "ncu", minutes=3),
+    **{f"table_{dtype}": Step(_table(dtype)) for dtype in ("bfloat16", "float16", "float32")},
+    **{f"encoder_{name}": Step(_encoder(name)) for name in ENCODERS},
     "growth": Step((PYTHON, "-m", "benchmarks.growth", "{out}.csv", "{out}.png")),
-    "encoders": Step(_pytest("benchmarks/test_encoders.py", "-k", "not peak", "--csv", "{out}.csv")),
 }
 
 
@@ -97,25 +119,46 @@ def run(name: str, out: Path, seconds: float) -> dict[str, object]:
     why = missing(step)
     if why:
         return {"state": "left out", "why": why}
-    known = {"{out}": str(out / name), "$ECGOT_PTBXL": os.environ.get("ECGOT_PTBXL", "")}
-    command = list(step.command)
-    for mark, value in known.items():
-        command = [part.replace(mark, value) for part in command]
+    command = _command(name, out)
     start = time.perf_counter()
     with (out / f"{name}.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+        )
         try:
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds)
-            state = "done" if done.returncode == 0 else f"failed with {done.returncode}"
+            code = process.wait(min(seconds, 60 * step.minutes))
+            state = DONE if code == 0 else f"failed with {code}"
         except subprocess.TimeoutExpired:
-            state = "cut off"
-    return {"state": state, "seconds": round(time.perf_counter() - start, 1), "command": command} | origin()
+            state = CUT_OFF
+        finally:
+            _end(process)
+    took = round(time.perf_counter() - start, 1)
+    return {"state": state, "seconds": took, "command": shlex.join(command)} | origin()
+
+
+def _command(name: str, out: Path) -> list[str]:
+    known = {
+        "{out}": str(out.resolve() / name),
+        "$ECGOT_PTBXL": os.environ.get("ECGOT_PTBXL", "$ECGOT_PTBXL"),
+    }
+    command = list(STEPS[name].command)
+    for mark, value in known.items():
+        command = [part.replace(mark, value) for part in command]
+    return command
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Whatever the step started, under a profiler too: none of it may keep the GPU."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)} (default: all)")
-    parser.add_argument("--minutes", type=float, default=14.0, help="for all steps together (default: 14)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together (default: 9)")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.steps if name not in STEPS]
@@ -124,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.steps or list(STEPS)
     if options.list:
         for name in names:
-            print(f"{name}: {' '.join(STEPS[name].command).replace('{out}', str(options.out / name))}")
+            print(f"{name}: {shlex.join(_command(name, options.out))}")
         return 0
     if not torch.cuda.is_available():
         print("campaign: there is no GPU to measure", file=sys.stderr)
@@ -137,12 +180,16 @@ def _campaign(names: list[str], out: Path, seconds: float) -> int:
     out.mkdir(parents=True, exist_ok=True)
     record = out / "campaign.json"
     told = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    end, failed = time.perf_counter() + seconds, False
-    for name in names:
+    version, end, failed = commit(ROOT), time.perf_counter() + seconds, False
+    told = {name: each for name, each in told.items() if each["commit"] == version}
+    for name in sorted(names, key=lambda name: told.get(name, {}).get("state") == CUT_OFF):
         left = end - time.perf_counter()
-        if told.get(name, {}).get("state") == "done" or left <= 0:
+        if told.get(name, {}).get("state") == DONE:
             continue
-        told[name] = run(name, out, left)
+        if left <= 0:
+            print(f"{name}: not reached", flush=True)
+            continue
+        told[name] = run(name, out, left) | {"commit": version}
         write_text(record, json.dumps(told, indent=1) + "\n")
         print(f"{name}: {told[name]['state']}", flush=True)
         failed = failed or str(told[name]["state"]).startswith("failed")

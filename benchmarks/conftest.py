@@ -86,18 +86,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if "s" not in config.option.reportchars:
         config.option.reportchars += "s"  # why something was not timed is part of the result
     config.stash[ROWS] = []
-    config.stash[ORIGIN] = {**origin(), "ecgot commit": _commit(config.rootpath)}
+    config.stash[ORIGIN] = {**origin(), "ecgot commit": commit(config.rootpath)}
 
 
-def _commit(root: Path) -> str:
+def commit(root: Path) -> str:
     """The short commit, "+dirty" where the code measured or measuring differs from it."""
     try:
-        commit = _git(root, "rev-parse", "--short", "HEAD")
+        head = _git(root, "rev-parse", "--short", "HEAD")
         # Earlier results beside the benchmarks do not make the code another one.
         changes = _git(root, "status", "--porcelain", "--", "ecgot", ":(glob)benchmarks/*.py")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return f"{commit}+dirty" if changes else commit
+    return f"{head}+dirty" if changes else head
 
 
 def _git(root: Path, *arguments: str) -> str:

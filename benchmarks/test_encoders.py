@@ -10,6 +10,7 @@ On a GPU all are in bf16, B = 256, at 10 s of 100 Hz and of 500 Hz; on a CPU in 
 
 import copy
 import functools
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -138,6 +139,13 @@ def _image_modules(module: nn.Module) -> nn.Module:
     return module
 
 
+def compiled(model: nn.Module, **options: str) -> nn.Module:
+    """For the very shapes it meets, whatever was compiled before it: else a class's code is compiled for few
+    shapes alone, and from the second one on for any size."""
+    torch.compiler.reset()
+    return typing.cast(nn.Module, torch.compile(model, dynamic=False, **options))
+
+
 def _providers(case: Case) -> list[str]:
     if not GPU:
         return [OURS, "torch"]
@@ -155,7 +163,7 @@ def _inference(provider: str, case: Case) -> Encode:
     if provider == "torch":
         return _eager(case).eval()
     model = AsImage(_eager(case)) if provider == "conv2d_compiled" else _eager(case)
-    return torch.compile(model.eval(), mode="max-autotune")
+    return compiled(model.eval(), mode="max-autotune")
 
 
 def _training(provider: str, case: Case) -> tuple[Encode, list[nn.Parameter]]:
@@ -167,7 +175,7 @@ def _training(provider: str, case: Case) -> tuple[Encode, list[nn.Parameter]]:
         return (lambda waveform: encode(waveform).tokens), list(model.parameters())
     model = AsImage(_eager(case)) if provider == "conv2d_compiled" else _eager(case)
     model.train()
-    encode = model if provider == "torch" else torch.compile(model, mode="max-autotune")
+    encode = model if provider == "torch" else compiled(model, mode="max-autotune")
     return encode, list(model.parameters())
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.conftest import OURS, Measure
-from benchmarks.test_encoders import AsImage
+from benchmarks.test_encoders import AsImage, compiled
 from ecgot.models.alignment import AlignmentLoss, AlignmentModel, SaidPhrases
 from ecgot.models.encoders import EncoderOutput, encoder, masked_mean, plain_encoder
 from ecgot.models.text import TextTokens
@@ -33,7 +33,7 @@ class Stock(nn.Module):
         plain = plain_encoder(name, leads=LEADS)
         if provider == "conv2d_compiled":
             plain = AsImage(plain)
-        self.encode = plain if provider == "torch" else torch.compile(plain)
+        self.encode = plain if provider == "torch" else compiled(plain)
 
     def forward(self, waveform: Tensor, _lengths: Tensor | None = None) -> EncoderOutput:
         tokens = self.encode(waveform)
@@ -56,7 +56,7 @@ def test_training_step(token_weight: float, provider: str, device: torch.device,
         optimizer.step()
 
     step()  # blocks start as their shortcuts: only after a step do gradients reach every weight
-    _check_gradients(model, terms())
+    _check_gradients(model, terms)
     measure(step, provider=provider, case=f"token_weight={token_weight:g}")
 
 
@@ -76,16 +76,17 @@ def _terms(
     return lambda: loss(model.embed_ecg(waveform), model.embed_text(text), text_id, model, phrases)
 
 
-def _check_gradients(model: AlignmentModel, terms: dict[str, Tensor]) -> None:
+def _check_gradients(model: AlignmentModel, terms: Callable[[], dict[str, Tensor]]) -> None:
     """All finite; and those of the transport loss alone reach every parameter of the encoder."""
     parameters = list(model.parameters())
-    grads = torch.autograd.grad(terms["loss"], parameters, retain_graph=True, allow_unused=True)
+    found = terms()
+    grads = torch.autograd.grad(found["loss"], parameters, allow_unused=True)
     for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
-        if name == "log_token_temperature" and "token" not in terms:
+        if name == "log_token_temperature" and "token" not in found:
             continue
         assert torch.isfinite(grad).all(), f"{name}: the gradient is not finite"
-    if "token" not in terms:
+    if "token" not in found:
         return
-    transport_grads = torch.autograd.grad(terms["token"], list(model.encoder.parameters()))
+    transport_grads = torch.autograd.grad(terms()["token"], list(model.encoder.parameters()))
     for (name, _), grad in zip(model.encoder.named_parameters(), transport_grads, strict=True):
         assert grad.any(), f"encoder.{name}: no gradient of the transport loss"

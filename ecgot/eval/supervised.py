@@ -33,7 +33,7 @@ from ecgot.files import default_cache_dir, write_text
 from ecgot.models.encoders import Encoder, encoder, folded, lay_out, masked_mean
 from ecgot.train.align import load_alignment
 from ecgot.train.batches import augmented, epoch_order, waveforms
-from ecgot.train.config import Config, DataConfig, EncoderConfig
+from ecgot.train.config import Config, DataConfig, EncoderConfig, differences
 from ecgot.train.run import Progress, Run, choose_device, parameter_groups, train_epochs, warm_up_and_decay
 from ecgot.train.stages import load_folds
 from ecgot.version import __version__
@@ -306,7 +306,7 @@ def supervise(
         folds: to evaluate, held out. metrics.jsonl follows them too, but nothing is chosen by them.
         resamples: of the bootstrap over patients.
         resume: go on with a training that was interrupted, or evaluate one that is done, in its own settings
-            where they are omitted; ``start`` is not read again.
+            where they are omitted; after its first epoch ``start`` is not read again.
 
     Raises:
         EcgotError: an argument, the data or the folder cannot be used. Nothing of ``out`` is overwritten.
@@ -314,7 +314,9 @@ def supervise(
     cache_dir, progress = cache_dir or default_cache_dir(), progress or Progress()
     asked = (encoder_name, start, group, epochs, seed)
     _check_asked(*asked)
-    had = resume and (out / "supervised.json").is_file() and (out / "config.json").is_file()
+    had = (out / "config.json").exists()
+    if had:
+        _check_folder(out, resume=resume)
     config, settings = _resumed(root, out, *asked) if had else _configured(root, *asked)
     trained_on = set(folds) & set(config.data.train_folds)
     if trained_on:
@@ -324,7 +326,7 @@ def supervise(
     held_out = load_folds(config, folds, cache_dir, progress)
     check_patient_split(train.table, held_out.table)
     train = labelled(train, settings.groups)
-    run = _open(out, config, settings, resume=resume)
+    run = _open(out, config, settings)
     classifier = _train(run, settings, train, held_out, progress)
     evaluation = _evaluate(run, settings, classifier, held_out, tuple(folds), resamples, progress)
     write_text(out / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
@@ -353,15 +355,28 @@ def _resumed(
     epochs: int | None,
     seed: int | None,
 ) -> tuple[Config, SupervisedConfig]:
-    """What ``out`` is trained with, under what is asked for now; :func:`_open` refuses what differs."""
-    config, settings = Run.open(out).config(), _saved_settings(out)
+    """What ``out`` is trained with.
+
+    Raises:
+        EcgotError: what is asked for now differs from it.
+    """
+    saved, trained = Run.open(out).config(), _saved_settings(out)
+    config, settings = saved, trained
     data = replace(config.data, root=str(root.resolve()))
     config = replace(config, data=data, seed=config.seed if seed is None else seed)
     if encoder_name is not None:
         config, settings = replace(config, encoder=EncoderConfig(encoder_name)), replace(settings, start="")
     if start is not None:
         settings = replace(settings, start=str(start.folder.resolve()))
-    return config, replace(settings, group=group or settings.group, epochs=epochs or settings.epochs)
+    settings = replace(settings, group=group or settings.group, epochs=epochs or settings.epochs)
+    changed = differences(saved, config) + [
+        f"{name}: {value} against {getattr(settings, name)}"
+        for name, value in dataclasses.asdict(trained).items()
+        if getattr(settings, name) != value
+    ]
+    if changed:
+        raise EcgotError(f"out: {out} was trained with another configuration ({changed[0]})")
+    return saved, trained
 
 
 def _saved_settings(out: Path) -> SupervisedConfig:
@@ -402,21 +417,21 @@ def _configured(
     )
 
 
-def _open(out: Path, config: Config, settings: SupervisedConfig, *, resume: bool) -> Run:
-    """The run's folder, made or opened again."""
+def _check_folder(out: Path, *, resume: bool) -> None:
+    """That ``out``, which holds a run, is a supervised one that may be resumed."""
     if Run(out).begun("align") or Run(out).begun("report"):
         raise EcgotError(f"out: {out} holds a run of ecgot train; name another folder")
-    run, path = Run.create(out, config, resume=resume), out / "supervised.json"
-    wanted = dataclasses.asdict(settings)
-    if path.exists():
-        for name, value in dataclasses.asdict(_saved_settings(out)).items():
-            if wanted[name] != value:
-                raise EcgotError(
-                    f"out: {out} was trained with another configuration ({name}: {value} against "
-                    f"{wanted[name]})"
-                )
-    else:
-        write_text(path, json.dumps(wanted, indent=2) + "\n")
+    if not resume:
+        raise EcgotError(f"out: {out} already holds a run; name another folder, or add --resume")
+    if not (out / "supervised.json").exists():
+        raise EcgotError(f"out: {out} holds no supervised.json: nothing was trained; name another folder")
+
+
+def _open(out: Path, config: Config, settings: SupervisedConfig) -> Run:
+    """The run's folder, made or opened again."""
+    run, path = Run.create(out, config, resume=True), out / "supervised.json"
+    if not path.exists():
+        write_text(path, json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
     return run
 
 

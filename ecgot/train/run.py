@@ -186,7 +186,8 @@ class Run:
         try:
             return torch.load(path, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise EcgotError(f"run: {path} is damaged; delete it to train the stage anew") from error
+            both = f"{path.name} and {self._weights(stage).name}"
+            raise EcgotError(f"run: {path} is damaged; delete {both} to train the stage anew") from error
 
     def finish(self, stage: str) -> None:
         self._resume(stage).unlink(missing_ok=True)

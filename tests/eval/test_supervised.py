@@ -379,6 +379,9 @@ def test_another_training_in_the_folder_is_refused(few, aligned, tmp_path, cache
         supervise(few, out, cache_dir=cache_dir, resume=True, **QUICK | {"epochs": 3})
     with pytest.raises(EcgotError, match=r"another configuration \(seed: 0 against 1\)"):
         supervise(few, out, cache_dir=cache_dir, resume=True, seed=1, **QUICK)
+    (out / "supervised.json").unlink()
+    with pytest.raises(EcgotError, match=r"holds no supervised\.json: nothing was trained"):
+        supervise(few, out, cache_dir=cache_dir, resume=True)
     with pytest.raises(EcgotError, match=r"holds a run of ecgot train"):
         supervise(few, aligned.folder, start=aligned, resume=True, cache_dir=cache_dir)
 
