@@ -62,7 +62,13 @@ def test_it_knows_synthetic_fibrillation_and_blocks(
 def test_it_is_as_good_as_its_card_on_real_records(
     ptbxl: Path, cache_dir: Path, without_text_encoder: None
 ) -> None:
-    """On the few records of fold 9 at hand, which it was not trained on."""
+    """On the few records of fold 9 at hand, which it was not trained on; their values spread more."""
     evaluation = evaluate(Run.open(PRETRAINED), ptbxl, cache_dir=cache_dir, resamples=10)
-    assert evaluation.zero_shot["superclass"].macro > 0.85
-    assert evaluation.zero_shot["rhythm"].macro > 0.85
+    assert evaluation.zero_shot["superclass"].macro > 0.89
+    assert evaluation.zero_shot["subclass"].macro > 0.83
+    assert evaluation.zero_shot["rhythm"].macro > 0.93
+    found, shuffled = (
+        evaluation.reports[system]["label_f1_superclass"]["value"] for system in ("generated", "shuffled")
+    )
+    assert found > 0.55
+    assert shuffled < found / 2
