@@ -133,6 +133,14 @@ def measure(
     return rows
 
 
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, table.getvalue())
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=TABLE)
@@ -148,11 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     sizes = (options.batch, options.samples, device, options.rounds)
     rows = measure(options.encoders.split(","), options.dtypes.split(","), *sizes)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(options.out, table.getvalue())
+    write_rows(options.out, rows)
     return 0
 
 

@@ -7,8 +7,6 @@ by more than the spread of a few runs, it is the rule that is to change.
 """
 
 import argparse
-import csv
-import io
 import statistics
 import sys
 import time
@@ -18,8 +16,8 @@ from unittest import mock
 
 import torch
 
+from benchmarks.conv1d_table import write_rows
 from ecgot.bench import origin, unit_vectors
-from ecgot.files import write_text
 from ecgot.kernels import sinkhorn
 from ecgot.kernels.dispatch import HAS_TRITON, INTERPRETED
 
@@ -87,11 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("sinkhorn_warps: there is no GPU to measure", file=sys.stderr)
         return 2
     rows = measure(options.batch, options.d, options.iterations, device, options.rounds)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(options.out, table.getvalue())
+    write_rows(options.out, rows)
     return 0
 
 

@@ -153,8 +153,8 @@ def test_the_divergence_is_positive_and_zero_between_equals(drawn):
     eps = max(eps, 0.1)
     scale = max(1.0, tensors["x"].nan_to_num(0.0).abs().max().item() ** 2)
     options = {"eps": eps, "cost": cost, "max_iter": 60 if dispatch.INTERPRETED else 2000, "tol": 1e-5}
-    found = sinkhorn_divergence(**tensors, **options)
-    assert (found.value > -2e-4 * scale)[found.converged | (not dispatch.INTERPRETED)].all()
+    value = sinkhorn_divergence(**tensors, **options).value
+    assert (value > -2e-4 * scale).all()
     same = {"y": tensors["x"].clone()}
     same |= {k: tensors[j] for k, j in (("b", "a"), ("y_mask", "x_mask")) if j in tensors}
     same |= {k: t for k, t in tensors.items() if k in ("x", "a", "x_mask")}
