@@ -278,6 +278,29 @@ class SupervisedEvaluation:
         return told | {"ranking": ranking, "version": __version__, "settings": settings}
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What ``supervise`` was asked for; None is left to the folder or to the defaults."""
+
+    encoder_name: str | None
+    start: Run | None
+    group: str | None
+    epochs: int | None
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        if self.start is not None and self.encoder_name is not None:
+            raise EcgotError(
+                f"encoder: got {self.encoder_name!r} and a run to start from, accepted is one of them"
+            )
+        if self.group is not None and self.group not in (*GROUPS, ALL):
+            raise EcgotError(f"group: got {self.group!r}, accepted are {', '.join((*GROUPS, ALL))}")
+        if self.epochs is not None and self.epochs < 1:
+            raise EcgotError(f"epochs: got {self.epochs}, accepted is an integer >= 1")
+        if self.seed is not None and self.seed < 0:
+            raise EcgotError(f"seed: got {self.seed}, accepted is an integer >= 0")
+
+
 def supervise(
     root: Path,
     out: Path,
@@ -312,12 +335,11 @@ def supervise(
         EcgotError: an argument, the data or the folder cannot be used. Nothing of ``out`` is overwritten.
     """
     cache_dir, progress = cache_dir or default_cache_dir(), progress or Progress()
-    asked = (encoder_name, start, group, epochs, seed)
-    _check_asked(*asked)
+    asked = Asked(encoder_name, start, group, epochs, seed)
     had = (out / "config.json").exists()
     if had:
         _check_folder(out, resume=resume)
-    config, settings = _resumed(root, out, *asked) if had else _configured(root, *asked)
+    config, settings = _resumed(root, out, asked) if had else _configured(root, asked)
     trained_on = set(folds) & set(config.data.train_folds)
     if trained_on:
         raise EcgotError(f"folds: fold {min(trained_on)} is trained on, accepted are held-out folds")
@@ -333,28 +355,7 @@ def supervise(
     return evaluation
 
 
-def _check_asked(
-    encoder_name: str | None, start: Run | None, group: str | None, epochs: int | None, seed: int | None
-) -> None:
-    if start is not None and encoder_name is not None:
-        raise EcgotError(f"encoder: got {encoder_name!r} and a run to start from, accepted is one of them")
-    if group is not None and group not in (*GROUPS, ALL):
-        raise EcgotError(f"group: got {group!r}, accepted are {', '.join((*GROUPS, ALL))}")
-    if epochs is not None and epochs < 1:
-        raise EcgotError(f"epochs: got {epochs}, accepted is an integer >= 1")
-    if seed is not None and seed < 0:
-        raise EcgotError(f"seed: got {seed}, accepted is an integer >= 0")
-
-
-def _resumed(
-    root: Path,
-    out: Path,
-    encoder_name: str | None,
-    start: Run | None,
-    group: str | None,
-    epochs: int | None,
-    seed: int | None,
-) -> tuple[Config, SupervisedConfig]:
+def _resumed(root: Path, out: Path, asked: Asked) -> tuple[Config, SupervisedConfig]:
     """What ``out`` is trained with.
 
     Raises:
@@ -363,12 +364,13 @@ def _resumed(
     saved, trained = Run.open(out).config(), _saved_settings(out)
     config, settings = saved, trained
     data = replace(config.data, root=str(root.resolve()))
-    config = replace(config, data=data, seed=config.seed if seed is None else seed)
-    if encoder_name is not None:
-        config, settings = replace(config, encoder=EncoderConfig(encoder_name)), replace(settings, start="")
-    if start is not None:
-        settings = replace(settings, start=str(start.folder.resolve()))
-    settings = replace(settings, group=group or settings.group, epochs=epochs or settings.epochs)
+    config = replace(config, data=data, seed=config.seed if asked.seed is None else asked.seed)
+    if asked.encoder_name is not None:
+        config = replace(config, encoder=EncoderConfig(asked.encoder_name))
+        settings = replace(settings, start="")
+    if asked.start is not None:
+        settings = replace(settings, start=str(asked.start.folder.resolve()))
+    settings = replace(settings, group=asked.group or settings.group, epochs=asked.epochs or settings.epochs)
     changed = differences(saved, config) + [
         f"{name}: {value} against {getattr(settings, name)}"
         for name, value in dataclasses.asdict(trained).items()
@@ -387,23 +389,15 @@ def _saved_settings(out: Path) -> SupervisedConfig:
         raise EcgotError(f"out: {path} does not hold the settings of a run ({error})") from error
 
 
-def _configured(
-    root: Path,
-    encoder_name: str | None,
-    start: Run | None,
-    group: str | None,
-    epochs: int | None,
-    seed: int | None,
-) -> tuple[Config, SupervisedConfig]:
-    seed = seed or 0
-    place = str(root.resolve())
+def _configured(root: Path, asked: Asked) -> tuple[Config, SupervisedConfig]:
+    seed, place, start = asked.seed or 0, str(root.resolve()), asked.start
     if start is None:
         config = Config(
             seed=seed,
             data=DataConfig(root=place),
-            encoder=EncoderConfig(encoder_name or "resnet1d_wang"),
+            encoder=EncoderConfig(asked.encoder_name or "resnet1d_wang"),
         )
-        return config, benchmark_config(group, epochs)
+        return config, benchmark_config(asked.group, asked.epochs)
     config = start.config()
     if not start.done("align"):
         raise EcgotError(f"from: stage align of {start.folder} is not trained, accepted is a run where it is")
@@ -413,7 +407,7 @@ def _configured(
         )
     return (
         replace(config, seed=seed, data=replace(config.data, root=place, reports_csv="")),
-        fine_tuning_config(start, group, epochs),
+        fine_tuning_config(start, asked.group, asked.epochs),
     )
 
 
