@@ -36,6 +36,7 @@ class PtbXlTable:
         reports: n cleaned texts, "" where there is no usable one.
         originals: the same of the report column, where another table takes its place; else ``reports``.
         codes: n sets of SCP codes.
+        devices: n names of the recorder, "" where the table does not say.
         record_paths: n paths relative to the data set's folder, without suffix.
         class_of: for each group, SCP code to class.
         classes: for each group, its classes in order.
@@ -47,6 +48,7 @@ class PtbXlTable:
     reports: tuple[str, ...]
     originals: tuple[str, ...]
     codes: tuple[frozenset[str], ...]
+    devices: tuple[str, ...]
     record_paths: tuple[str, ...]
     class_of: dict[str, dict[str, str]]
     classes: dict[str, tuple[str, ...]]
@@ -124,6 +126,7 @@ def read_table(
             _codes(text, ecg_id, database)
             for text, ecg_id in zip(table["scp_codes"], table["ecg_id"], strict=True)
         ),
+        devices=tuple(table["device"].str.strip()) if "device" in table.columns else ("",) * len(table),
         record_paths=_record_paths(table, database, root, fs_hz),
         class_of=class_of,
         classes=classes,

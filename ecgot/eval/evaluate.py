@@ -310,10 +310,11 @@ def _evaluate_reports(
     references = [data.reports[row] for row in rows.tolist()]
     baselines = None
     if known is not None:
+        train, wanted = known.data.table, data.table.select(rows.numpy())
         baselines = baseline_reports(
-            Described(known.pooled, known.data.table.codes),
+            Described(known.pooled, train.codes, train.devices),
             (known.data.in_plain_english() if plain else known.data).reports,
-            Described(held_out.pooled[rows.numpy()], data.table.select(rows.numpy()).codes),
+            Described(held_out.pooled[rows.numpy()], wanted.codes, wanted.devices),
         )
     reports = measure_reports(
         written,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from ecgot.train.run import Progress
 
 BATCH = 128
 TYPICAL_OF = 60  # distinct reports among which the most typical one is looked for
+_Key = TypeVar("_Key")
+_Both = tuple[str, frozenset[str]]  # device, codes
+ENOUGH = 3  # reports of a device with the same codes, to go by them alone
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,16 @@ class Baselines:
     """Reports that a system without a language model would write: texts of the training folds.
 
     most_frequent: the commonest one; nearest: for each of n records that of the nearest training ECG;
-    same_codes: for each of n records the one most like the others among the reports of the same SCP codes.
-    The last knows the record's codes, so that it shows how far knowing every finding goes, without the words.
+    same_codes: for each of n records the one most like the others among the reports of the same SCP codes;
+    same_codes_and_device: and of the same recorder, whose program and readers have their own words; empty
+    where no record names one. The last two know the record's codes, so that they show how far knowing every
+    finding goes, without the words, and with the recorder's.
     """
 
     most_frequent: str
     nearest: tuple[str, ...]
     same_codes: tuple[str, ...]
+    same_codes_and_device: tuple[str, ...] = ()
 
 
 def write_reports(
@@ -85,6 +92,8 @@ def measure_reports(
         systems["nearest_neighbour"] = (list(baselines.nearest), plain)
         systems["most_frequent"] = ([baselines.most_frequent] * len(plain), plain)
         systems["same_codes"] = (list(baselines.same_codes), plain)
+        if baselines.same_codes_and_device:
+            systems["same_codes_and_device"] = (list(baselines.same_codes_and_device), plain)
     if in_plain_english:
         systems["generated_as_written"] = (texts, list(references))
     measured = {}
@@ -123,10 +132,11 @@ def sentence_confidence(written: Sequence[WrittenReport], references: Sequence[s
 
 @dataclass(frozen=True)
 class Described:
-    """What baselines know of n records: pooled encoder tokens [n, D] and SCP codes."""
+    """What baselines know of n records: pooled encoder tokens [n, D], SCP codes, devices ("": unknown)."""
 
     features: np.ndarray
     codes: Sequence[frozenset[str]]
+    devices: Sequence[str]
 
 
 def baseline_reports(train: Described, train_reports: Sequence[str], wanted: Described) -> Baselines | None:
@@ -143,15 +153,48 @@ def baseline_reports(train: Described, train_reports: Sequence[str], wanted: Des
     known, targets = _unit(train.features[rows]), _unit(wanted.features)
     nearest = [int((known @ each).argmax()) for each in targets]
     texts = [train_reports[row] for row in rows]
-    by_codes: dict[frozenset[str], Counter[str]] = {}
-    for row, text in zip(rows, texts, strict=True):
-        by_codes.setdefault(train.codes[row], Counter())[text] += 1
-    typical = {codes: _most_typical(_of_codes(by_codes, codes)) for codes in set(wanted.codes)}
+    same_codes = _same_codes([train.codes[row] for row in rows], texts, wanted.codes)
     return Baselines(
         most_frequent=Counter(texts).most_common(1)[0][0],
         nearest=tuple(texts[row] for row in nearest),
-        same_codes=tuple(typical[codes] for codes in wanted.codes),
+        same_codes=same_codes,
+        same_codes_and_device=_of_device(
+            [(train.devices[row], train.codes[row]) for row in rows],
+            texts,
+            list(zip(wanted.devices, wanted.codes, strict=True)),
+            otherwise=same_codes,
+        )
+        if any(wanted.devices)
+        else (),
     )
+
+
+def _same_codes(
+    known: Sequence[frozenset[str]], texts: Sequence[str], wanted: Sequence[frozenset[str]]
+) -> tuple[str, ...]:
+    by_codes = _grouped(known, texts)
+    typical = {codes: _most_typical(_of_codes(by_codes, codes)) for codes in set(wanted)}
+    return tuple(typical[codes] for codes in wanted)
+
+
+def _of_device(
+    known: Sequence[_Both], texts: Sequence[str], wanted: Sequence[_Both], *, otherwise: Sequence[str]
+) -> tuple[str, ...]:
+    """The most typical report of a device and codes; ``otherwise`` where the device is unknown or has few."""
+    by_both = _grouped(known, texts)
+    typical = {
+        both: _most_typical(by_both[both])
+        for both in set(wanted) & by_both.keys()
+        if both[0] and by_both[both].total() >= ENOUGH
+    }
+    return tuple(typical.get(both, other) for both, other in zip(wanted, otherwise, strict=True))
+
+
+def _grouped(keys: Sequence[_Key], texts: Sequence[str]) -> dict[_Key, Counter[str]]:
+    found: dict[_Key, Counter[str]] = {}
+    for key, text in zip(keys, texts, strict=True):
+        found.setdefault(key, Counter())[text] += 1
+    return found
 
 
 def _of_codes(by_codes: Mapping[frozenset[str], Counter[str]], codes: frozenset[str]) -> Counter[str]:

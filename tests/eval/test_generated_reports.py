@@ -1,5 +1,7 @@
 """Labels read from reports, baselines, and what sentence scores are worth."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -72,9 +74,11 @@ def test_intervals_shrink_with_patients():
 
 def test_baselines():
     ill, well = frozenset({"AFIB"}), frozenset({"NORM", "SR"})
-    known = Described(np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [-1.0, 0.0]]), [well, ill, ill, well])
+    known = Described(
+        np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [-1.0, 0.0]]), [well, ill, ill, well], [""] * 4
+    )
     reports = ["normal ecg", "", "left axis", "normal ecg"]
-    wanted = Described(np.array([[0.1, 3.0], [2.0, 0.1]]), [well, frozenset({"AFIB", "PVC"})])
+    wanted = Described(np.array([[0.1, 3.0], [2.0, 0.1]]), [well, frozenset({"AFIB", "PVC"})], [""] * 2)
     found = baseline_reports(known, reports, wanted)
     assert found is not None
     assert found.nearest == ("left axis", "normal ecg")  # the record without a report is no neighbour
@@ -83,27 +87,58 @@ def test_baselines():
         "normal ecg",
         "left axis",
     )  # of no other record the codes, so the closest set's
+    assert found.same_codes_and_device == ()  # no record names its device
     assert baseline_reports(known, [""] * 4, wanted) is None
+
+
+def test_a_device_has_its_own_words():
+    well, ill = frozenset({"NORM"}), frozenset({"AFIB"})
+    codes = [well] * 7 + [ill] * 2
+    known = Described(np.ones((9, 1)), codes, ["one"] * 4 + ["two"] * 3 + ["two"] * 2)
+    reports = ["sinus rhythm normal ecg"] * 4 + ["within normal limits"] * 3 + ["fibrillation"] * 2
+    wanted = Described(np.ones((5, 1)), [well] * 4 + [ill], ["one", "two", "three", "", "two"])
+    found = baseline_reports(known, reports, wanted)
+    assert found is not None
+    assert found.same_codes_and_device == (
+        "sinus rhythm normal ecg",
+        "within normal limits",
+        *["sinus rhythm normal ecg"] * 2,  # of an unknown device, or of none, by the codes alone
+        "fibrillation",  # and of one with too few
+    )
+    few = dataclasses.replace(known, devices=["one"] * 5 + ["two"] * 4)
+    found = baseline_reports(few, reports, wanted)
+    assert found is not None
+    assert found.same_codes_and_device[1] == found.same_codes[1] == "sinus rhythm normal ecg"
+    measured = measure_reports(
+        [WrittenReport("", ())] * 5,
+        [*["within normal limits"] * 4, "fibrillation"],
+        np.arange(5),
+        baselines=found,
+        in_plain_english=False,
+        resamples=5,
+    )
+    # Four of five say "sinus rhythm normal ecg": one word of its four, of the reference's three.
+    assert measured["same_codes_and_device"]["rouge_l"]["value"] == pytest.approx(0.2 + 0.8 * 2 / 7)
 
 
 def test_a_record_without_codes_is_like_those_without():
     none, well = frozenset[str](), frozenset({"NORM"})
-    known = Described(np.ones((2, 1)), [well, none])
-    found = baseline_reports(known, ["normal ecg", "trace"], Described(np.ones((1, 1)), [none]))
+    known = Described(np.ones((2, 1)), [well, none], ["", ""])
+    found = baseline_reports(known, ["normal ecg", "trace"], Described(np.ones((1, 1)), [none], [""]))
     assert found is not None
     assert found.same_codes == ("trace",)
 
 
 def test_the_typical_report_shares_most_with_the_others():
     reports = ["a b c d e", "a b c d f", "a b c x y", "a b c x y", "q r s t u"]
-    same = Described(np.ones((5, 1)), [frozenset({"NORM"})] * 5)
-    found = baseline_reports(same, reports, Described(np.ones((1, 1)), [frozenset({"NORM"})]))
+    same = Described(np.ones((5, 1)), [frozenset({"NORM"})] * 5, [""] * 5)
+    found = baseline_reports(same, reports, Described(np.ones((1, 1)), [frozenset({"NORM"})], [""]))
     # "a b c x y" has itself as a neighbour; were it there once, one of the first two would be most typical.
     assert found is not None
     assert found.same_codes == ("a b c x y",)
-    once = Described(np.ones((4, 1)), [frozenset({"NORM"})] * 4)
+    once = Described(np.ones((4, 1)), [frozenset({"NORM"})] * 4, [""] * 4)
     single = baseline_reports(
-        once, ["a b c x y", *reports[:2], reports[4]], Described(np.ones((1, 1)), [frozenset()])
+        once, ["a b c x y", *reports[:2], reports[4]], Described(np.ones((1, 1)), [frozenset()], [""])
     )
     assert single is not None
     assert single.same_codes == ("a b c d e",)
