@@ -314,9 +314,15 @@ def evaluate(
 @click.option("--num-beams", type=click.IntRange(min=1), default=4, show_default=True, help="1: greedy.")
 @score_option
 @click.option("--prompts", type=PATH, help="TOML file with prompts instead of the built-in ones.")
+@click.option("--device", metavar="NAME", help="Recorder in whose words the report is written; else unknown.")
 @as_json
 def report(
-    paths: tuple[Path, ...], num_beams: int, score: str | None, prompts: Path | None, as_json: bool
+    paths: tuple[Path, ...],
+    num_beams: int,
+    score: str | None,
+    prompts: Path | None,
+    device: str | None,
+    as_json: bool,
 ) -> None:
     """Read one WFDB RECORD: class scores and a written report.
 
@@ -327,7 +333,7 @@ def report(
 
     run, record = _run_and_record(paths)
     reader = Reader(run, prompts=prompts or BUILT_IN, score=score, num_beams=num_beams)
-    reading = reader.read(record).to_dict()
+    reading = reader.read(record, device=device).to_dict()
     if as_json:
         _print(reading | {"notice": NOTICE}, True)
         return

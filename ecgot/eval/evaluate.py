@@ -20,6 +20,7 @@ from ecgot.errors import EcgotError
 from ecgot.eval.probe import linear_probe
 from ecgot.eval.ranking import Ranking, rank
 from ecgot.eval.reports import (
+    DEVICE_UNKNOWN,
     Described,
     Example,
     baseline_reports,
@@ -60,6 +61,10 @@ REFERENCES = {
     True: "cleaned by ecgot.data.reports.clean_report and put into plain English by "
     "ecgot.data.glossary.plain_english; those of generated_as_written as they come, cleaned",
 }
+DEVICES = (
+    f"reports are generated in the words of the recorder that the data set names; those of {DEVICE_UNKNOWN} "
+    "without being told it; shuffled ones stay within a recorder"
+)
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,8 @@ def evaluate(
         known = Known(train, _pooled(*encoding(train, task="encoding training folds")))
     embedded = _embedded_prompts(run, model, text, data, prompts)
     scores = _zero_shot_scores(model, held_out, embedded, score, config, progress)
+    reports = _evaluate_reports(run, model, known, held_out, num_beams, resamples, progress)
+    told = {"devices": DEVICES} if DEVICE_UNKNOWN in reports["reports"] else {}
     evaluation = Evaluation(
         folds=tuple(folds),
         records=len(data),
@@ -177,8 +184,8 @@ def evaluate(
         zero_shot={group: _rank(scores[group], data, group, resamples) for group in GROUPS},
         probe=_probe(known, held_out, resamples, progress),
         retrieval=_retrieval(model, text, held_out, score, config, cache_dir, progress),
-        **_evaluate_reports(run, model, known, held_out, num_beams, resamples, progress),
-        dialect=DIALECT | {"references": REFERENCES[config.data.plain_english]},
+        **reports,
+        dialect=DIALECT | {"references": REFERENCES[config.data.plain_english]} | told,
         notice=NOTICE,
         settings={
             "ecgot": __version__,
@@ -304,13 +311,22 @@ def _evaluate_reports(
         return {"reports": {}, "references": len(rows), "sentences": {}, "examples": ()}
     plain = run.config().data.plain_english
     reporter = load_reporter(run, model.ecg_width)
-    written = write_reports(
-        reporter, held_out.tokens[rows], held_out.mask[rows], num_beams=num_beams, progress=progress
+    wanted = data.table.select(rows.numpy())
+    writing = functools.partial(
+        write_reports,
+        reporter,
+        held_out.tokens[rows],
+        held_out.mask[rows],
+        num_beams=num_beams,
+        progress=progress,
     )
-    references = [data.reports[row] for row in rows.tolist()]
+    written = writing(wanted.devices)
+    told = set(reporter.devices) & set(wanted.devices)
+    untold = writing([""] * len(rows)) if told else None
+    references = list(wanted.reports)
     baselines = None
     if known is not None:
-        train, wanted = known.data.table, data.table.select(rows.numpy())
+        train = known.data.table
         baselines = baseline_reports(
             Described(known.pooled, train.codes, train.devices),
             (known.data.in_plain_english() if plain else known.data).reports,
@@ -319,13 +335,15 @@ def _evaluate_reports(
     reports = measure_reports(
         written,
         references,
-        data.table.patient_id[rows.numpy()],
+        wanted.patient_id,
+        wanted.devices,
+        untold=untold,
         baselines=baselines,
         in_plain_english=plain,
         resamples=resamples,
     )
     compared = [plain_english(text) for text in references] if plain else references
-    ids = data.table.ecg_id[rows.numpy()].tolist()
+    ids = wanted.ecg_id.tolist()
     examples = tuple(
         Example(number, reference, report.text, tuple(score for _, score in report.sentences))
         for number, reference, report in zip(ids, compared, written, strict=True)

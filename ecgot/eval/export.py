@@ -57,6 +57,7 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
                 _copy_weights(run.folder / f"{stage}.safetensors", made.folder / f"{stage}.safetensors")
         if run.done("report"):
             shutil.copytree(run.folder / "language_model", made.folder / "language_model")
+            made.save_devices(run.devices)
         save_prompts(prompts, made.prompts)
         write_text(made.folder / "README.md", model_card(run, trained_on))
         made.folder.rename(out)
@@ -74,13 +75,17 @@ def model_card(run: Run, trained_on: str = UNKNOWN) -> str:
         groups=", ".join(GROUPS),
         trained_on=trained_on,
         statements=STATEMENTS if config.data.plain_english else "",
-        no_report="" if run.done("report") else " (not in this model)",
+        no_report=_devices(run.devices) if run.done("report") else " (not in this model)",
         train_folds=_folds(config.data.train_folds),
         validation_folds=_folds(config.data.validation_folds),
         encoder=config.encoder.name,
         text=config.text.name,
         metrics=_metrics(path) if path.exists() else "Not yet.",
     )
+
+
+def _devices(devices: tuple[str, ...]) -> str:
+    return f" (in the words of a recorder, if told one: {', '.join(devices)})" if devices else ""
 
 
 def _folds(folds: tuple[int, ...]) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from ecgot.data.dataset import fit_length
 from ecgot.data.record import Record, read_record
+from ecgot.errors import EcgotError
 from ecgot.eval.zeroshot import (
     BUILT_IN,
     EmbeddedPrompts,
@@ -62,6 +63,7 @@ class Reader:
     Attributes:
         model: the :class:`ecgot.models.alignment.AlignmentModel`; ``model.encoder`` is the ECG encoder.
         config: the run's :class:`ecgot.train.config.Config`.
+        devices: names of the recorders that :meth:`read` can be told.
 
     The text encoder is needed, and loaded, only for prompts that the run's folder does not hold embedded, and
     for :meth:`classify`.
@@ -92,6 +94,7 @@ class Reader:
             self.prompts = embed_prompts(self.model, text, wanted)
         done = self.run.done("report")
         self.reporter = load_reporter(self.run, self.model.ecg_width) if done else None
+        self.devices = () if self.reporter is None else self.reporter.devices
 
     def _load_with_text(self) -> TextEncoder:
         text = TextEncoder(self.config.text.name, max_tokens=self.config.text.max_tokens)
@@ -100,17 +103,24 @@ class Reader:
         return text
 
     @torch.no_grad()
-    def read(self, path: Path) -> Reading:
+    def read(self, path: Path, *, device: str | None = None) -> Reading:
         """Read the WFDB record at ``path``.
 
+        Args:
+            device: the recorder in whose words the report is written, of ``reader.devices``; None: unknown.
+
         Raises:
-            EcgotError: the record cannot be used.
+            EcgotError: the record cannot be used, or the model does not know the device.
         """
+        if device is not None and device not in self.devices:
+            known = ", ".join(map(repr, self.devices)) or "none by this model"
+            raise EcgotError(f"device: got {device!r}, accepted are {known}")
         encoded, notes = self._encode(path)
         scores = self._scores(encoded, self.prompts)
         if self.reporter is None:
             return Reading(str(path), scores, None, (), notes)
-        written = self.reporter.write(encoded.tokens, encoded.mask, num_beams=self.num_beams)[0]
+        told = [device or ""]
+        written = self.reporter.write(encoded.tokens, encoded.mask, devices=told, num_beams=self.num_beams)[0]
         return Reading(str(path), scores, written.text, written.sentences, notes)
 
     @torch.no_grad()

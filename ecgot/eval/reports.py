@@ -21,6 +21,7 @@ from ecgot.models.reporter import Reporter, WrittenReport, sentences
 from ecgot.train.run import Progress
 
 BATCH = 128
+DEVICE_UNKNOWN = "generated_device_unknown"
 TYPICAL_OF = 60  # distinct reports among which the most typical one is looked for
 _Key = TypeVar("_Key")
 _Both = tuple[str, frozenset[str]]  # device, codes
@@ -55,14 +56,21 @@ class Baselines:
 
 
 def write_reports(
-    reporter: Reporter, tokens: Tensor, mask: Tensor, *, num_beams: int, progress: Progress
+    reporter: Reporter,
+    tokens: Tensor,
+    mask: Tensor,
+    devices: Sequence[str],
+    *,
+    num_beams: int,
+    progress: Progress,
 ) -> list[WrittenReport]:
-    """Reports of n encoded ECGs, tokens [n, N, D] and mask [n, N]."""
+    """Reports of n encoded ECGs, tokens [n, N, D] and mask [n, N], by n recorders, "" where unknown."""
     device = next(reporter.parameters()).device
     reports: list[WrittenReport] = []
     for rows in torch.arange(len(tokens)).split(BATCH):
-        part = tokens[rows].float().to(device)
-        reports += reporter.write(part, mask[rows].to(device), num_beams=num_beams)
+        part, valid = tokens[rows].float().to(device), mask[rows].to(device)
+        told = [devices[row] for row in rows.tolist()]
+        reports += reporter.write(part, valid, devices=told, num_beams=num_beams)
         progress.bar("reports", len(reports), len(tokens))
     return reports
 
@@ -71,23 +79,28 @@ def measure_reports(
     written: Sequence[WrittenReport],
     references: Sequence[str],
     patients: np.ndarray,
+    devices: Sequence[str],
     *,
+    untold: Sequence[WrittenReport] | None = None,
     baselines: Baselines | None,
     in_plain_english: bool,
     resamples: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Metrics "value", "low" and "high" (95 % bootstrap over patients) by system and metric.
 
-    The systems: "generated"; "shuffled", each report against another patient's reference; those of
-    ``baselines``; and where references are put into plain English, "generated_as_written", the reports
-    against references as they came.
+    The systems: "generated"; "generated_device_unknown", the reports ``untold``; "shuffled", each report
+    against the reference of another patient of the same device; those of ``baselines``; and where references
+    are put into plain English, "generated_as_written", the reports against references as they came.
+
+    Args:
+        written, references, patients, devices: of n records; a device is "" where it is unknown.
+        untold: n reports of a model that was not told the devices.
     """
     plain = [plain_english(text) for text in references] if in_plain_english else list(references)
     texts = [report.text for report in written]
     systems = {"generated": (texts, plain)}
-    other = another_patients(patients)
-    if other is not None:
-        systems["shuffled"] = ([texts[row] for row in other], plain)
+    if untold is not None:
+        systems[DEVICE_UNKNOWN] = ([report.text for report in untold], plain)
     if baselines is not None:
         systems["nearest_neighbour"] = (list(baselines.nearest), plain)
         systems["most_frequent"] = ([baselines.most_frequent] * len(plain), plain)
@@ -96,16 +109,23 @@ def measure_reports(
             systems["same_codes_and_device"] = (list(baselines.same_codes_and_device), plain)
     if in_plain_english:
         systems["generated_as_written"] = (texts, list(references))
-    measured = {}
-    for name, (hypotheses, wanted) in systems.items():
-        statistics = report_statistics(hypotheses, wanted)
-        values = statistics.metrics()
-        bounds = statistics.intervals(patients, resamples=resamples)
-        measured[name] = {
-            metric: {"value": value, "low": bounds[metric][0], "high": bounds[metric][1]}
-            for metric, value in values.items()
-        }
+    measured = {name: _measured(*pair, patients, resamples) for name, pair in systems.items()}
+    rows, other = shuffled(patients, devices)
+    if len(rows):
+        mixed = [texts[row] for row in other], [plain[row] for row in rows]
+        measured["shuffled"] = _measured(*mixed, patients[rows], resamples)
     return measured
+
+
+def _measured(
+    hypotheses: Sequence[str], wanted: Sequence[str], patients: np.ndarray, resamples: int
+) -> dict[str, dict[str, float]]:
+    statistics = report_statistics(hypotheses, wanted)
+    bounds = statistics.intervals(patients, resamples=resamples)
+    return {
+        metric: {"value": value, "low": bounds[metric][0], "high": bounds[metric][1]}
+        for metric, value in statistics.metrics().items()
+    }
 
 
 def sentence_confidence(written: Sequence[WrittenReport], references: Sequence[str]) -> dict[str, float]:
@@ -230,6 +250,22 @@ def _overlap(first: list[Counter[tuple[str, ...]]], second: list[Counter[tuple[s
 
 def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
+
+
+def shuffled(patients: np.ndarray, devices: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, and for each of them another patient's row of the same device, so that what is lost is the ECG's.
+
+    A device where no such order exists is left out.
+    """
+    found = [np.empty((2, 0), dtype=np.int64)]
+    names = np.array(devices, dtype=object)
+    for name in sorted(set(devices)):
+        rows = np.flatnonzero(names == name)
+        other = another_patients(patients[rows])
+        if other is not None:
+            found.append(np.stack([rows, rows[other]]))
+    rows, other = np.concatenate(found, axis=1)
+    return rows, other
 
 
 def another_patients(patients: np.ndarray, *, seed: int = 0) -> np.ndarray | None:

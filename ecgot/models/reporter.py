@@ -4,6 +4,9 @@ Any Hugging Face causal language model or encoder-decoder serves. A causal model
 tokens as a prefix of its own embeddings; an encoder-decoder reads them as its encoder's input. The report
 under training is never part of the condition.
 
+Recorders and their readers have words of their own for the same finding. Where a record names its device, the
+model is told it, as one more token in front; "" is an unknown one, which training also shows.
+
 A pretrained model trains whole, or by low-rank adapters (LoRA) beside its frozen weights.
 """
 
@@ -93,12 +96,21 @@ class Reporter(nn.Module):
         tokenizer: its tokenizer.
         ecg_width: D of the ECG tokens.
         max_tokens: longest report, in the tokenizer's tokens.
+        devices: names of the recorders that it can be told; any other one is unknown. None: it is told none.
 
     Raises:
         EcgotError: the tokenizer has no token that ends a text.
     """
 
-    def __init__(self, language_model: Any, tokenizer: Any, ecg_width: int, *, max_tokens: int = 96) -> None:
+    def __init__(
+        self,
+        language_model: Any,
+        tokenizer: Any,
+        ecg_width: int,
+        *,
+        max_tokens: int = 96,
+        devices: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.language_model, self.tokenizer, self.max_tokens = language_model, tokenizer, max_tokens
         self.is_encoder_decoder: bool = language_model.config.is_encoder_decoder
@@ -114,24 +126,35 @@ class Reporter(nn.Module):
         self.projector = nn.Sequential(
             nn.LayerNorm(ecg_width), nn.Linear(ecg_width, width), nn.GELU(), nn.Linear(width, width)
         )
+        self.devices = tuple(devices)
+        self.device_embedding: nn.Embedding | None = None
+        if self.devices:
+            self.device_embedding = nn.Embedding(1 + len(self.devices), width)  # row 0: unknown
+            nn.init.normal_(self.device_embedding.weight, std=0.02)  # as language models begin
         # Models differ in what they take; logits of the ECG's own positions would be computed for nothing.
         self._takes = frozenset(inspect.signature(language_model.forward).parameters)
 
-    def forward(self, tokens: Tensor, mask: Tensor, reports: Sequence[str]) -> Tensor:
-        """Mean cross-entropy per report token of B reports, given ECG tokens [B, N, D] and mask [B, N]."""
-        labels = self._labels(reports).to(tokens.device)
-        return self._language_model_output(tokens, mask, labels).loss
+    def forward(
+        self, tokens: Tensor, mask: Tensor, reports: Sequence[str], *, devices: Sequence[str] | None = None
+    ) -> Tensor:
+        """Mean cross-entropy per report token of B reports, given ECG tokens [B, N, D] and mask [B, N].
 
-    def _language_model_output(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> Any:
-        """Hugging Face's output, whose last S logits are those of labels [B, S] shifted by one."""
-        prefix = self._condition(tokens)
+        Args:
+            devices: names of the B recorders, "" where unknown; None: all unknown.
+        """
+        labels = self._labels(reports).to(tokens.device)
+        return self._language_model_output(*self._condition(tokens, mask, devices), labels).loss
+
+    def _language_model_output(self, prefix: Tensor, mask: Tensor, labels: Tensor) -> Any:
+        """Hugging Face's output after a prefix [B, P, W] with mask [B, P]; its last S logits are those of
+        labels [B, S] shifted by one."""
         if self.is_encoder_decoder:
-            return self.language_model(inputs_embeds=prefix, attention_mask=mask.long(), labels=labels)
+            return self.language_model(inputs_embeds=prefix, attention_mask=mask, labels=labels)
         inputs = labels.masked_fill(labels == IGNORED, self.pad_id)
         start = torch.full_like(inputs[:, :1], self.bos_id)
         embedded = self.language_model.get_input_embeddings()(torch.cat([start, inputs], 1))
         written = torch.cat([torch.ones_like(start), (labels != IGNORED).long()], 1)
-        attention = torch.cat([mask.long(), written], 1)
+        attention = torch.cat([mask, written], 1)
         optional = {"position_ids": _positions(attention), "logits_to_keep": embedded.shape[1]}
         kept = embedded.shape[1] if "logits_to_keep" in self._takes else attention.shape[1]
         silent = torch.full((len(labels), kept - labels.shape[1]), IGNORED, device=labels.device)
@@ -143,11 +166,18 @@ class Reporter(nn.Module):
         )
 
     @torch.no_grad()
-    def write(self, tokens: Tensor, mask: Tensor, *, num_beams: int = BEAMS) -> list[WrittenReport]:
+    def write(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        *,
+        devices: Sequence[str] | None = None,
+        num_beams: int = BEAMS,
+    ) -> list[WrittenReport]:
         """As :meth:`generate`, with the probability of each sentence."""
-        reports = self.generate(tokens, mask, num_beams=num_beams)
+        reports = self.generate(tokens, mask, devices=devices, num_beams=num_beams)
         labels = self._labels(reports, whole=True).to(tokens.device)
-        logits = self._language_model_output(tokens, mask, labels).logits
+        logits = self._language_model_output(*self._condition(tokens, mask, devices), labels).logits
         # A causal model predicts a token from the one before it; an encoder-decoder's logits stand in place.
         count = labels.shape[1]
         logits = logits[:, -count:] if self.is_encoder_decoder else logits[:, -count - 1 : -1]
@@ -179,12 +209,19 @@ class Reporter(nn.Module):
         return list(zip([0, *ends], ends, strict=False))
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, mask: Tensor, *, num_beams: int = BEAMS) -> list[str]:
+    def generate(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        *,
+        devices: Sequence[str] | None = None,
+        num_beams: int = BEAMS,
+    ) -> list[str]:
         """Reports of B ECGs, by beam search or, with one beam, greedily.
 
-        A record's report does not depend on its batch.
+        A record's report does not depend on its batch. For ``devices`` see :meth:`forward`.
         """
-        prefix, attention = self._condition(tokens), mask.long()
+        prefix, attention = self._condition(tokens, mask, devices)
         if not self.is_encoder_decoder:
             start = torch.full((len(tokens), 1), self.bos_id, device=tokens.device)
             prefix = torch.cat([prefix, self.language_model.get_input_embeddings()(start)], 1)
@@ -203,8 +240,19 @@ class Reporter(nn.Module):
         )
         return [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
 
-    def _condition(self, tokens: Tensor) -> Tensor:
-        return self.projector(tokens).to(self.language_model.get_input_embeddings().weight.dtype)
+    def _condition(
+        self, tokens: Tensor, mask: Tensor, devices: Sequence[str] | None
+    ) -> tuple[Tensor, Tensor]:
+        """What stands before a report, [B, P, W], and its mask [B, P] of 0 and 1."""
+        prefix, mask = self.projector(tokens), mask.long()
+        if self.device_embedding is not None:
+            row_of = {name: row for row, name in enumerate(self.devices, start=1)}
+            rows = [row_of.get(name, 0) for name in devices] if devices is not None else [0] * len(tokens)
+            told = self.device_embedding(torch.tensor(rows, device=tokens.device))[:, None]
+            # First, so that an ECG's padding does not stand between, which relative positions would count.
+            prefix = torch.cat([told.to(prefix.dtype), prefix], 1)
+            mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
+        return prefix.to(self.language_model.get_input_embeddings().weight.dtype), mask
 
     def _tokenized(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -228,6 +276,7 @@ def build_reporter(
     max_tokens: int = 96,
     hidden_size: int = 192,
     layers: int = 3,
+    devices: Sequence[str] = (),
 ) -> Reporter:
     """A reporter on a language model by name.
 
@@ -238,6 +287,7 @@ def build_reporter(
         ecg_width: D of the ECG tokens.
         reports: the training reports.
         hidden_size, layers: of the decoder from scratch; the hidden size is even.
+        devices: see :class:`Reporter`.
 
     Raises:
         EcgotError: the model cannot be had.
@@ -256,9 +306,10 @@ def build_reporter(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        return Reporter(AutoModelForCausalLM.from_config(config), tokenizer, ecg_width, max_tokens=max_tokens)
-    model, words = _pretrained(name)
-    return Reporter(model, words, ecg_width, max_tokens=max_tokens)
+        model, words = AutoModelForCausalLM.from_config(config), tokenizer
+    else:
+        model, words = _pretrained(name)
+    return Reporter(model, words, ecg_width, max_tokens=max_tokens, devices=devices)
 
 
 def _pretrained(name: str) -> tuple[Any, Any]:
@@ -409,7 +460,7 @@ def save_language_model_shape(reporter: Reporter, folder: Path) -> None:
     reporter.tokenizer.save_pretrained(folder)
 
 
-def empty_reporter(folder: Path, ecg_width: int, *, max_tokens: int) -> Reporter:
+def empty_reporter(folder: Path, ecg_width: int, *, max_tokens: int, devices: Sequence[str] = ()) -> Reporter:
     """A reporter as saved in ``folder``, with random weights; reads nothing else and needs no network."""
     with quiet_transformers():
         try:
@@ -417,7 +468,8 @@ def empty_reporter(folder: Path, ecg_width: int, *, max_tokens: int) -> Reporter
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise EcgotError(f"run: {folder} does not hold a language model ({first_line(error)})") from error
-    return Reporter(_auto(config).from_config(config), tokenizer, ecg_width, max_tokens=max_tokens)
+    model = _auto(config).from_config(config)
+    return Reporter(model, tokenizer, ecg_width, max_tokens=max_tokens, devices=devices)
 
 
 def _end_of_text(tokenizer: Any) -> int:

@@ -65,7 +65,7 @@ class AlignConfig:
     phrase_weight: float = 3.0  # whether a report says each phrase; classes are then scored by phrases
     phrase_min_count: int = 15  # reports that a phrase is in
     phrase_max_words: int = 7
-    token_weight: float = 1.0
+    token_weight: float = 0.25
     token_loss: str = "ot"  # of alignment.TOKEN_LOSSES
     ot_eps: float = 0.1  # on the cosine cost, which lies in [0, 2]
     ot_max_iter: int = 50
@@ -87,6 +87,7 @@ class ReportConfig:
     lora_learning_rate: float = 5e-4  # of the adapters
     weight_decay: float = 0.01
     max_tokens: int = 96
+    by_device: bool = True  # whether the model is told each record's recorder, where the data set names it
 
 
 @dataclass(frozen=True)

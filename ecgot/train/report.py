@@ -1,7 +1,8 @@
 """Stage 2: a language model learns to write reports from the frozen encoder's tokens."""
 
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from ecgot.train.batches import encode, epoch_order
 from ecgot.train.config import ReportConfig
 from ecgot.train.run import Progress, Run, choose_device, parameter_groups, train_epochs
 
+DEVICE_MIN_COUNT = 20  # training reports of a recorder that the model gets to know
+UNTOLD = 0.2  # share of them for which it is not told, so that it also writes without
+
 
 def train_reporter(
     run: Run, model: AlignmentModel, train: EcgDataset, validation: EcgDataset, *, progress: Progress
@@ -31,7 +35,9 @@ def train_reporter(
     config = run.config()
     settings, device = config.report, choose_device(config.device)
     torch.manual_seed(config.seed)
-    reporter = _new_reporter(settings, model.ecg_width, train.reports).to(device)
+    devices = _known_devices(train.table.devices) if settings.by_device else ()
+    reporter = _new_reporter(settings, model.ecg_width, train.reports, devices).to(device)
+    run.save_devices(devices)
     if not settings.lora_rank:
         save_language_model_shape(reporter, run.folder / "language_model")
     lengths = torch.tensor([len(report) for report in train.reports])
@@ -46,13 +52,17 @@ def train_reporter(
         batches = epoch_order(len(train), settings.batch_size, config.seed, number, lengths)
         for done, rows in enumerate(batches):
             reports = [train.reports[row] for row in rows.tolist()]
-            loss = reporter(tokens[rows].to(device).float(), mask[rows].to(device), reports)
+            told = [
+                "" if hidden else train.table.devices[row]
+                for row, hidden in zip(rows.tolist(), torch.rand(len(rows)) < UNTOLD, strict=True)
+            ]
+            loss = reporter(tokens[rows].to(device).float(), mask[rows].to(device), reports, devices=told)
             step(loss)
             total += loss.item() / len(batches)
             progress.bar(f"report, epoch {number + 1}/{settings.epochs}", done + 1, len(batches))
         return {
             "loss": total,
-            "validation_loss": _mean_loss(reporter, validation_tokens, validation_mask, validation.reports),
+            "validation_loss": _mean_loss(reporter, validation_tokens, validation_mask, validation),
         }
 
     train_epochs(
@@ -74,14 +84,24 @@ def load_reporter(run: Run, ecg_width: int) -> Reporter:
     config = run.config()
     settings = config.report
     if settings.lora_rank:
-        reporter = _new_reporter(settings, ecg_width, ())
+        reporter = _new_reporter(settings, ecg_width, (), run.devices)
     else:
-        reporter = empty_reporter(run.folder / "language_model", ecg_width, max_tokens=settings.max_tokens)
+        reporter = empty_reporter(
+            run.folder / "language_model", ecg_width, max_tokens=settings.max_tokens, devices=run.devices
+        )
     run.load("report", reporter)
     return reporter.to(choose_device(config.device)).eval()
 
 
-def _new_reporter(settings: ReportConfig, ecg_width: int, reports: tuple[str, ...]) -> Reporter:
+def _known_devices(devices: Sequence[str]) -> tuple[str, ...]:
+    """The names, sorted, that enough records have."""
+    counts = Counter(name for name in devices if name)
+    return tuple(sorted(name for name, count in counts.items() if count >= DEVICE_MIN_COUNT))
+
+
+def _new_reporter(
+    settings: ReportConfig, ecg_width: int, reports: tuple[str, ...], devices: tuple[str, ...]
+) -> Reporter:
     reporter = build_reporter(
         settings.language_model,
         ecg_width,
@@ -89,6 +109,7 @@ def _new_reporter(settings: ReportConfig, ecg_width: int, reports: tuple[str, ..
         max_tokens=settings.max_tokens,
         hidden_size=settings.hidden_size,
         layers=settings.layers,
+        devices=devices,
     )
     if settings.lora_rank:
         add_lora(reporter, settings.lora_rank)
@@ -103,11 +124,14 @@ def _learning_rate(settings: ReportConfig, name: str) -> float:
 
 
 @torch.no_grad()
-def _mean_loss(reporter: Reporter, tokens: Tensor, mask: Tensor, reports: tuple[str, ...]) -> float:
+def _mean_loss(reporter: Reporter, tokens: Tensor, mask: Tensor, dataset: EcgDataset) -> float:
+    """Of all records, told their recorders."""
     reporter.eval()
     device = next(reporter.parameters()).device
     total = 0.0
-    for rows in torch.arange(len(reports)).split(64):
-        batch = [reports[row] for row in rows.tolist()]
-        total += len(rows) * reporter(tokens[rows].to(device).float(), mask[rows].to(device), batch).item()
-    return total / len(reports)
+    for rows in torch.arange(len(dataset)).split(64):
+        batch = [dataset.reports[row] for row in rows.tolist()]
+        told = [dataset.table.devices[row] for row in rows.tolist()]
+        loss = reporter(tokens[rows].to(device).float(), mask[rows].to(device), batch, devices=told)
+        total += len(rows) * loss.item()
+    return total / len(dataset)

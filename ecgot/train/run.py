@@ -6,6 +6,7 @@ align.safetensors       stage 1: encoder, projections, and the text encoder wher
 prompts.safetensors     the built-in prompts, embedded; only where ``ecgot export`` made the folder
 report.safetensors      stage 2: projector and language model
 language_model/         stage 2: its configuration and tokenizer
+devices.json            stage 2: the recorders that it can be told, where there are any
 STAGE.resume.pt         optimizer and schedule after the last whole epoch; gone when the stage is done
 """
 
@@ -15,7 +16,7 @@ import math
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,6 +102,31 @@ class Run:
             return from_json(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise EcgotError(f"run: {path} is not valid JSON ({error})") from error
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The recorders that the stage-2 model can be told.
+
+        Raises:
+            EcgotError: devices.json does not hold names.
+        """
+        path = self._devices
+        try:
+            names = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise EcgotError(f"run: {path} is not valid JSON ({error})") from error
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise EcgotError(f"run: {path} holds {str(names)[:40]!r}, accepted is a list of names")
+        return tuple(names)
+
+    def save_devices(self, names: Sequence[str]) -> None:
+        """Write devices.json; none is written for no names."""
+        if names:
+            write_text(self._devices, json.dumps(list(names), indent=2) + "\n")
+
+    @property
+    def _devices(self) -> Path:
+        return self.folder / "devices.json"
 
     def log(self, stage: str, epoch: int, metrics: dict[str, float]) -> None:
         """Add one line to metrics.jsonl, in place of what a cut-off run may have said of the same epoch."""

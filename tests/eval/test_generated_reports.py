@@ -113,6 +113,7 @@ def test_a_device_has_its_own_words():
         [WrittenReport("", ())] * 5,
         [*["within normal limits"] * 4, "fibrillation"],
         np.arange(5),
+        [""] * 5,
         baselines=found,
         in_plain_english=False,
         resamples=5,
@@ -148,7 +149,7 @@ def test_references_in_plain_english_are_what_is_measured():
     written = [WrittenReport("atrial fibrillation", (("atrial fibrillation", 0.9),))] * 2
     references = ["vorhofflimmern"] * 2
     measured = measure_reports(
-        written, references, np.arange(2), baselines=None, in_plain_english=True, resamples=5
+        written, references, np.arange(2), [""] * 2, baselines=None, in_plain_english=True, resamples=5
     )
     assert measured["generated"]["rouge_l"]["value"] == pytest.approx(1.0)
     assert measured["generated_as_written"]["rouge_l"]["value"] == 0
