@@ -266,7 +266,8 @@ def evaluate(
     """Measure RUN, or the model that comes with the package, on held-out folds.
 
     Zero-shot AUROC, a linear probe, retrieval, and reports by text metrics and label F1, beside shuffled
-    ECGs, nearest neighbours, the most frequent report and the typical one of the record's SCP codes.
+    ECGs, nearest neighbours, the most frequent report and the typical one of the record's SCP codes, and
+    of codes and recorder.
     evaluation.json and generated_reports.csv go to RUN, or to the folder of --out; without either nothing is
     written.
     """
@@ -314,14 +315,14 @@ def evaluate(
 @click.option("--num-beams", type=click.IntRange(min=1), default=4, show_default=True, help="1: greedy.")
 @score_option
 @click.option("--prompts", type=PATH, help="TOML file with prompts instead of the built-in ones.")
-@click.option("--device", metavar="NAME", help="Recorder in whose words the report is written; else unknown.")
+@click.option("--recorder", metavar="NAME", help="In whose words the report is written; else unknown.")
 @as_json
 def report(
     paths: tuple[Path, ...],
     num_beams: int,
     score: str | None,
     prompts: Path | None,
-    device: str | None,
+    recorder: str | None,
     as_json: bool,
 ) -> None:
     """Read one WFDB RECORD: class scores and a written report.
@@ -333,7 +334,7 @@ def report(
 
     run, record = _run_and_record(paths)
     reader = Reader(run, prompts=prompts or BUILT_IN, score=score, num_beams=num_beams)
-    reading = reader.read(record, device=device).to_dict()
+    reading = reader.read(record, recorder=recorder).to_dict()
     if as_json:
         _print(reading | {"notice": NOTICE}, True)
         return

@@ -36,7 +36,7 @@ class PtbXlTable:
         reports: n cleaned texts, "" where there is no usable one.
         originals: the same of the report column, where another table takes its place; else ``reports``.
         codes: n sets of SCP codes.
-        devices: n names of the recorder, "" where the table does not say.
+        recorders: n names of the device, "" where the table does not say; runs of white space are one space.
         record_paths: n paths relative to the data set's folder, without suffix.
         class_of: for each group, SCP code to class.
         classes: for each group, its classes in order.
@@ -48,7 +48,7 @@ class PtbXlTable:
     reports: tuple[str, ...]
     originals: tuple[str, ...]
     codes: tuple[frozenset[str], ...]
-    devices: tuple[str, ...]
+    recorders: tuple[str, ...]
     record_paths: tuple[str, ...]
     class_of: dict[str, dict[str, str]]
     classes: dict[str, tuple[str, ...]]
@@ -126,7 +126,9 @@ def read_table(
             _codes(text, ecg_id, database)
             for text, ecg_id in zip(table["scp_codes"], table["ecg_id"], strict=True)
         ),
-        devices=tuple(table["device"].str.strip()) if "device" in table.columns else ("",) * len(table),
+        recorders=tuple(" ".join(name.split()) for name in table["device"])
+        if "device" in table.columns
+        else ("",) * len(table),
         record_paths=_record_paths(table, database, root, fs_hz),
         class_of=class_of,
         classes=classes,

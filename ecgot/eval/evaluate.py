@@ -20,7 +20,7 @@ from ecgot.errors import EcgotError
 from ecgot.eval.probe import linear_probe
 from ecgot.eval.ranking import Ranking, rank
 from ecgot.eval.reports import (
-    DEVICE_UNKNOWN,
+    RECORDER_UNKNOWN,
     Described,
     Example,
     baseline_reports,
@@ -61,10 +61,11 @@ REFERENCES = {
     True: "cleaned by ecgot.data.reports.clean_report and put into plain English by "
     "ecgot.data.glossary.plain_english; those of generated_as_written as they come, cleaned",
 }
-DEVICES = (
-    f"reports are generated in the words of the recorder that the data set names; those of {DEVICE_UNKNOWN} "
-    "without being told it; shuffled ones stay within a recorder"
+RECORDERS = (
+    "reports are generated in the words of the recorder that the data set names, where the model knows it; "
+    f"those of {RECORDER_UNKNOWN} in those of an unknown one: of training records that name none"
 )
+SHUFFLED = "within each recorder that the data set names, and among the records that name none"
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,9 @@ def evaluate(
     embedded = _embedded_prompts(run, model, text, data, prompts)
     scores = _zero_shot_scores(model, held_out, embedded, score, config, progress)
     reports = _evaluate_reports(run, model, known, held_out, num_beams, resamples, progress)
-    told = {"devices": DEVICES} if DEVICE_UNKNOWN in reports["reports"] else {}
+    told = {"recorders": RECORDERS} if RECORDER_UNKNOWN in reports["reports"] else {}
+    if any(data.table.recorders):
+        told["shuffled"] = SHUFFLED
     evaluation = Evaluation(
         folds=tuple(folds),
         records=len(data),
@@ -320,23 +323,23 @@ def _evaluate_reports(
         num_beams=num_beams,
         progress=progress,
     )
-    written = writing(wanted.devices)
-    told = set(reporter.devices) & set(wanted.devices)
+    written = writing(wanted.recorders)
+    told = set(reporter.recorders) & set(wanted.recorders)
     untold = writing([""] * len(rows)) if told else None
     references = list(wanted.reports)
     baselines = None
     if known is not None:
         train = known.data.table
         baselines = baseline_reports(
-            Described(known.pooled, train.codes, train.devices),
+            Described(known.pooled, train.codes, train.recorders),
             (known.data.in_plain_english() if plain else known.data).reports,
-            Described(held_out.pooled[rows.numpy()], wanted.codes, wanted.devices),
+            Described(held_out.pooled[rows.numpy()], wanted.codes, wanted.recorders),
         )
     reports = measure_reports(
         written,
         references,
         wanted.patient_id,
-        wanted.devices,
+        wanted.recorders,
         untold=untold,
         baselines=baselines,
         in_plain_english=plain,

@@ -57,7 +57,7 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
                 _copy_weights(run.folder / f"{stage}.safetensors", made.folder / f"{stage}.safetensors")
         if run.done("report"):
             shutil.copytree(run.folder / "language_model", made.folder / "language_model")
-            made.save_devices(run.devices)
+            made.save_recorders(run.recorders)
         save_prompts(prompts, made.prompts)
         write_text(made.folder / "README.md", model_card(run, trained_on))
         made.folder.rename(out)
@@ -75,7 +75,7 @@ def model_card(run: Run, trained_on: str = UNKNOWN) -> str:
         groups=", ".join(GROUPS),
         trained_on=trained_on,
         statements=STATEMENTS if config.data.plain_english else "",
-        no_report=_devices(run.devices) if run.done("report") else " (not in this model)",
+        no_report=_recorders(run.recorders) if run.done("report") else " (not in this model)",
         train_folds=_folds(config.data.train_folds),
         validation_folds=_folds(config.data.validation_folds),
         encoder=config.encoder.name,
@@ -84,8 +84,12 @@ def model_card(run: Run, trained_on: str = UNKNOWN) -> str:
     )
 
 
-def _devices(devices: tuple[str, ...]) -> str:
-    return f" (in the words of a recorder, if told one: {', '.join(devices)})" if devices else ""
+def _recorders(recorders: tuple[str, ...]) -> str:
+    if not recorders:
+        return ""
+    return (
+        f" (in the words of a recorder if told one, which is style and no evidence: {', '.join(recorders)})"
+    )
 
 
 def _folds(folds: tuple[int, ...]) -> str:

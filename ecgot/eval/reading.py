@@ -63,7 +63,7 @@ class Reader:
     Attributes:
         model: the :class:`ecgot.models.alignment.AlignmentModel`; ``model.encoder`` is the ECG encoder.
         config: the run's :class:`ecgot.train.config.Config`.
-        devices: names of the recorders that :meth:`read` can be told.
+        recorders: names of the recorders that :meth:`read` can be told.
 
     The text encoder is needed, and loaded, only for prompts that the run's folder does not hold embedded, and
     for :meth:`classify`.
@@ -94,7 +94,7 @@ class Reader:
             self.prompts = embed_prompts(self.model, text, wanted)
         done = self.run.done("report")
         self.reporter = load_reporter(self.run, self.model.ecg_width) if done else None
-        self.devices = () if self.reporter is None else self.reporter.devices
+        self.recorders = () if self.reporter is None else self.reporter.recorders
 
     def _load_with_text(self) -> TextEncoder:
         text = TextEncoder(self.config.text.name, max_tokens=self.config.text.max_tokens)
@@ -103,24 +103,26 @@ class Reader:
         return text
 
     @torch.no_grad()
-    def read(self, path: Path, *, device: str | None = None) -> Reading:
+    def read(self, path: Path, *, recorder: str | None = None) -> Reading:
         """Read the WFDB record at ``path``.
 
         Args:
-            device: the recorder in whose words the report is written, of ``reader.devices``; None: unknown.
+            recorder: the one in whose words the report is written, of ``reader.recorders``; None: unknown.
 
         Raises:
-            EcgotError: the record cannot be used, or the model does not know the device.
+            EcgotError: the record cannot be used, or the model does not know the recorder.
         """
-        if device is not None and device not in self.devices:
-            known = ", ".join(map(repr, self.devices)) or "none by this model"
-            raise EcgotError(f"device: got {device!r}, accepted are {known}")
+        told = "" if recorder is None else " ".join(recorder.split())
+        if recorder is not None and told not in self.recorders:
+            known = ", ".join(map(repr, self.recorders)) or "none by this model"
+            raise EcgotError(f"recorder: got {recorder!r}, accepted are {known}")
         encoded, notes = self._encode(path)
         scores = self._scores(encoded, self.prompts)
         if self.reporter is None:
             return Reading(str(path), scores, None, (), notes)
-        told = [device or ""]
-        written = self.reporter.write(encoded.tokens, encoded.mask, devices=told, num_beams=self.num_beams)[0]
+        written = self.reporter.write(
+            encoded.tokens, encoded.mask, recorders=[told], num_beams=self.num_beams
+        )[0]
         return Reading(str(path), scores, written.text, written.sentences, notes)
 
     @torch.no_grad()

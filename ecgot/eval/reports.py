@@ -21,11 +21,11 @@ from ecgot.models.reporter import Reporter, WrittenReport, sentences
 from ecgot.train.run import Progress
 
 BATCH = 128
-DEVICE_UNKNOWN = "generated_device_unknown"
+RECORDER_UNKNOWN = "generated_recorder_unknown"
 TYPICAL_OF = 60  # distinct reports among which the most typical one is looked for
 _Key = TypeVar("_Key")
-_Both = tuple[str, frozenset[str]]  # device, codes
-ENOUGH = 3  # reports of a device with the same codes, to go by them alone
+_Both = tuple[str, frozenset[str]]  # recorder, codes
+ENOUGH = 3  # reports of a recorder with the same codes, to go by them alone
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Baselines:
 
     most_frequent: the commonest one; nearest: for each of n records that of the nearest training ECG;
     same_codes: for each of n records the one most like the others among the reports of the same SCP codes;
-    same_codes_and_device: and of the same recorder, whose program and readers have their own words; empty
+    same_codes_and_recorder: and of the same recorder, whose program and readers have their own words; empty
     where no record names one. The last two know the record's codes, so that they show how far knowing every
     finding goes, without the words, and with the recorder's.
     """
@@ -52,14 +52,14 @@ class Baselines:
     most_frequent: str
     nearest: tuple[str, ...]
     same_codes: tuple[str, ...]
-    same_codes_and_device: tuple[str, ...] = ()
+    same_codes_and_recorder: tuple[str, ...] = ()
 
 
 def write_reports(
     reporter: Reporter,
     tokens: Tensor,
     mask: Tensor,
-    devices: Sequence[str],
+    recorders: Sequence[str],
     *,
     num_beams: int,
     progress: Progress,
@@ -69,8 +69,8 @@ def write_reports(
     reports: list[WrittenReport] = []
     for rows in torch.arange(len(tokens)).split(BATCH):
         part, valid = tokens[rows].float().to(device), mask[rows].to(device)
-        told = [devices[row] for row in rows.tolist()]
-        reports += reporter.write(part, valid, devices=told, num_beams=num_beams)
+        told = [recorders[row] for row in rows.tolist()]
+        reports += reporter.write(part, valid, recorders=told, num_beams=num_beams)
         progress.bar("reports", len(reports), len(tokens))
     return reports
 
@@ -79,7 +79,7 @@ def measure_reports(
     written: Sequence[WrittenReport],
     references: Sequence[str],
     patients: np.ndarray,
-    devices: Sequence[str],
+    recorders: Sequence[str],
     *,
     untold: Sequence[WrittenReport] | None = None,
     baselines: Baselines | None,
@@ -88,29 +88,29 @@ def measure_reports(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Metrics "value", "low" and "high" (95 % bootstrap over patients) by system and metric.
 
-    The systems: "generated"; "generated_device_unknown", the reports ``untold``; "shuffled", each report
-    against the reference of another patient of the same device; those of ``baselines``; and where references
-    are put into plain English, "generated_as_written", the reports against references as they came.
+    The systems: "generated"; "generated_recorder_unknown", the reports ``untold``; "shuffled", each report
+    against the reference of another patient of the same recorder; those of ``baselines``; and where
+    references are put into plain English, "generated_as_written", against references as they came.
 
     Args:
-        written, references, patients, devices: of n records; a device is "" where it is unknown.
-        untold: n reports of a model that was not told the devices.
+        written, references, patients, recorders: of n records; a recorder is "" where it is unknown.
+        untold: n reports of a model that was not told the recorders.
     """
     plain = [plain_english(text) for text in references] if in_plain_english else list(references)
     texts = [report.text for report in written]
     systems = {"generated": (texts, plain)}
     if untold is not None:
-        systems[DEVICE_UNKNOWN] = ([report.text for report in untold], plain)
+        systems[RECORDER_UNKNOWN] = ([report.text for report in untold], plain)
     if baselines is not None:
         systems["nearest_neighbour"] = (list(baselines.nearest), plain)
         systems["most_frequent"] = ([baselines.most_frequent] * len(plain), plain)
         systems["same_codes"] = (list(baselines.same_codes), plain)
-        if baselines.same_codes_and_device:
-            systems["same_codes_and_device"] = (list(baselines.same_codes_and_device), plain)
+        if baselines.same_codes_and_recorder:
+            systems["same_codes_and_recorder"] = (list(baselines.same_codes_and_recorder), plain)
     if in_plain_english:
         systems["generated_as_written"] = (texts, list(references))
     measured = {name: _measured(*pair, patients, resamples) for name, pair in systems.items()}
-    rows, other = shuffled(patients, devices)
+    rows, other = shuffled(patients, recorders)
     if len(rows):
         mixed = [texts[row] for row in other], [plain[row] for row in rows]
         measured["shuffled"] = _measured(*mixed, patients[rows], resamples)
@@ -152,11 +152,11 @@ def sentence_confidence(written: Sequence[WrittenReport], references: Sequence[s
 
 @dataclass(frozen=True)
 class Described:
-    """What baselines know of n records: pooled encoder tokens [n, D], SCP codes, devices ("": unknown)."""
+    """What baselines know of n records: pooled encoder tokens [n, D], SCP codes, recorders ("": unknown)."""
 
     features: np.ndarray
     codes: Sequence[frozenset[str]]
-    devices: Sequence[str]
+    recorders: Sequence[str]
 
 
 def baseline_reports(train: Described, train_reports: Sequence[str], wanted: Described) -> Baselines | None:
@@ -178,13 +178,13 @@ def baseline_reports(train: Described, train_reports: Sequence[str], wanted: Des
         most_frequent=Counter(texts).most_common(1)[0][0],
         nearest=tuple(texts[row] for row in nearest),
         same_codes=same_codes,
-        same_codes_and_device=_of_device(
-            [(train.devices[row], train.codes[row]) for row in rows],
+        same_codes_and_recorder=_of_recorder(
+            [(train.recorders[row], train.codes[row]) for row in rows],
             texts,
-            list(zip(wanted.devices, wanted.codes, strict=True)),
+            list(zip(wanted.recorders, wanted.codes, strict=True)),
             otherwise=same_codes,
         )
-        if any(wanted.devices)
+        if any(wanted.recorders)
         else (),
     )
 
@@ -197,10 +197,10 @@ def _same_codes(
     return tuple(typical[codes] for codes in wanted)
 
 
-def _of_device(
+def _of_recorder(
     known: Sequence[_Both], texts: Sequence[str], wanted: Sequence[_Both], *, otherwise: Sequence[str]
 ) -> tuple[str, ...]:
-    """The most typical report of a device and codes; ``otherwise`` where the device is unknown or has few."""
+    """The most typical report of a recorder and codes; ``otherwise`` where it is unknown or has few."""
     by_both = _grouped(known, texts)
     typical = {
         both: _most_typical(by_both[both])
@@ -252,14 +252,14 @@ def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
 
 
-def shuffled(patients: np.ndarray, devices: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows, and for each of them another patient's row of the same device, so that what is lost is the ECG's.
+def shuffled(patients: np.ndarray, recorders: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, and of each another patient's row of the same recorder, so that what is lost is the ECG's.
 
-    A device where no such order exists is left out.
+    Unknown ones are as one. A recorder where no such order exists is left out.
     """
     found = [np.empty((2, 0), dtype=np.int64)]
-    names = np.array(devices, dtype=object)
-    for name in sorted(set(devices)):
+    names = np.array(recorders, dtype=object)
+    for name in sorted(set(recorders)):
         rows = np.flatnonzero(names == name)
         other = another_patients(patients[rows])
         if other is not None:

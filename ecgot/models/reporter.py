@@ -4,7 +4,7 @@ Any Hugging Face causal language model or encoder-decoder serves. A causal model
 tokens as a prefix of its own embeddings; an encoder-decoder reads them as its encoder's input. The report
 under training is never part of the condition.
 
-Recorders and their readers have words of their own for the same finding. Where a record names its device, the
+Recorders and their readers have words of their own for the same finding. Where the recorder is known, the
 model is told it, as one more token in front; "" is an unknown one, which training also shows.
 
 A pretrained model trains whole, or by low-rank adapters (LoRA) beside its frozen weights.
@@ -96,7 +96,7 @@ class Reporter(nn.Module):
         tokenizer: its tokenizer.
         ecg_width: D of the ECG tokens.
         max_tokens: longest report, in the tokenizer's tokens.
-        devices: names of the recorders that it can be told; any other one is unknown. None: it is told none.
+        recorders: names that it can be told; any other one is unknown. Empty: it is told none.
 
     Raises:
         EcgotError: the tokenizer has no token that ends a text.
@@ -109,7 +109,7 @@ class Reporter(nn.Module):
         ecg_width: int,
         *,
         max_tokens: int = 96,
-        devices: Sequence[str] = (),
+        recorders: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.language_model, self.tokenizer, self.max_tokens = language_model, tokenizer, max_tokens
@@ -126,24 +126,24 @@ class Reporter(nn.Module):
         self.projector = nn.Sequential(
             nn.LayerNorm(ecg_width), nn.Linear(ecg_width, width), nn.GELU(), nn.Linear(width, width)
         )
-        self.devices = tuple(devices)
-        self.device_embedding: nn.Embedding | None = None
-        if self.devices:
-            self.device_embedding = nn.Embedding(1 + len(self.devices), width)  # row 0: unknown
-            nn.init.normal_(self.device_embedding.weight, std=0.02)  # as language models begin
+        self.recorders = tuple(recorders)
+        self.recorder_embedding: nn.Embedding | None = None
+        if self.recorders:
+            self.recorder_embedding = nn.Embedding(1 + len(self.recorders), width)  # row 0: unknown
+            nn.init.normal_(self.recorder_embedding.weight, std=0.02)  # as language models begin
         # Models differ in what they take; logits of the ECG's own positions would be computed for nothing.
         self._takes = frozenset(inspect.signature(language_model.forward).parameters)
 
     def forward(
-        self, tokens: Tensor, mask: Tensor, reports: Sequence[str], *, devices: Sequence[str] | None = None
+        self, tokens: Tensor, mask: Tensor, reports: Sequence[str], *, recorders: Sequence[str] | None = None
     ) -> Tensor:
         """Mean cross-entropy per report token of B reports, given ECG tokens [B, N, D] and mask [B, N].
 
         Args:
-            devices: names of the B recorders, "" where unknown; None: all unknown.
+            recorders: names of the B recorders, "" where unknown; None: all unknown.
         """
         labels = self._labels(reports).to(tokens.device)
-        return self._language_model_output(*self._condition(tokens, mask, devices), labels).loss
+        return self._language_model_output(*self._condition(tokens, mask, recorders), labels).loss
 
     def _language_model_output(self, prefix: Tensor, mask: Tensor, labels: Tensor) -> Any:
         """Hugging Face's output after a prefix [B, P, W] with mask [B, P]; its last S logits are those of
@@ -171,13 +171,13 @@ class Reporter(nn.Module):
         tokens: Tensor,
         mask: Tensor,
         *,
-        devices: Sequence[str] | None = None,
+        recorders: Sequence[str] | None = None,
         num_beams: int = BEAMS,
     ) -> list[WrittenReport]:
         """As :meth:`generate`, with the probability of each sentence."""
-        reports = self.generate(tokens, mask, devices=devices, num_beams=num_beams)
+        reports = self.generate(tokens, mask, recorders=recorders, num_beams=num_beams)
         labels = self._labels(reports, whole=True).to(tokens.device)
-        logits = self._language_model_output(*self._condition(tokens, mask, devices), labels).logits
+        logits = self._language_model_output(*self._condition(tokens, mask, recorders), labels).logits
         # A causal model predicts a token from the one before it; an encoder-decoder's logits stand in place.
         count = labels.shape[1]
         logits = logits[:, -count:] if self.is_encoder_decoder else logits[:, -count - 1 : -1]
@@ -214,14 +214,14 @@ class Reporter(nn.Module):
         tokens: Tensor,
         mask: Tensor,
         *,
-        devices: Sequence[str] | None = None,
+        recorders: Sequence[str] | None = None,
         num_beams: int = BEAMS,
     ) -> list[str]:
         """Reports of B ECGs, by beam search or, with one beam, greedily.
 
-        A record's report does not depend on its batch. For ``devices`` see :meth:`forward`.
+        A record's report does not depend on its batch. For ``recorders`` see :meth:`forward`.
         """
-        prefix, attention = self._condition(tokens, mask, devices)
+        prefix, attention = self._condition(tokens, mask, recorders)
         if not self.is_encoder_decoder:
             start = torch.full((len(tokens), 1), self.bos_id, device=tokens.device)
             prefix = torch.cat([prefix, self.language_model.get_input_embeddings()(start)], 1)
@@ -241,14 +241,14 @@ class Reporter(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
 
     def _condition(
-        self, tokens: Tensor, mask: Tensor, devices: Sequence[str] | None
+        self, tokens: Tensor, mask: Tensor, recorders: Sequence[str] | None
     ) -> tuple[Tensor, Tensor]:
         """What stands before a report, [B, P, W], and its mask [B, P] of 0 and 1."""
         prefix, mask = self.projector(tokens), mask.long()
-        if self.device_embedding is not None:
-            row_of = {name: row for row, name in enumerate(self.devices, start=1)}
-            rows = [row_of.get(name, 0) for name in devices] if devices is not None else [0] * len(tokens)
-            told = self.device_embedding(torch.tensor(rows, device=tokens.device))[:, None]
+        if self.recorder_embedding is not None:
+            row_of = {name: row for row, name in enumerate(self.recorders, start=1)}
+            rows = [row_of.get(name, 0) for name in recorders] if recorders is not None else [0] * len(tokens)
+            told = self.recorder_embedding(torch.tensor(rows, device=tokens.device))[:, None]
             # First, so that an ECG's padding does not stand between, which relative positions would count.
             prefix = torch.cat([told.to(prefix.dtype), prefix], 1)
             mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
@@ -276,7 +276,7 @@ def build_reporter(
     max_tokens: int = 96,
     hidden_size: int = 192,
     layers: int = 3,
-    devices: Sequence[str] = (),
+    recorders: Sequence[str] = (),
 ) -> Reporter:
     """A reporter on a language model by name.
 
@@ -287,7 +287,7 @@ def build_reporter(
         ecg_width: D of the ECG tokens.
         reports: the training reports.
         hidden_size, layers: of the decoder from scratch; the hidden size is even.
-        devices: see :class:`Reporter`.
+        recorders: see :class:`Reporter`.
 
     Raises:
         EcgotError: the model cannot be had.
@@ -309,7 +309,7 @@ def build_reporter(
         model, words = AutoModelForCausalLM.from_config(config), tokenizer
     else:
         model, words = _pretrained(name)
-    return Reporter(model, words, ecg_width, max_tokens=max_tokens, devices=devices)
+    return Reporter(model, words, ecg_width, max_tokens=max_tokens, recorders=recorders)
 
 
 def _pretrained(name: str) -> tuple[Any, Any]:
@@ -411,7 +411,7 @@ def _unpack(packed: Path, folder: Path) -> None:
 def add_lora(reporter: Reporter, rank: int) -> None:
     """Freeze the language model and put an adapter of ``rank`` beside each of its linear layers but the last.
 
-    From then on the state dict holds what is trained, the projector and the adapters, and a fingerprint of
+    From then on the state dict holds what is trained (projector, recorders, adapters) and a fingerprint of
     the frozen weights in their place: a state dict goes into a reporter that has the same ones.
 
     Raises:
@@ -460,7 +460,9 @@ def save_language_model_shape(reporter: Reporter, folder: Path) -> None:
     reporter.tokenizer.save_pretrained(folder)
 
 
-def empty_reporter(folder: Path, ecg_width: int, *, max_tokens: int, devices: Sequence[str] = ()) -> Reporter:
+def empty_reporter(
+    folder: Path, ecg_width: int, *, max_tokens: int, recorders: Sequence[str] = ()
+) -> Reporter:
     """A reporter as saved in ``folder``, with random weights; reads nothing else and needs no network."""
     with quiet_transformers():
         try:
@@ -469,7 +471,7 @@ def empty_reporter(folder: Path, ecg_width: int, *, max_tokens: int, devices: Se
         except (OSError, ValueError) as error:
             raise EcgotError(f"run: {folder} does not hold a language model ({first_line(error)})") from error
     model = _auto(config).from_config(config)
-    return Reporter(model, tokenizer, ecg_width, max_tokens=max_tokens, devices=devices)
+    return Reporter(model, tokenizer, ecg_width, max_tokens=max_tokens, recorders=recorders)
 
 
 def _end_of_text(tokenizer: Any) -> int:

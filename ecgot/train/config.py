@@ -87,7 +87,7 @@ class ReportConfig:
     lora_learning_rate: float = 5e-4  # of the adapters
     weight_decay: float = 0.01
     max_tokens: int = 96
-    by_device: bool = True  # whether the model is told each record's recorder, where the data set names it
+    by_recorder: bool = True  # the model is told each record's recorder where that is known
 
 
 @dataclass(frozen=True)

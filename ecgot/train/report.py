@@ -21,7 +21,7 @@ from ecgot.train.batches import encode, epoch_order
 from ecgot.train.config import ReportConfig
 from ecgot.train.run import Progress, Run, choose_device, parameter_groups, train_epochs
 
-DEVICE_MIN_COUNT = 20  # training reports of a recorder that the model gets to know
+RECORDER_MIN_COUNT = 20  # training reports of a recorder that the model gets to know
 UNTOLD = 0.2  # share of them for which it is not told, so that it also writes without
 
 
@@ -35,9 +35,9 @@ def train_reporter(
     config = run.config()
     settings, device = config.report, choose_device(config.device)
     torch.manual_seed(config.seed)
-    devices = _known_devices(train.table.devices) if settings.by_device else ()
-    reporter = _new_reporter(settings, model.ecg_width, train.reports, devices).to(device)
-    run.save_devices(devices)
+    if not run.begun("report"):  # else its weights stand for the names that it began with
+        run.save_recorders(_known_recorders(train.table.recorders) if settings.by_recorder else ())
+    reporter = _new_reporter(settings, model.ecg_width, train.reports, run.recorders).to(device)
     if not settings.lora_rank:
         save_language_model_shape(reporter, run.folder / "language_model")
     lengths = torch.tensor([len(report) for report in train.reports])
@@ -53,10 +53,10 @@ def train_reporter(
         for done, rows in enumerate(batches):
             reports = [train.reports[row] for row in rows.tolist()]
             told = [
-                "" if hidden else train.table.devices[row]
+                "" if hidden else train.table.recorders[row]
                 for row, hidden in zip(rows.tolist(), torch.rand(len(rows)) < UNTOLD, strict=True)
             ]
-            loss = reporter(tokens[rows].to(device).float(), mask[rows].to(device), reports, devices=told)
+            loss = reporter(tokens[rows].to(device).float(), mask[rows].to(device), reports, recorders=told)
             step(loss)
             total += loss.item() / len(batches)
             progress.bar(f"report, epoch {number + 1}/{settings.epochs}", done + 1, len(batches))
@@ -84,23 +84,23 @@ def load_reporter(run: Run, ecg_width: int) -> Reporter:
     config = run.config()
     settings = config.report
     if settings.lora_rank:
-        reporter = _new_reporter(settings, ecg_width, (), run.devices)
+        reporter = _new_reporter(settings, ecg_width, (), run.recorders)
     else:
         reporter = empty_reporter(
-            run.folder / "language_model", ecg_width, max_tokens=settings.max_tokens, devices=run.devices
+            run.folder / "language_model", ecg_width, max_tokens=settings.max_tokens, recorders=run.recorders
         )
     run.load("report", reporter)
     return reporter.to(choose_device(config.device)).eval()
 
 
-def _known_devices(devices: Sequence[str]) -> tuple[str, ...]:
+def _known_recorders(recorders: Sequence[str]) -> tuple[str, ...]:
     """The names, sorted, that enough records have."""
-    counts = Counter(name for name in devices if name)
-    return tuple(sorted(name for name, count in counts.items() if count >= DEVICE_MIN_COUNT))
+    counts = Counter(name for name in recorders if name)
+    return tuple(sorted(name for name, count in counts.items() if count >= RECORDER_MIN_COUNT))
 
 
 def _new_reporter(
-    settings: ReportConfig, ecg_width: int, reports: tuple[str, ...], devices: tuple[str, ...]
+    settings: ReportConfig, ecg_width: int, reports: tuple[str, ...], recorders: tuple[str, ...]
 ) -> Reporter:
     reporter = build_reporter(
         settings.language_model,
@@ -109,7 +109,7 @@ def _new_reporter(
         max_tokens=settings.max_tokens,
         hidden_size=settings.hidden_size,
         layers=settings.layers,
-        devices=devices,
+        recorders=recorders,
     )
     if settings.lora_rank:
         add_lora(reporter, settings.lora_rank)
@@ -131,7 +131,7 @@ def _mean_loss(reporter: Reporter, tokens: Tensor, mask: Tensor, dataset: EcgDat
     total = 0.0
     for rows in torch.arange(len(dataset)).split(64):
         batch = [dataset.reports[row] for row in rows.tolist()]
-        told = [dataset.table.devices[row] for row in rows.tolist()]
-        loss = reporter(tokens[rows].to(device).float(), mask[rows].to(device), batch, devices=told)
+        told = [dataset.table.recorders[row] for row in rows.tolist()]
+        loss = reporter(tokens[rows].to(device).float(), mask[rows].to(device), batch, recorders=told)
         total += len(rows) * loss.item()
     return total / len(dataset)

@@ -4,9 +4,9 @@ config.json             the resolved configuration
 metrics.jsonl           one line an epoch
 align.safetensors       stage 1: encoder, projections, and the text encoder where it was trained
 prompts.safetensors     the built-in prompts, embedded; only where ``ecgot export`` made the folder
-report.safetensors      stage 2: projector and language model
+report.safetensors      stage 2: projector, recorders and language model
 language_model/         stage 2: its configuration and tokenizer
-devices.json            stage 2: the recorders that it can be told, where there are any
+recorders.json            stage 2: the recorders that it can be told, where there are any
 STAGE.resume.pt         optimizer and schedule after the last whole epoch; gone when the stage is done
 """
 
@@ -104,13 +104,13 @@ class Run:
             raise EcgotError(f"run: {path} is not valid JSON ({error})") from error
 
     @property
-    def devices(self) -> tuple[str, ...]:
+    def recorders(self) -> tuple[str, ...]:
         """The recorders that the stage-2 model can be told.
 
         Raises:
-            EcgotError: devices.json does not hold names.
+            EcgotError: recorders.json does not hold names.
         """
-        path = self._devices
+        path = self._recorders
         try:
             names = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -119,14 +119,16 @@ class Run:
             raise EcgotError(f"run: {path} holds {str(names)[:40]!r}, accepted is a list of names")
         return tuple(names)
 
-    def save_devices(self, names: Sequence[str]) -> None:
-        """Write devices.json; none is written for no names."""
-        if names:
-            write_text(self._devices, json.dumps(list(names), indent=2) + "\n")
+    def save_recorders(self, names: Sequence[str]) -> None:
+        """Write recorders.json; for no names there is none."""
+        if not names:
+            self._recorders.unlink(missing_ok=True)
+        else:
+            write_text(self._recorders, json.dumps(list(names), indent=2) + "\n")
 
     @property
-    def _devices(self) -> Path:
-        return self.folder / "devices.json"
+    def _recorders(self) -> Path:
+        return self.folder / "recorders.json"
 
     def log(self, stage: str, epoch: int, metrics: dict[str, float]) -> None:
         """Add one line to metrics.jsonl, in place of what a cut-off run may have said of the same epoch."""

@@ -53,10 +53,10 @@ def test_labels_count_whatever_their_likelihood(root):
     assert table.labels("rhythm").matrix[:, 0].tolist() == [True, False, False, False]
 
 
-def test_a_device_is_its_name_without_spaces_around(root):
-    assert read_table(root).devices == ("",) * 4  # no column
+def test_a_recorder_is_its_name_with_single_spaces(root):
+    assert read_table(root).recorders == ("",) * 4  # no column
     rewrite(root, lambda table: table.assign(device=["CS-12   E ", "AT-6 C 5.5", "", "x"]))
-    assert read_table(root).select([1, 0, 2]).devices == ("AT-6 C 5.5", "CS-12   E", "")
+    assert read_table(root).select([1, 0, 2]).recorders == ("AT-6 C 5.5", "CS-12 E", "")
 
 
 def test_rows_are_read(root):

@@ -87,11 +87,11 @@ def test_baselines():
         "normal ecg",
         "left axis",
     )  # of no other record the codes, so the closest set's
-    assert found.same_codes_and_device == ()  # no record names its device
+    assert found.same_codes_and_recorder == ()  # no record names its recorder
     assert baseline_reports(known, [""] * 4, wanted) is None
 
 
-def test_a_device_has_its_own_words():
+def test_a_recorder_has_its_own_words():
     well, ill = frozenset({"NORM"}), frozenset({"AFIB"})
     codes = [well] * 7 + [ill] * 2
     known = Described(np.ones((9, 1)), codes, ["one"] * 4 + ["two"] * 3 + ["two"] * 2)
@@ -99,16 +99,16 @@ def test_a_device_has_its_own_words():
     wanted = Described(np.ones((5, 1)), [well] * 4 + [ill], ["one", "two", "three", "", "two"])
     found = baseline_reports(known, reports, wanted)
     assert found is not None
-    assert found.same_codes_and_device == (
+    assert found.same_codes_and_recorder == (
         "sinus rhythm normal ecg",
         "within normal limits",
-        *["sinus rhythm normal ecg"] * 2,  # of an unknown device, or of none, by the codes alone
+        *["sinus rhythm normal ecg"] * 2,  # of an unknown recorder, or of none, by the codes alone
         "fibrillation",  # and of one with too few
     )
-    few = dataclasses.replace(known, devices=["one"] * 5 + ["two"] * 4)
+    few = dataclasses.replace(known, recorders=["one"] * 5 + ["two"] * 4)
     found = baseline_reports(few, reports, wanted)
     assert found is not None
-    assert found.same_codes_and_device[1] == found.same_codes[1] == "sinus rhythm normal ecg"
+    assert found.same_codes_and_recorder[1] == found.same_codes[1] == "sinus rhythm normal ecg"
     measured = measure_reports(
         [WrittenReport("", ())] * 5,
         [*["within normal limits"] * 4, "fibrillation"],
@@ -119,7 +119,7 @@ def test_a_device_has_its_own_words():
         resamples=5,
     )
     # Four of five say "sinus rhythm normal ecg": one word of its four, of the reference's three.
-    assert measured["same_codes_and_device"]["rouge_l"]["value"] == pytest.approx(0.2 + 0.8 * 2 / 7)
+    assert measured["same_codes_and_recorder"]["rouge_l"]["value"] == pytest.approx(0.2 + 0.8 * 2 / 7)
 
 
 def test_a_record_without_codes_is_like_those_without():

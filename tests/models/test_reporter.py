@@ -129,36 +129,36 @@ def test_masked_tokens_and_batch_mates_change_nothing(family, tokenizer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_device_is_one_more_token(family, tokenizer, tmp_path):
+def test_a_recorder_is_one_more_token(family, tokenizer, tmp_path):
     torch.manual_seed(0)
     model = Reporter(
-        language_models(len(tokenizer))[family], tokenizer, WIDTH, max_tokens=40, devices=("a", "b")
+        language_models(len(tokenizer))[family], tokenizer, WIDTH, max_tokens=40, recorders=("a", "b")
     ).eval()
     tokens, mask = torch.randn(2, 5, WIDTH), torch.tensor([[True] * 5, [True, True, True, False, False]])
-    loss = model(tokens, mask, REPORTS, devices=["b", ""])
+    loss = model(tokens, mask, REPORTS, recorders=["b", ""])
     loss.backward()
-    assert model.device_embedding is not None
-    assert model.device_embedding.weight.grad.abs().sum(1).gt(0).tolist() == [True, False, True]
+    assert model.recorder_embedding is not None
+    assert model.recorder_embedding.weight.grad.abs().sum(1).gt(0).tolist() == [True, False, True]
     with torch.no_grad():
         unknown = model(tokens, mask, REPORTS)
-        assert model(tokens, mask, REPORTS, devices=["c", ""]) == unknown  # another name is an unknown one
+        assert model(tokens, mask, REPORTS, recorders=["c", ""]) == unknown  # another name is an unknown one
         assert abs(loss - unknown) > 1e-6
-        # By hand: the device's embedding, then the projected tokens.
+        # By hand: the recorder's embedding, then the projected tokens.
         plain = Reporter(model.language_model, tokenizer, WIDTH, max_tokens=40).eval()
-        row = model.device_embedding.weight[2]
+        row = model.recorder_embedding.weight[2]
         prefix = torch.cat([row.expand(1, 1, -1), model.projector(tokens[:1])], 1)
         plain.projector = torch.nn.Identity()
         expected = plain(prefix, torch.ones(1, 6, dtype=torch.bool), REPORTS[:1])
-        torch.testing.assert_close(model(tokens[:1], mask[:1], REPORTS[:1], devices=["b"]), expected)
+        torch.testing.assert_close(model(tokens[:1], mask[:1], REPORTS[:1], recorders=["b"]), expected)
     assert (
-        model.generate(tokens, mask, devices=["b", "a"])[1]
-        == model.generate(tokens[1:, :3], mask[1:, :3], devices=["a"])[0]
+        model.generate(tokens, mask, recorders=["b", "a"])[1]
+        == model.generate(tokens[1:, :3], mask[1:, :3], recorders=["a"])[0]
     )
     save_language_model_shape(model, tmp_path)
-    again = empty_reporter(tmp_path, WIDTH, max_tokens=40, devices=("a", "b")).eval()
+    again = empty_reporter(tmp_path, WIDTH, max_tokens=40, recorders=("a", "b")).eval()
     again.load_state_dict(model.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(again(tokens, mask, REPORTS, devices=["b", ""]), loss.detach())
+        torch.testing.assert_close(again(tokens, mask, REPORTS, recorders=["b", ""]), loss.detach())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
