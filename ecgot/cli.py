@@ -350,7 +350,8 @@ def report(
         console.print(f"note: {note}", markup=False)
     console.print("Scores compare records by one class; classes differ in how often they are named.")
     written = "(none: stage 2 has not been trained)" if reading["report"] is None else reading["report"]
-    console.print(f"report: {written or '(empty)'}", markup=False)
+    words = f" in the words of {reading['recorder']}" if reading["recorder"] else ""
+    console.print(f"report{words}: {written or '(empty)'}", markup=False)
     if reading["sentences"]:
         console.print("Probability that the model gives to each of its sentences:")
     for sentence, probability in reading["sentences"]:
@@ -508,9 +509,9 @@ def _supervised_table(result: dict[str, Any]) -> Table:
 
 def _report_table(result: dict[str, Any]) -> Table:
     table = Table(title=f"Reports, {result['references']} references")
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)
     for system in result["reports"]:
-        table.add_column(system.replace("_", " "), justify="right")
+        table.add_column(system.replace("_", " "), justify="right", overflow="fold")
     for metric in next(iter(result["reports"].values())):
         values = (metric_text(metrics[metric]) for metrics in result["reports"].values())
         table.add_row(metric.replace("_", "-").upper(), *values)

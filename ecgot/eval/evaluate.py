@@ -178,7 +178,7 @@ def evaluate(
     scores = _zero_shot_scores(model, held_out, embedded, score, config, progress)
     reports = _evaluate_reports(run, model, known, held_out, num_beams, resamples, progress)
     told = {"recorders": RECORDERS} if RECORDER_UNKNOWN in reports["reports"] else {}
-    if any(data.table.recorders):
+    if "shuffled" in reports["reports"] and any(data.table.recorders):
         told["shuffled"] = SHUFFLED
     evaluation = Evaluation(
         folds=tuple(folds),

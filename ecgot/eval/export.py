@@ -15,12 +15,15 @@ from ecgot.eval.zeroshot import embed_prompts, read_prompts, save_prompts
 from ecgot.files import save_tensors, write_text
 from ecgot.models.text import TextEncoder
 from ecgot.train.align import load_alignment
+from ecgot.train.config import DataConfig
+from ecgot.train.report import load_reporter
 from ecgot.train.run import Run
 from ecgot.version import __version__
 
 CARD = Path(__file__).with_name("model_card.md")
 UNKNOWN = "A data set in PTB-XL's layout"
-STATEMENTS = " Both stages learned from the original reports in plain English, by a glossary."
+PLAIN = " Both stages learned from the original reports{others}, in plain English by a glossary."
+OTHERS = " or, of records without one, from the texts of {name}"
 
 
 def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
@@ -46,7 +49,10 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
     if out.exists():
         raise EcgotError(f"out: {out} exists, accepted is a new folder")
     text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
-    prompts = embed_prompts(load_alignment(run, text), text, read_prompts())
+    model = load_alignment(run, text)
+    if run.done("report"):
+        load_reporter(run, model.ecg_width)  # that it can be read
+    prompts = embed_prompts(model, text, read_prompts())
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         made = Run(Path(temporary) / "run")
@@ -74,7 +80,7 @@ def model_card(run: Run, trained_on: str = UNKNOWN) -> str:
         leads=", ".join(config.data.leads),
         groups=", ".join(GROUPS),
         trained_on=trained_on,
-        statements=STATEMENTS if config.data.plain_english else "",
+        statements=_texts(config.data),
         no_report=_recorders(run.recorders) if run.done("report") else " (not in this model)",
         train_folds=_folds(config.data.train_folds),
         validation_folds=_folds(config.data.validation_folds),
@@ -82,6 +88,13 @@ def model_card(run: Run, trained_on: str = UNKNOWN) -> str:
         text=config.text.name,
         metrics=_metrics(path) if path.exists() else "Not yet.",
     )
+
+
+def _texts(data: DataConfig) -> str:
+    """Which texts the model learned from; of a CSV alone nothing is known."""
+    if not data.plain_english:
+        return ""
+    return PLAIN.format(others=OTHERS.format(name=Path(data.reports_csv).name) if data.reports_csv else "")
 
 
 def _recorders(recorders: tuple[str, ...]) -> str:

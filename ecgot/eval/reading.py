@@ -39,6 +39,7 @@ class Reading:
         report: the generated text; None where stage 2 has not been trained.
         sentences: of the report, each with the probability that the model gives to these very words.
         notes: what was done to the signal: repaired gaps, flat leads, cutting, padding.
+        recorder: in whose words the report is written; None: of an unknown one.
     """
 
     record: str
@@ -46,6 +47,7 @@ class Reading:
     report: str | None
     sentences: tuple[tuple[str, float], ...]
     notes: tuple[str, ...]
+    recorder: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -123,7 +125,7 @@ class Reader:
         written = self.reporter.write(
             encoded.tokens, encoded.mask, recorders=[told], num_beams=self.num_beams
         )[0]
-        return Reading(str(path), scores, written.text, written.sentences, notes)
+        return Reading(str(path), scores, written.text, written.sentences, notes, told or None)
 
     @torch.no_grad()
     def classify(self, path: Path, prompts: Sequence[str]) -> Reading:

@@ -257,6 +257,8 @@ def shuffled(patients: np.ndarray, recorders: Sequence[str]) -> tuple[np.ndarray
 
     Unknown ones are as one. A recorder where no such order exists is left out.
     """
+    if len(recorders) != len(patients):
+        raise ValueError(f"recorders: got {len(recorders)} for {len(patients)} patients")
     found = [np.empty((2, 0), dtype=np.int64)]
     names = np.array(recorders, dtype=object)
     for name in sorted(set(recorders)):

@@ -247,7 +247,10 @@ class Reporter(nn.Module):
         prefix, mask = self.projector(tokens), mask.long()
         if self.recorder_embedding is not None:
             row_of = {name: row for row, name in enumerate(self.recorders, start=1)}
-            rows = [row_of.get(name, 0) for name in recorders] if recorders is not None else [0] * len(tokens)
+            names = [""] * len(tokens) if recorders is None else recorders
+            if len(names) != len(tokens):
+                raise ValueError(f"recorders: got {len(names)}, accepted are {len(tokens)}, one for each ECG")
+            rows = [row_of.get(name, 0) for name in names]
             told = self.recorder_embedding(torch.tensor(rows, device=tokens.device))[:, None]
             # First, so that an ECG's padding does not stand between, which relative positions would count.
             prefix = torch.cat([told.to(prefix.dtype), prefix], 1)

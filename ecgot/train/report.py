@@ -37,6 +37,9 @@ def train_reporter(
     torch.manual_seed(config.seed)
     if not run.begun("report"):  # else its weights stand for the names that it began with
         run.save_recorders(_known_recorders(train.table.recorders) if settings.by_recorder else ())
+    if settings.by_recorder and any(train.table.recorders):
+        names = ", ".join(run.recorders) or "none"
+        progress.note(f"report: recorders with at least {RECORDER_MIN_COUNT} reports: {names}")
     reporter = _new_reporter(settings, model.ecg_width, train.reports, run.recorders).to(device)
     if not settings.lora_rank:
         save_language_model_shape(reporter, run.folder / "language_model")

@@ -113,10 +113,14 @@ class Run:
         path = self._recorders
         try:
             names = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise EcgotError(f"run: {path} is not valid JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise EcgotError(f"run: {path} is not valid JSON ({first_line(error)})") from error
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise EcgotError(f"run: {path} holds {str(names)[:40]!r}, accepted is a list of names")
+        if len(set(names)) < len(names) or any(not name or name != " ".join(name.split()) for name in names):
+            raise EcgotError(
+                f"run: {path} holds {str(names)[:40]!r}, accepted are different names with single spaces"
+            )
         return tuple(names)
 
     def save_recorders(self, names: Sequence[str]) -> None:
@@ -295,7 +299,13 @@ def train_epochs(
     first = 0
     state = run.load_state(stage)
     if state is not None:
-        model.load_state_dict(state["model"])
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:  # names or shapes differ
+            raise EcgotError(
+                f"run: the state of stage {stage} in {run.folder} does not fit the configured model "
+                f"({_shape_error(error)})"
+            ) from error
         if average:
             kept.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])

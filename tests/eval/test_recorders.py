@@ -62,6 +62,8 @@ def test_reports_take_the_words_of_the_recorder(run, recorded, tmp_path):
         assert "program" in (reader.read(record, recorder="CS-12 ").report or "")
         with pytest.raises(EcgotError, match=r"recorder: got 'rare', accepted are 'AT-6', 'CS-12'$"):
             reader.read(record, recorder="rare")
+        assert reader.read(record, recorder="AT-6").to_dict()["recorder"] == "AT-6"
+        assert reader.read(record).recorder is None
 
 
 def test_evaluation_tells_recorders_and_does_not(run, recorded, cache_dir):
@@ -115,6 +117,11 @@ def test_an_interrupted_stage_keeps_its_names_and_a_new_one_forgets_them(
     with pytest.raises(Stopped):
         go_on()
     monkeypatch.undo()
+    names = (folder / "recorders.json").read_text(encoding="utf-8")
+    (folder / "recorders.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(EcgotError, match=r"state of stage report in .* does not fit the configured model"):
+        go_on()
+    (folder / "recorders.json").write_text(names, encoding="utf-8")
     # The table is edited: the weights still stand for the first names.
     before = database.read_text(encoding="utf-8")
     database.write_text(before.replace("CS-12", "CS-13"), encoding="utf-8")
@@ -149,14 +156,19 @@ def test_some_recorders_are_hidden_in_training(recorded, run, cache_dir, tmp_pat
     assert 0.7 < share < 0.9
 
 
-@pytest.mark.parametrize("text", ["[1]", "{}", "["])
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "{}", "[", "[" * 100_000, '["AT-6", "AT-6"]', '["", "a"]', '["AT-6 ", "a"]', '["one"]', "[]"],
+)
 def test_damaged_names_are_one_line(run, tmp_path, text):
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder)
     (folder / "recorders.json").write_text(text)
-    with pytest.raises(EcgotError, match=r"recorders\.json") as caught:
-        Reader(Run.open(folder))
-    assert "\n" not in str(caught.value)
+    for use in (Reader, lambda damaged: export(damaged, tmp_path / "exported")):
+        with pytest.raises(EcgotError, match=r"recorders\.json|recorder_embedding") as caught:
+            use(Run.open(folder))
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "exported").exists()
 
 
 def test_a_shuffled_control_keeps_the_recorder():
@@ -166,5 +178,7 @@ def test_a_shuffled_control_keeps_the_recorder():
     assert sorted(rows) == sorted(other) == list(range(8))  # nobody else has recorder c
     assert (patients[rows] != patients[other]).all()
     assert [recorders[row] for row in rows] == [recorders[row] for row in other]
+    with pytest.raises(ValueError, match="recorders: got 1 for 2"):
+        shuffled(np.array([1, 1]), ["a"])
     rows, other = shuffled(np.array([1, 1]), ["a", "a"])
     assert len(rows) == len(other) == 0

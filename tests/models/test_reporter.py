@@ -143,6 +143,8 @@ def test_a_recorder_is_one_more_token(family, tokenizer, tmp_path):
         unknown = model(tokens, mask, REPORTS)
         assert model(tokens, mask, REPORTS, recorders=["c", ""]) == unknown  # another name is an unknown one
         assert abs(loss - unknown) > 1e-6
+        with pytest.raises(ValueError, match="recorders: got 1, accepted are 2"):
+            model(tokens, mask, REPORTS, recorders=["b"])
         # By hand: the recorder's embedding, then the projected tokens.
         plain = Reporter(model.language_model, tokenizer, WIDTH, max_tokens=40).eval()
         row = model.recorder_embedding.weight[2]
