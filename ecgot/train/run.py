@@ -6,7 +6,7 @@ align.safetensors       stage 1: encoder, projections, and the text encoder wher
 prompts.safetensors     the built-in prompts, embedded; only where ``ecgot export`` made the folder
 report.safetensors      stage 2: projector, recorders and language model
 language_model/         stage 2: its configuration and tokenizer
-recorders.json            stage 2: the recorders that it can be told, where there are any
+recorders.json          stage 2: the recorders that it can be told, where there are any
 STAGE.resume.pt         optimizer and schedule after the last whole epoch; gone when the stage is done
 """
 
