@@ -91,7 +91,7 @@ def model_card(run: Run, trained_on: str = UNKNOWN) -> str:
 
 
 def _texts(data: DataConfig) -> str:
-    """Which texts the model learned from; of a CSV alone nothing is known."""
+    """Which texts the model learned from, said where they were put into plain English."""
     if not data.plain_english:
         return ""
     return PLAIN.format(others=OTHERS.format(name=Path(data.reports_csv).name) if data.reports_csv else "")
