@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 DEMO := runs/demo
 PYTEST := $(BIN)/pytest --numprocesses $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4)))
 # These set up Triton themselves, each in a process of its own.
-ONCE := --ignore=tests/kernels/test_resources.py --ignore=tests/kernels/test_conv1d_table.py
+ONCE := --ignore=tests/kernels/resources --ignore=tests/kernels/conv/test_backends.py
 
 .PHONY: demo test resources bench clean
 .DELETE_ON_ERROR:

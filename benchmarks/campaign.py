@@ -63,7 +63,7 @@ def _profile(kernel: str, case: str) -> tuple[str, ...]:
 TRAIN = (
     PYTHON,
     "-c",
-    "from ecgot.cli import main; main()",
+    "from ecgot.cli.main import main; main()",
     "train",
     "--data",
     "$ECGOT_PTBXL",
@@ -77,12 +77,12 @@ def _encoder(name: str) -> tuple[str, ...]:
 
 
 def _table(dtype: str) -> tuple[str, ...]:
-    return PYTHON, "-m", "benchmarks.conv1d_table", "--dtypes", dtype, "--out", "{out}.csv"
+    return PYTHON, "-m", "benchmarks.conv1d_backends", "--dtypes", dtype, "--out", "{out}.csv"
 
 
 STEPS = {  # the cheapest that can show a mistake come first
     "cases": Step(_cases(), minutes=3),
-    "kernels": Step(_pytest("tests/kernels", "--ignore=tests/kernels/test_resources.py")),
+    "kernels": Step(_pytest("tests/kernels", "--ignore=tests/kernels/resources")),
     "tests": Step(_pytest("tests", "--ignore=tests/kernels")),
     "memcheck": Step((*SANITIZE, "--tool", "memcheck", *_cases()), "compute-sanitizer"),
     "racecheck": Step((*SANITIZE, "--tool", "racecheck", *_cases()), "compute-sanitizer"),

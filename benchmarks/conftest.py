@@ -51,8 +51,8 @@ COLUMNS = (
     "refused",
 )
 # A measurement gets as many rounds as fit in the budget, within these bounds.
-BUDGET_S, LEAST_ROUNDS, MOST_ROUNDS = 0.5, 5, 100
-TURNS_BUDGET_S, LEAST_TURNS = 3.0, 9  # of each provider where they take turns
+BUDGET_S, MIN_ROUNDS, MAX_ROUNDS = 0.5, 5, 100
+TURNS_BUDGET_S, MIN_TURNS = 3.0, 9  # of each provider where they take turns
 
 Row = dict[str, str | int]
 Gate = Callable[[str, dict[str, tuple[float, float]]], None]
@@ -236,7 +236,7 @@ def _in_turns(functions: dict[str, Callable[[], object]], device: torch.device) 
     for function in functions.values():
         seconds(function)  # compiles, tunes, allocates
     slowest = max((seconds(function) for function in functions.values()), default=1.0)
-    rounds = int(min(max(TURNS_BUDGET_S / slowest, LEAST_TURNS), MOST_ROUNDS))
+    rounds = int(min(max(TURNS_BUDGET_S / slowest, MIN_TURNS), MAX_ROUNDS))
     times: dict[str, list[float]] = {provider: [] for provider in functions}
     for _ in range(rounds):
         for provider, function in functions.items():
@@ -266,7 +266,7 @@ def _rounds(function: Callable[[], None]) -> int:
     start = time.perf_counter()
     function()
     rounds = BUDGET_S / max(time.perf_counter() - start, 1e-6)
-    return int(min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS))
+    return int(min(max(rounds, MIN_ROUNDS), MAX_ROUNDS))
 
 
 def _timing(benchmark: BenchmarkFixture) -> Row:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ecgot.kernels import (
-    FoldedLayer,
-    Signal,
+    FusedLayer,
+    LazyActivation,
     conv1d,
     conv1d_bottleneck,
     conv1d_norm,
@@ -93,8 +93,8 @@ def run_norm(sizes: Sizes) -> Iterator[Tensor]:
     """A convolution with its batch norm in training, joined with a shortcut."""
     x, weight = _layer(sizes)
     gamma, beta = draw(sizes.channels), draw(sizes.channels)
-    signal = conv1d_norm(Signal(x), weight, gamma, beta, None, None, padding=2, backend="triton")
-    y = join(signal, Signal(x), "relu").values
+    signal = conv1d_norm(LazyActivation(x), weight, gamma, beta, None, None, padding=2, backend="triton")
+    y = join(signal, LazyActivation(x), "relu").values
     yield from torch.autograd.grad(y.square().mean(), (x, weight, gamma, beta))
 
 
@@ -102,7 +102,7 @@ def run_norm(sizes: Sizes) -> Iterator[Tensor]:
 def run_bottleneck(sizes: Sizes) -> Iterator[Tensor]:
     c, dtype = min(sizes.channels, 64), sizes.dtype
     layers = [
-        FoldedLayer(draw(*shape, dtype=dtype), None, draw(shape[0]))
+        FusedLayer(draw(*shape, dtype=dtype), None, draw(shape[0]))
         for shape in ((c, c, 5), (4 * c, c, 1), (c, 4 * c, 1))
     ]
     x, residual = (draw(sizes.batch, sizes.length, width, dtype=dtype) for width in (c, 4 * c))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.sinkhorn_warps OUT.csv
 
-Needs a GPU. The rule is ``_warps`` in ``ecgot/kernels/_triton_sinkhorn.py``; where another number is faster
+Needs a GPU. The rule is ``_warps`` in ``ecgot/kernels/ot/triton_onchip.py``; where another number is faster
 by more than the spread of a few runs, it is the rule that is to change.
 """
 
@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.conv1d_table import write_rows
+from benchmarks.conv1d_backends import write_rows
 from ecgot.bench import origin, unit_vectors
 from ecgot.kernels import sinkhorn
 from ecgot.kernels.dispatch import HAS_TRITON, INTERPRETED
@@ -51,7 +51,7 @@ def median_us(function: Callable[[], object], device: str, rounds: int) -> float
 
 
 def measure(batch: int, d: int, iterations: int, device: str, rounds: int) -> list[dict[str, str]]:
-    from ecgot.kernels import _triton_sinkhorn as kernels
+    from ecgot.kernels.ot import triton_onchip as kernels
 
     rows = []
     options = {"eps": 0.1, "max_iter": iterations, "tol": 0.0}

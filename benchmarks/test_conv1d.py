@@ -140,8 +140,8 @@ def _forward(provider: str, layer: Layer) -> Callable[[], Tensor]:
     x, weight, scale, shift = layer.tensors.values()
     x, geometry = _in_layout(provider, x), layer.shape.geometry
     if provider == "torch_folded":
-        folded = weight * scale[:, None, None]
-        return lambda: F.conv1d(x, folded, shift, **geometry).relu_()
+        fuse_norms = weight * scale[:, None, None]
+        return lambda: F.conv1d(x, fuse_norms, shift, **geometry).relu_()
     function = _ecgot if provider == OURS else _torch
     return lambda: function(x, weight, scale, shift, **geometry)
 

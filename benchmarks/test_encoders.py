@@ -26,9 +26,9 @@ from ecgot.models.encoders import (
     CapturedInference,
     CapturedTraining,
     encoder,
-    folded,
-    lay_out,
+    fuse_norms,
     plain_encoder,
+    to_channels_last,
 )
 
 GPU = torch.cuda.is_available()
@@ -155,7 +155,7 @@ def _providers(case: Case) -> list[str]:
 
 def _inference(provider: str, case: Case) -> Encode:
     if provider == OURS:
-        ours = folded(_ours(case))
+        ours = fuse_norms(_ours(case))
         return lambda waveform: ours(waveform).tokens
     if provider == "ecgot_graph":
         captured = CapturedInference(_ours(case))
@@ -170,7 +170,7 @@ def _training(provider: str, case: Case) -> tuple[Encode, list[nn.Parameter]]:
     if provider in (OURS, "ecgot_graph"):
         model = _ours(case).train()
         if not GPU:
-            lay_out(model)
+            to_channels_last(model)
         encode = CapturedTraining(model) if provider == "ecgot_graph" else model
         return (lambda waveform: encode(waveform).tokens), list(model.parameters())
     model = AsImage(_eager(case)) if provider == "conv2d_compiled" else _eager(case)

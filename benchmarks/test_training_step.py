@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks.conftest import OURS, Measure
 from benchmarks.test_encoders import AsImage, compiled
-from ecgot.models.alignment import AlignmentLoss, AlignmentModel, SaidPhrases
+from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import EncoderOutput, encoder, masked_mean, plain_encoder
-from ecgot.models.text import TextTokens
+from ecgot.models.losses import AlignmentLoss, SaidPhrases
+from ecgot.models.text_encoder import TextTokens
 
 BATCH, LEADS, SAMPLES = 64, 12, 1000
 WORDS, LONGEST, TEXT_WIDTH = 16, 61, 384  # reports of PTB-XL: words on average, tokens in the longest

@@ -12,16 +12,11 @@ from ecgot.version import __version__
 if TYPE_CHECKING:
     from ecgot.data.dataset import load_dataset
     from ecgot.data.record import read_record
-    from ecgot.eval.reading import Reader as load_pretrained
-    from ecgot.kernels.sinkhorn import (
-        SinkhornLoss,
-        SinkhornOutput,
-        sinkhorn,
-        sinkhorn_divergence,
-        sinkhorn_from_cost,
-        sinkhorn_pairwise,
-        sinkhorn_varlen,
-    )
+    from ecgot.inference.reader import load_pretrained
+    from ecgot.kernels.ot.loss import SinkhornLoss
+    from ecgot.kernels.ot.outputs import SinkhornOutput
+    from ecgot.kernels.ot.sinkhorn import sinkhorn, sinkhorn_from_cost
+    from ecgot.kernels.ot.variants import sinkhorn_divergence, sinkhorn_pairwise, sinkhorn_varlen
     from ecgot.models.encoders import encoder
 
 __all__ = [
@@ -40,27 +35,26 @@ __all__ = [
     "sinkhorn_varlen",
 ]
 _HOME = {
-    "SinkhornLoss": "ecgot.kernels.sinkhorn",
-    "SinkhornOutput": "ecgot.kernels.sinkhorn",
+    "SinkhornLoss": "ecgot.kernels",
+    "SinkhornOutput": "ecgot.kernels",
     "encoder": "ecgot.models.encoders",
     "kernels": "ecgot.kernels",
     "load_dataset": "ecgot.data.dataset",
-    "load_pretrained": "ecgot.eval.reading",
+    "load_pretrained": "ecgot.inference.reader",
     "read_record": "ecgot.data.record",
-    "sinkhorn": "ecgot.kernels.sinkhorn",
-    "sinkhorn_divergence": "ecgot.kernels.sinkhorn",
-    "sinkhorn_from_cost": "ecgot.kernels.sinkhorn",
-    "sinkhorn_pairwise": "ecgot.kernels.sinkhorn",
-    "sinkhorn_varlen": "ecgot.kernels.sinkhorn",
+    "sinkhorn": "ecgot.kernels",
+    "sinkhorn_divergence": "ecgot.kernels",
+    "sinkhorn_from_cost": "ecgot.kernels",
+    "sinkhorn_pairwise": "ecgot.kernels",
+    "sinkhorn_varlen": "ecgot.kernels",
 }
-_NAMED = {"load_pretrained": "Reader"}  # what is called otherwise at home
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'ecgot' has no attribute {name!r}")
     module = importlib.import_module(_HOME[name])
-    value = module if name == "kernels" else getattr(module, _NAMED.get(name, name))
+    value = module if name == "kernels" else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -3,7 +3,7 @@
 Equal work means equal marginal error (L1, the larger of the two sides, of the worst problem of the batch),
 not equal iterations. ecgot runs to the tolerance and pays for its own stopping test. A peer is told, for
 nothing, the least number of iterations with which its marginal error is at most the tolerance too. Values and
-gradients are then checked against ``ecgot.kernels.reference``, solved in fp64 to a far smaller error; a
+gradients are then checked against ``ecgot.kernels.ot.reference``, solved in fp64 to a far smaller error; a
 provider that is wrong is not timed. Providers take turns, call by call, so that a busy machine slows all.
 """
 
@@ -26,15 +26,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecgot.kernels import reference, sinkhorn, sinkhorn_pairwise
+from ecgot.kernels import sinkhorn, sinkhorn_pairwise
 from ecgot.kernels.dispatch import HAS_TRITON
+from ecgot.kernels.ot import reference
 
 OURS = "ecgot"
 ROUNDING = 1.05, 3e-6  # a marginal computed anew may exceed the one that the solver saw: factor, summand
 # A marginal error of tol may sit in one point of N, whose gradient then is wrong by N tol of itself.
 GRADIENT_TOLERANCE = 0.5
-MOST_STEPS = 400
-BUDGET_S, LEAST_ROUNDS, MOST_ROUNDS = 2.0, 5, 100  # of all providers of a case together
+MAX_STEPS = 400
+BUDGET_S, MIN_ROUNDS, MAX_ROUNDS = 2.0, 5, 100  # of all providers of a case together
 
 # Values [B] with a graph to the points, and the plan [B, N, M], which only the gate asks for.
 Solution = tuple[Tensor, Callable[[], Tensor]]
@@ -209,12 +210,12 @@ def enveloped(
     return case.eps * (f.mean(1) + g.mean(1)), plan, grad_x, grad_y
 
 
-MOST_LOOPED = 64  # problems that a Python loop is given
+MAX_LOOPED = 64  # problems that a Python loop is given
 
 
 def _flash_sinkhorn(x: Tensor, y: Tensor, case: Case, steps: int) -> Solution:
-    if len(x) > MOST_LOOPED:
-        raise RuntimeError(f"it loops over problems in Python, which is timed up to {MOST_LOOPED} of them")
+    if len(x) > MAX_LOOPED:
+        raise RuntimeError(f"it loops over problems in Python, which is timed up to {MAX_LOOPED} of them")
     samples_loss = importlib.import_module("flash_sinkhorn").SamplesLoss
     settings = {"backend": "alternating", "use_epsilon_scaling": False, "allow_tf32": False}
     settings |= {"eps": case.eps, "n_iters": steps}
@@ -413,7 +414,7 @@ def _gated(
 def _least_steps(name: str, solve: Solver, x: Tensor, y: Tensor, case: Case) -> tuple[int, float]:
     """The iterations with which a peer reaches the tolerance, and its error; ecgot finds its own."""
     error = math.nan
-    for steps in (0,) if name == OURS else itertools.chain(range(1, 50), range(50, MOST_STEPS + 1, 10)):
+    for steps in (0,) if name == OURS else itertools.chain(range(1, 50), range(50, MAX_STEPS + 1, 10)):
         error = _marginal_error(solve(x, y, case, steps)[1]())
         if error <= ROUNDING[0] * case.tol + ROUNDING[1]:
             break
@@ -438,7 +439,7 @@ def _timed(
     times: dict[str, list[float]] = {name: [] for name in calls}
     once = sum(_milliseconds(call, device) for call in calls.values())  # compiles, tunes, allocates
     once = sum(_milliseconds(call, device) for call in calls.values())
-    rounds = int(min(max(1e3 * BUDGET_S / max(once, 1e-3), LEAST_ROUNDS), MOST_ROUNDS))
+    rounds = int(min(max(1e3 * BUDGET_S / max(once, 1e-3), MIN_ROUNDS), MAX_ROUNDS))
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(_milliseconds(call, device))

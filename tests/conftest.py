@@ -14,8 +14,8 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from ecgot.data.dataset import EcgDataset, load_dataset
 from ecgot.data.synth import write_dataset
-from ecgot.train.config import resolve
-from ecgot.train.run import Run
+from ecgot.runs.config import resolve
+from ecgot.runs.run import Run
 from ecgot.train.stages import train
 
 

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from ecgot import bench
-from ecgot.cli import cli
+from ecgot.cli.main import cli
 
 CASE = bench.Case(3, 7, 5, 4, eps=0.2)
 PAIRS = bench.PairsCase(4, 4, 6, 5, 4, iterations=10)
@@ -31,7 +31,7 @@ def test_a_right_provider_is_timed_at_the_tolerance():
     for row in rows.values():
         assert not row.refused
         assert 0 < row.q20_ms <= row.median_ms <= row.q80_ms
-        assert row.rounds >= bench.LEAST_ROUNDS
+        assert row.rounds >= bench.MIN_ROUNDS
         assert row.marginal_error <= CASE.tol * bench.ROUNDING[0] + bench.ROUNDING[1]
         assert row.peak_mb > 0
     assert rows["torch"].steps >= 2
@@ -51,7 +51,7 @@ def test_a_wrong_value_or_gradient_is_not_timed(monkeypatch):
 
 def test_a_provider_that_stops_too_early_is_not_timed(monkeypatch):
     monkeypatch.setitem(bench.SOLVERS, "early", ("torch", lambda x, y, case, _: bench._torch(x, y, case, 1)))
-    monkeypatch.setattr(bench, "MOST_STEPS", 60)
+    monkeypatch.setattr(bench, "MAX_STEPS", 60)
     (row,) = bench.compare(CASE, CPU, ["early"])
     assert "marginal error" in row.refused
 
@@ -99,7 +99,7 @@ def test_wrong_pairs_are_not_timed(monkeypatch):
 def test_the_command(as_json, monkeypatch):
     monkeypatch.setattr(bench, "SHORT", [CASE])
     monkeypatch.setattr(bench, "PairsCase", lambda: PAIRS)
-    monkeypatch.setattr(bench, "MOST_ROUNDS", 5)
+    monkeypatch.setattr(bench, "MAX_ROUNDS", 5)
     run = CliRunner().invoke(cli, ["bench", *(["--json"] if as_json else [])])
     assert run.exit_code == 0, run.output
     if not as_json:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ecgot.data.reports import clean_report
 from ecgot.errors import EcgotError
+from ecgot.text.cleaning import clean_report
 
 GROUPS = ("superclass", "subclass", "form", "rhythm")
 SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")

@@ -11,6 +11,15 @@ from scipy.signal import resample_poly
 
 from ecgot.errors import EcgotError, first_line
 
+
+def fit_length(signal_mv: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
+    """signal [L, T] cut or zero-padded to [L, samples], and how many of them are valid."""
+    valid = min(signal_mv.shape[1], samples)
+    fitted = np.zeros((signal_mv.shape[0], samples), dtype=np.float32)
+    fitted[:, :valid] = signal_mv[:, :valid]
+    return fitted, valid
+
+
 STANDARD_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 
 MV_PER_UNIT = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}

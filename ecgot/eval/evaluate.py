@@ -14,25 +14,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ecgot.data.dataset import EcgDataset
-from ecgot.data.glossary import plain_english
 from ecgot.data.ptbxl import GROUPS, available_folds, check_patient_split
 from ecgot.errors import EcgotError
+from ecgot.eval.auroc import AurocResult, macro_auroc
 from ecgot.eval.probe import linear_probe
-from ecgot.eval.ranking import Ranking, rank
-from ecgot.eval.reports import (
+from ecgot.eval.report_baselines import BaselineInputs, baseline_reports
+from ecgot.eval.report_metrics import (
     RECORDER_UNKNOWN,
-    Described,
     Example,
-    baseline_reports,
     measure_reports,
     save_examples,
     sentence_confidence,
     write_reports,
 )
 from ecgot.eval.retrieval import retrieval
-from ecgot.eval.shown import NOTICE
 from ecgot.eval.text_metrics import DIALECT
-from ecgot.eval.zeroshot import (
+from ecgot.files import default_cache_dir, write_text
+from ecgot.inference.display import NOTICE
+from ecgot.inference.zeroshot import (
     BUILT_IN,
     EmbeddedPrompts,
     check_score,
@@ -42,24 +41,24 @@ from ecgot.eval.zeroshot import (
     read_prompts,
     select_prompts,
 )
-from ecgot.files import default_cache_dir, write_text
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import EncoderOutput, masked_mean
 from ecgot.models.reporter import BEAMS
-from ecgot.models.text import TextEncoder, TextTokens, embed_texts
-from ecgot.train.align import load_alignment, transport
-from ecgot.train.batches import encode
-from ecgot.train.config import Config
-from ecgot.train.report import load_reporter
-from ecgot.train.run import PRETRAINED, Progress, Run
-from ecgot.train.stages import load_folds
+from ecgot.models.text_encoder import TextEncoder, TextTokens
+from ecgot.models.token_store import embed_texts
+from ecgot.runs.checkpoints import load_alignment, load_reporter, transport
+from ecgot.runs.config import Config
+from ecgot.runs.progress import Progress
+from ecgot.runs.records import encode, load_folds
+from ecgot.runs.run import PRETRAINED, Run
+from ecgot.text.glossary import plain_english
 from ecgot.version import __version__
 
 BATCH = 128
 REFERENCES = {
-    False: "cleaned by ecgot.data.reports.clean_report and lower-cased",
-    True: "cleaned by ecgot.data.reports.clean_report and put into plain English by "
-    "ecgot.data.glossary.plain_english; those of generated_as_written as they come, cleaned",
+    False: "cleaned by ecgot.text.cleaning.clean_report and lower-cased",
+    True: "cleaned by ecgot.text.cleaning.clean_report and put into plain English by "
+    "ecgot.text.glossary.plain_english; those of generated_as_written as they come, cleaned",
 }
 RECORDERS = (
     "reports are generated in the words of the recorder that the data set names, where the model knows it; "
@@ -69,7 +68,7 @@ SHUFFLED = "within each recorder that the data set names, and among the records 
 
 
 @dataclass(frozen=True)
-class Known:
+class TrainSet:
     """The training folds: n records and their pooled tokens [n, D]."""
 
     data: EcgDataset
@@ -77,7 +76,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EvalSet:
     """The records to evaluate: n of them, tokens [n, N, D], mask [n, N] and pooled tokens [n, D]."""
 
     data: EcgDataset
@@ -97,9 +96,9 @@ class Evaluation:
     Attributes:
         zero_shot, probe: by label group. The probe is empty where the data set lacks the training folds.
         retrieval: recall, see :func:`ecgot.eval.retrieval.retrieval`; empty without a text encoder.
-        reports: metrics by system, see :func:`ecgot.eval.reports.measure_reports`; the baselines take the
-            training folds. Empty where no record has a reference or stage 2 has not been trained.
-        sentences: what sentence scores are worth, see :func:`ecgot.eval.reports.sentence_confidence`.
+        reports: metrics by system, see :func:`ecgot.eval.report_metrics.measure_reports`; the baselines take
+            the training folds. Empty where no record has a reference or stage 2 has not been trained.
+        sentences: what sentence scores are worth, see :func:`ecgot.eval.report_metrics.sentence_confidence`.
         examples: the records that have a reference.
         settings: what was evaluated, on what and how: the data, where the references come from ("report
             column" or a CSV), the prompts, beams, resamples, and the run's whole configuration.
@@ -108,8 +107,8 @@ class Evaluation:
     folds: tuple[int, ...]
     records: int
     score: str
-    zero_shot: dict[str, Ranking]
-    probe: dict[str, Ranking]
+    zero_shot: dict[str, AurocResult]
+    probe: dict[str, AurocResult]
     retrieval: dict[str, float]
     reports: dict[str, dict[str, dict[str, float]]]
     references: int
@@ -147,7 +146,8 @@ def evaluate(
         folds: to evaluate; patients of the training folds must not be in them.
         reports_csv: references; where omitted, the run's own if ``root`` is what it was trained on, else the
             report column.
-        score: see :func:`ecgot.eval.zeroshot.check_score` and :func:`ecgot.eval.zeroshot.class_scores`.
+        score: see :func:`~ecgot.inference.zeroshot.check_score` and
+            :func:`~ecgot.inference.zeroshot.class_scores`.
         num_beams: of the search for a report; 1 writes greedily.
         resamples: of the bootstrap over patients.
 
@@ -170,10 +170,10 @@ def evaluate(
         check_patient_split(train.table, data.table)
     encoding = functools.partial(encode, model, progress=progress, cuda_graph=config.cuda_graph)
     tokens, mask = encoding(data, task="encoding evaluation folds")
-    held_out = Encoded(data, tokens, mask, _pooled(tokens, mask))
+    held_out = EvalSet(data, tokens, mask, _pooled(tokens, mask))
     known = None
     if train is not None:
-        known = Known(train, _pooled(*encoding(train, task="encoding training folds")))
+        known = TrainSet(train, _pooled(*encoding(train, task="encoding training folds")))
     embedded = _embedded_prompts(run, model, text, data, prompts)
     scores = _zero_shot_scores(model, held_out, embedded, score, config, progress)
     reports = _evaluate_reports(run, model, known, held_out, num_beams, resamples, progress)
@@ -184,7 +184,7 @@ def evaluate(
         folds=tuple(folds),
         records=len(data),
         score=score,
-        zero_shot={group: _rank(scores[group], data, group, resamples) for group in GROUPS},
+        zero_shot={group: _auroc(scores[group], data, group, resamples) for group in GROUPS},
         probe=_probe(known, held_out, resamples, progress),
         retrieval=_retrieval(model, text, held_out, score, config, cache_dir, progress),
         **reports,
@@ -251,7 +251,7 @@ def _embedded_prompts(
 @torch.no_grad()
 def _zero_shot_scores(
     model: AlignmentModel,
-    held_out: Encoded,
+    held_out: EvalSet,
     prompts: EmbeddedPrompts,
     score: str,
     config: Config,
@@ -274,11 +274,13 @@ def _pooled(tokens: Tensor, mask: Tensor) -> np.ndarray:
     return masked_mean(tokens.float(), mask).numpy()
 
 
-def _rank(scores: np.ndarray, data: EcgDataset, group: str, resamples: int) -> Ranking:
-    return rank(scores, data.labels(group), data.table.patient_id, resamples=resamples)
+def _auroc(scores: np.ndarray, data: EcgDataset, group: str, resamples: int) -> AurocResult:
+    return macro_auroc(scores, data.labels(group), data.table.patient_id, resamples=resamples)
 
 
-def _probe(known: Known | None, held_out: Encoded, resamples: int, progress: Progress) -> dict[str, Ranking]:
+def _probe(
+    known: TrainSet | None, held_out: EvalSet, resamples: int, progress: Progress
+) -> dict[str, AurocResult]:
     if known is None:
         return {}
     rankings = {}
@@ -291,7 +293,7 @@ def _probe(known: Known | None, held_out: Encoded, resamples: int, progress: Pro
             if len(truth)
             else np.zeros((len(held_out.pooled), truth.shape[1]))
         )
-        rankings[group] = _rank(scores, held_out.data, group, resamples)
+        rankings[group] = _auroc(scores, held_out.data, group, resamples)
         progress.bar("linear probe", number + 1, len(GROUPS))
     return rankings
 
@@ -299,8 +301,8 @@ def _probe(known: Known | None, held_out: Encoded, resamples: int, progress: Pro
 def _evaluate_reports(
     run: Run,
     model: AlignmentModel,
-    known: Known | None,
-    held_out: Encoded,
+    known: TrainSet | None,
+    held_out: EvalSet,
     num_beams: int,
     resamples: int,
     progress: Progress,
@@ -331,9 +333,9 @@ def _evaluate_reports(
     if known is not None:
         train = known.data.table
         baselines = baseline_reports(
-            Described(known.pooled, train.codes, train.recorders),
+            BaselineInputs(known.pooled, train.codes, train.recorders),
             (known.data.in_plain_english() if plain else known.data).reports,
-            Described(held_out.pooled[rows.numpy()], wanted.codes, wanted.recorders),
+            BaselineInputs(held_out.pooled[rows.numpy()], wanted.codes, wanted.recorders),
         )
     reports = measure_reports(
         written,
@@ -363,7 +365,7 @@ def _evaluate_reports(
 def _retrieval(
     model: AlignmentModel,
     text: TextEncoder | None,
-    held_out: Encoded,
+    held_out: EvalSet,
     score: str,
     config: Config,
     cache_dir: Path,

@@ -14,8 +14,8 @@ from nltk.translate.meteor_score import single_meteor_score
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from ecgot.eval.ranking import patient_weights
-from ecgot.eval.report_labels import label_groups, stated_labels
+from ecgot.eval.auroc import patient_weights
+from ecgot.text.labels import label_groups, stated_labels
 
 _BLEU = BLEU(lowercase=True)
 _BLEU.corpus_score(["a"], [["a"]])  # only then does it know that it takes one reference for each report
@@ -29,7 +29,7 @@ DIALECT = {
     "meteor": f"mean over reports, nltk {version('nltk')}, words split at white space, lower case, exact and "
     "Porter-stem matches without WordNet synonyms; 0 to 1",
     "rouge": f"mean F1 over reports, rouge-score {version('rouge-score')} with Porter stemming; 0 to 1",
-    "label_f1": "macro F1 of the classes that a report states by ecgot/eval/report_labels.toml, against "
+    "label_f1": "macro F1 of the classes that a report states by ecgot/text/labels.toml, against "
     "those that its reference states; 0 to 1",
 }
 

@@ -1,35 +1,30 @@
 """Triton kernels with torch paths: batched Sinkhorn optimal transport and fused ECG convolutions."""
 
-from ecgot.kernels._convolution import FoldedLayer, Signal
-from ecgot.kernels.conv1d import conv1d
-from ecgot.kernels.conv1d_bottleneck import conv1d_bottleneck
-from ecgot.kernels.conv1d_norm import computed, conv1d_norm, join, max_pool1d, mean_pool1d
-from ecgot.kernels.conv1d_table import conv1d_backends
-from ecgot.kernels.sinkhorn import (
-    SinkhornDivergenceOutput,
-    SinkhornLoss,
-    SinkhornOutput,
-    SinkhornPairwiseOutput,
-    sinkhorn,
-    sinkhorn_divergence,
-    sinkhorn_from_cost,
-    sinkhorn_pairwise,
-    sinkhorn_varlen,
-)
+from ecgot.kernels.conv.backends import conv1d_backends
+from ecgot.kernels.conv.conv1d import conv1d
+from ecgot.kernels.conv.conv1d_bottleneck import conv1d_bottleneck
+from ecgot.kernels.conv.conv1d_norm import conv1d_norm
+from ecgot.kernels.conv.join import join, materialize
+from ecgot.kernels.conv.operands import FusedLayer, LazyActivation
+from ecgot.kernels.conv.pooling import max_pool1d, mean_pool1d
+from ecgot.kernels.ot.loss import SinkhornLoss
+from ecgot.kernels.ot.outputs import SinkhornDivergenceOutput, SinkhornOutput, SinkhornPairwiseOutput
+from ecgot.kernels.ot.sinkhorn import sinkhorn, sinkhorn_from_cost
+from ecgot.kernels.ot.variants import sinkhorn_divergence, sinkhorn_pairwise, sinkhorn_varlen
 
 __all__ = [
-    "FoldedLayer",
-    "Signal",
+    "FusedLayer",
+    "LazyActivation",
     "SinkhornDivergenceOutput",
     "SinkhornLoss",
     "SinkhornOutput",
     "SinkhornPairwiseOutput",
-    "computed",
     "conv1d",
     "conv1d_backends",
     "conv1d_bottleneck",
     "conv1d_norm",
     "join",
+    "materialize",
     "max_pool1d",
     "mean_pool1d",
     "sinkhorn",

@@ -8,14 +8,32 @@ import torch
 from torch import Tensor
 
 from ecgot.data.dataset import EcgDataset
-from ecgot.errors import EcgotError
-from ecgot.models.alignment import AlignmentLoss, AlignmentModel, Transport, rank_of_match
-from ecgot.models.encoders import CapturedTraining, encoder, lay_out
-from ecgot.models.text import TextEncoder, TextTokens, TokenStore, embed_texts
-from ecgot.train.batches import augmented, epoch_order, waveforms
-from ecgot.train.config import AlignConfig, Config
-from ecgot.train.phrases import Phrases, PhraseSource, find_phrases
-from ecgot.train.run import Progress, Run, choose_device, parameter_groups, train_epochs
+from ecgot.models.alignment import AlignmentModel, rank_of_match
+from ecgot.models.encoders import CapturedTraining, to_channels_last
+from ecgot.models.losses import AlignmentLoss, SaidPhrases
+from ecgot.models.text_encoder import TextEncoder, TextTokens
+from ecgot.models.token_store import TokenStore, embed_texts
+from ecgot.runs.checkpoints import build_model, text_fingerprint, transport
+from ecgot.runs.config import AlignConfig
+from ecgot.runs.device import choose_device
+from ecgot.runs.progress import Progress
+from ecgot.runs.records import waveforms
+from ecgot.runs.run import Run
+from ecgot.text.phrases import Phrases, find_phrases
+from ecgot.train.batches import augmented, epoch_order
+from ecgot.train.loop import parameter_groups, train_epochs
+
+
+class PhraseSource:
+    """The phrases of the training reports, and their embeddings by the text encoder."""
+
+    def __init__(self, phrases: Phrases, pooled: Tensor, device: torch.device) -> None:
+        self.phrases, self.pooled, self.weight = phrases, pooled.to(device), phrases.weight.to(device)
+
+    def batch(self, rows: Tensor) -> SaidPhrases:
+        """The phrases, and which of them the reports of ``rows`` [b] say."""
+        said = torch.from_numpy(self.phrases.said[rows.numpy()].toarray())
+        return SaidPhrases(self.pooled, self.weight, said.to(self.pooled.device))
 
 
 class ReportSource:
@@ -40,12 +58,6 @@ class ReportSource:
             return (encoder or self.encoder)([self.reports[row] for row in rows.tolist()]), ids
         text = self.store.batch(self._number[rows])
         return TextTokens(text.tokens.to(device), text.mask.to(device), text.pooled.to(device)), ids
-
-
-def build_model(config: Config, text_width: int) -> AlignmentModel:
-    """The alignment model of a configuration, with random weights."""
-    ecg_encoder = encoder(config.encoder.name, leads=len(config.data.leads))
-    return AlignmentModel(ecg_encoder, text_width, config.align.width)
 
 
 def train_alignment(
@@ -77,11 +89,11 @@ def train_alignment(
     torch.manual_seed(config.seed)
     model = build_model(config, text.width).to(device)
     if device.type == "cpu":
-        lay_out(model.encoder)
+        to_channels_last(model.encoder)
     if config.text.train:
         model.text = text.to(device)
     else:
-        model.text_fingerprint.copy_(_fingerprint(text))
+        model.text_fingerprint.copy_(text_fingerprint(text))
     loss = AlignmentLoss(
         contrastive_weight=settings.contrastive_weight,
         token_weight=settings.token_weight,
@@ -133,11 +145,6 @@ def train_alignment(
     return model.eval()
 
 
-def transport(settings: AlignConfig) -> Transport:
-    """The transport settings of a configuration."""
-    return Transport(settings.ot_eps, settings.ot_max_iter, settings.ot_tol)
-
-
 def report_phrases(reports: tuple[str, ...], settings: AlignConfig) -> Phrases | None:
     """The phrases that a configuration learns from training reports; None where it learns none.
 
@@ -185,34 +192,6 @@ def validate(
     distinct, first = _first_rows(ids)
     rank = rank_of_match(torch.cat(ecg) @ torch.cat(text)[first].T, ids[:, None] == distinct)
     return {f"validation_recall@{k}": (rank < k).float().mean().item() for k in (1, 10)}
-
-
-def load_alignment(run: Run, text: TextEncoder | None) -> AlignmentModel:
-    """The stage-1 model of a run, in eval mode.
-
-    Args:
-        text: the run's text encoder. It moves to the model's device and, where the run trained it, gets the
-            trained weights. None: the model can read ECGs and embedded prompts, but no text.
-    """
-    config, device = run.config(), choose_device(run.config().device)
-    if text is None:
-        model = build_model(config, run.shape("align", "project_text.0.weight")[1])
-        run.load("align", model)
-        return model.to(device).eval()
-    model = build_model(config, text.width)
-    if config.text.train:
-        model.text = text
-    run.load("align", model)
-    if not config.text.train and not torch.equal(model.text_fingerprint, _fingerprint(text)):
-        raise EcgotError(
-            f"run: {run.folder} was trained with another text encoder than text.name {config.text.name!r} is"
-        )
-    text.to(device).eval()
-    return model.to(device).eval()
-
-
-def _fingerprint(text: TextEncoder) -> Tensor:
-    return torch.tensor(list(bytes.fromhex(text.fingerprint())), dtype=torch.uint8)
 
 
 def _first_rows(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,10 @@
-"""Records as the models take them: batches of waveforms, and every record encoded once."""
+"""Records as training takes them: those with reports, in shuffled batches, augmented."""
 
 import torch
 from torch import Tensor
 
 from ecgot.data.dataset import EcgDataset
 from ecgot.errors import EcgotError
-from ecgot.models.alignment import AlignmentModel
-from ecgot.models.encoders import CapturedInference, folded
-from ecgot.train.run import Progress
 
 POOLED_BATCHES = 20
 
@@ -25,14 +22,6 @@ def with_reports(dataset: EcgDataset) -> EcgDataset:
             "more; name a CSV with ecg_id,report by --reports"
         )
     return dataset.select(rows)
-
-
-def waveforms(dataset: EcgDataset, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Waveforms [b, L, T] in mV of ``rows`` [b], and their lengths where one is shorter than T."""
-    index = rows.numpy()
-    signal = torch.from_numpy(dataset.waveforms_mv(index)).to(device)
-    lengths = torch.from_numpy(dataset.lengths[index])
-    return signal, None if bool((lengths == signal.shape[2]).all()) else lengths.to(device)
 
 
 CROPPED, GAIN, NOISE_MV, SILENT_LEADS = 0.9, 0.1, 0.03, 0.08
@@ -61,33 +50,6 @@ def augmented(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor 
     waveform = waveform[:, :, start : start + kept]
     waveform = waveform * gain.to(device) + noise * torch.randn_like(waveform)
     return waveform * heard.to(device), lengths
-
-
-@torch.no_grad()
-def encode(
-    model: AlignmentModel,
-    dataset: EcgDataset,
-    *,
-    progress: Progress,
-    task: str = "encoding",
-    cuda_graph: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Encoder tokens [n, N, D] fp16 and masks [n, N] of every record, on the CPU.
-
-    Where the encoder is frozen it sees each record once, not once an epoch.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    encoder = (
-        CapturedInference(model.encoder) if cuda_graph and device.type == "cuda" else folded(model.encoder)
-    )
-    tokens, masks = [], []
-    for rows in torch.arange(len(dataset)).split(128):
-        encoded = encoder(*waveforms(dataset, rows, device))
-        tokens.append(encoded.tokens.half().cpu())
-        masks.append(encoded.mask.cpu())
-        progress.bar(task, int(rows[-1]) + 1, len(dataset))
-    return torch.cat(tokens), torch.cat(masks)
 
 
 def epoch_order(

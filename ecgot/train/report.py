@@ -9,20 +9,19 @@ from torch import Tensor
 
 from ecgot.data.dataset import EcgDataset
 from ecgot.models.alignment import AlignmentModel
-from ecgot.models.reporter import (
-    SCRATCH,
-    Reporter,
-    add_lora,
-    build_reporter,
-    empty_reporter,
-    save_language_model_shape,
-)
-from ecgot.train.batches import encode, epoch_order
-from ecgot.train.config import ReportConfig
-from ecgot.train.run import Progress, Run, choose_device, parameter_groups, train_epochs
+from ecgot.models.language_models import SCRATCH, save_language_model_shape
+from ecgot.models.reporter import Reporter
+from ecgot.runs.checkpoints import new_reporter
+from ecgot.runs.config import ReportConfig
+from ecgot.runs.device import choose_device
+from ecgot.runs.progress import Progress
+from ecgot.runs.records import encode
+from ecgot.runs.run import Run
+from ecgot.train.batches import epoch_order
+from ecgot.train.loop import parameter_groups, train_epochs
 
 RECORDER_MIN_COUNT = 20  # training reports of a recorder that the model gets to know
-UNTOLD = 0.2  # share of them for which it is not told, so that it also writes without
+RECORDER_DROPOUT = 0.2  # share of them for which it is not told, so that it also writes without
 
 
 def train_reporter(
@@ -40,7 +39,7 @@ def train_reporter(
     if settings.by_recorder and any(train.table.recorders):
         names = ", ".join(run.recorders) or "none"
         progress.note(f"report: recorders with at least {RECORDER_MIN_COUNT} reports: {names}")
-    reporter = _new_reporter(settings, model.ecg_width, train.reports, run.recorders).to(device)
+    reporter = new_reporter(settings, model.ecg_width, train.reports, run.recorders).to(device)
     if not settings.lora_rank:
         save_language_model_shape(reporter, run.folder / "language_model")
     lengths = torch.tensor([len(report) for report in train.reports])
@@ -57,7 +56,7 @@ def train_reporter(
             reports = [train.reports[row] for row in rows.tolist()]
             told = [
                 "" if hidden else train.table.recorders[row]
-                for row, hidden in zip(rows.tolist(), torch.rand(len(rows)) < UNTOLD, strict=True)
+                for row, hidden in zip(rows.tolist(), torch.rand(len(rows)) < RECORDER_DROPOUT, strict=True)
             ]
             loss = reporter(tokens[rows].to(device).float(), mask[rows].to(device), reports, recorders=told)
             step(loss)
@@ -82,41 +81,10 @@ def train_reporter(
     return reporter.eval()
 
 
-def load_reporter(run: Run, ecg_width: int) -> Reporter:
-    """The stage-2 model of a run, in eval mode; one with adapters reads its language model by name."""
-    config = run.config()
-    settings = config.report
-    if settings.lora_rank:
-        reporter = _new_reporter(settings, ecg_width, (), run.recorders)
-    else:
-        reporter = empty_reporter(
-            run.folder / "language_model", ecg_width, max_tokens=settings.max_tokens, recorders=run.recorders
-        )
-    run.load("report", reporter)
-    return reporter.to(choose_device(config.device)).eval()
-
-
 def _known_recorders(recorders: Sequence[str]) -> tuple[str, ...]:
     """The names, sorted, that enough records have."""
     counts = Counter(name for name in recorders if name)
     return tuple(sorted(name for name, count in counts.items() if count >= RECORDER_MIN_COUNT))
-
-
-def _new_reporter(
-    settings: ReportConfig, ecg_width: int, reports: tuple[str, ...], recorders: tuple[str, ...]
-) -> Reporter:
-    reporter = build_reporter(
-        settings.language_model,
-        ecg_width,
-        reports=reports,
-        max_tokens=settings.max_tokens,
-        hidden_size=settings.hidden_size,
-        layers=settings.layers,
-        recorders=recorders,
-    )
-    if settings.lora_rank:
-        add_lora(reporter, settings.lora_rank)
-    return reporter
 
 
 def _learning_rate(settings: ReportConfig, name: str) -> float:

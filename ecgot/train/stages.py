@@ -1,20 +1,23 @@
 """The full training of a run: data, stage 1, stage 2."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from ecgot.data.dataset import EcgDataset, load_dataset
 from ecgot.data.ptbxl import check_patient_split
 from ecgot.errors import EcgotError
 from ecgot.files import default_cache_dir
 from ecgot.models.encoders import encoder
-from ecgot.models.reporter import check_language_model
-from ecgot.models.text import TextEncoder
-from ecgot.train.align import load_alignment, report_phrases, train_alignment
+from ecgot.models.language_models import check_language_model
+from ecgot.models.text_encoder import TextEncoder
+from ecgot.runs.checkpoints import load_alignment
+from ecgot.runs.config import Config
+from ecgot.runs.device import check_cuda_graph
+from ecgot.runs.progress import Progress
+from ecgot.runs.records import load_folds
+from ecgot.runs.run import Run
+from ecgot.train.align import report_phrases, train_alignment
 from ecgot.train.batches import with_reports
-from ecgot.train.config import Config
 from ecgot.train.report import train_reporter
-from ecgot.train.run import Progress, Run, check_cuda_graph
 
 STAGES = ("align", "report")
 
@@ -76,37 +79,3 @@ def train(
     if "report" in stages and not run.done("report"):
         train_reporter(run, model, *sets, progress=progress)
     return run
-
-
-def load_folds(
-    config: Config,
-    folds: Iterable[int],
-    cache_dir: Path,
-    progress: Progress,
-    *,
-    root: Path | None = None,
-    reports_csv: str | None = None,
-) -> EcgDataset:
-    """Folds of the configured data set, or of another folder, with a note on what was skipped."""
-    settings, folds = config.data, tuple(folds)
-    dataset = load_dataset(
-        root or settings.root,
-        reports_csv=settings.reports_csv if reports_csv is None else reports_csv,
-        folds=folds,
-        fs_hz=settings.fs_hz,
-        seconds=settings.seconds,
-        leads=settings.leads,
-        max_bad_share=settings.max_bad_share,
-        cache_dir=cache_dir,
-        progress=lambda done, total: progress.bar(f"records, {len(folds)} fold(s)", done, total),
-    )
-    for skipped in dataset.skipped:
-        progress.note(f"skipped: {skipped.reason}")
-    if dataset.flat:
-        progress.note(f"data: {len(dataset.flat)} records have a flat lead, which they keep")
-    silent = sum(not report for report in dataset.reports)
-    progress.note(
-        f"data: folds {', '.join(map(str, folds))}: {len(dataset)} records, {len(dataset.skipped)} skipped, "
-        f"{len(dataset.repaired)} with repaired gaps, {silent} without usable report text"
-    )
-    return dataset

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import wfdb
 
-from ecgot.data import dataset as module
+from ecgot.data import cache as module
 from ecgot.data.dataset import load_dataset
 from ecgot.data.record import read_record
 from ecgot.data.synth import write_dataset

@@ -9,16 +9,16 @@ import torch
 
 from ecgot.data.ptbxl import GROUPS
 from ecgot.errors import EcgotError
+from ecgot.eval.auroc import macro_auroc
 from ecgot.eval.evaluate import evaluate
-from ecgot.eval.ranking import rank
-from ecgot.eval.reading import Reader
-from ecgot.eval.reports import another_patients
-from ecgot.eval.zeroshot import class_scores, embed_prompts, read_prompts, select_prompts
-from ecgot.models.text import TextEncoder
-from ecgot.train.align import load_alignment
-from ecgot.train.batches import waveforms
-from ecgot.train.config import resolve
-from ecgot.train.run import Run
+from ecgot.eval.report_metrics import another_patients
+from ecgot.inference.reader import Reader
+from ecgot.inference.zeroshot import class_scores, embed_prompts, read_prompts, select_prompts
+from ecgot.models.text_encoder import TextEncoder
+from ecgot.runs.checkpoints import load_alignment
+from ecgot.runs.config import resolve
+from ecgot.runs.records import waveforms
+from ecgot.runs.run import Run
 from ecgot.train.stages import train
 from tests.conftest import small_settings
 
@@ -44,7 +44,9 @@ def macro(trained, dataset):
         with torch.no_grad():
             scores = class_scores(model.embed_ecg(change(signal)), embedded)
         patients = data.table.patient_id
-        return {g: rank(s.numpy(), data.labels(g), patients, resamples=0).macro for g, s in scores.items()}
+        return {
+            g: macro_auroc(s.numpy(), data.labels(g), patients, resamples=0).macro for g, s in scores.items()
+        }
 
     return measure
 
@@ -177,7 +179,7 @@ def test_a_reading_is_what_the_evaluation_says(trained, evaluation, dataset, syn
 def test_a_reader_with_another_text_encoder_does_not_score_by_it(trained, few, monkeypatch, tiny_bert):
     reader = Reader(trained)
     reader._text = None  # as of a run whose prompts are embedded
-    monkeypatch.setattr("ecgot.eval.reading.TextEncoder", lambda *_, **__: TextEncoder(str(tiny_bert)))
+    monkeypatch.setattr("ecgot.inference.reader.TextEncoder", lambda *_, **__: TextEncoder(str(tiny_bert)))
     record = next((few / "records100").rglob("*.hea")).with_suffix("")
     for _ in range(2):  # nor the second time
         with pytest.raises(EcgotError):

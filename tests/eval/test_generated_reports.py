@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from ecgot.data.ptbxl import read_table
-from ecgot.eval.report_labels import label_groups, stated_labels
-from ecgot.eval.reports import Described, baseline_reports, measure_reports, sentence_confidence
+from ecgot.eval.report_baselines import BaselineInputs, baseline_reports
+from ecgot.eval.report_metrics import measure_reports, sentence_confidence
 from ecgot.eval.text_metrics import label_f1, report_statistics
-from ecgot.models.reporter import WrittenReport, sentences
+from ecgot.models.reporter import WrittenReport
+from ecgot.text.labels import label_groups, stated_labels
+from ecgot.text.statements import sentences
 
 
 @pytest.mark.parametrize(
@@ -74,11 +76,11 @@ def test_intervals_shrink_with_patients():
 
 def test_baselines():
     ill, well = frozenset({"AFIB"}), frozenset({"NORM", "SR"})
-    known = Described(
+    known = BaselineInputs(
         np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [-1.0, 0.0]]), [well, ill, ill, well], [""] * 4
     )
     reports = ["normal ecg", "", "left axis", "normal ecg"]
-    wanted = Described(np.array([[0.1, 3.0], [2.0, 0.1]]), [well, frozenset({"AFIB", "PVC"})], [""] * 2)
+    wanted = BaselineInputs(np.array([[0.1, 3.0], [2.0, 0.1]]), [well, frozenset({"AFIB", "PVC"})], [""] * 2)
     found = baseline_reports(known, reports, wanted)
     assert found is not None
     assert found.nearest == ("left axis", "normal ecg")  # the record without a report is no neighbour
@@ -94,9 +96,9 @@ def test_baselines():
 def test_a_recorder_has_its_own_words():
     well, ill = frozenset({"NORM"}), frozenset({"AFIB"})
     codes = [well] * 7 + [ill] * 2
-    known = Described(np.ones((9, 1)), codes, ["one"] * 4 + ["two"] * 3 + ["two"] * 2)
+    known = BaselineInputs(np.ones((9, 1)), codes, ["one"] * 4 + ["two"] * 3 + ["two"] * 2)
     reports = ["sinus rhythm normal ecg"] * 4 + ["within normal limits"] * 3 + ["fibrillation"] * 2
-    wanted = Described(np.ones((5, 1)), [well] * 4 + [ill], ["one", "two", "three", "", "two"])
+    wanted = BaselineInputs(np.ones((5, 1)), [well] * 4 + [ill], ["one", "two", "three", "", "two"])
     found = baseline_reports(known, reports, wanted)
     assert found is not None
     assert found.same_codes_and_recorder == (
@@ -124,22 +126,22 @@ def test_a_recorder_has_its_own_words():
 
 def test_a_record_without_codes_is_like_those_without():
     none, well = frozenset[str](), frozenset({"NORM"})
-    known = Described(np.ones((2, 1)), [well, none], ["", ""])
-    found = baseline_reports(known, ["normal ecg", "trace"], Described(np.ones((1, 1)), [none], [""]))
+    known = BaselineInputs(np.ones((2, 1)), [well, none], ["", ""])
+    found = baseline_reports(known, ["normal ecg", "trace"], BaselineInputs(np.ones((1, 1)), [none], [""]))
     assert found is not None
     assert found.same_codes == ("trace",)
 
 
 def test_the_typical_report_shares_most_with_the_others():
     reports = ["a b c d e", "a b c d f", "a b c x y", "a b c x y", "q r s t u"]
-    same = Described(np.ones((5, 1)), [frozenset({"NORM"})] * 5, [""] * 5)
-    found = baseline_reports(same, reports, Described(np.ones((1, 1)), [frozenset({"NORM"})], [""]))
+    same = BaselineInputs(np.ones((5, 1)), [frozenset({"NORM"})] * 5, [""] * 5)
+    found = baseline_reports(same, reports, BaselineInputs(np.ones((1, 1)), [frozenset({"NORM"})], [""]))
     # "a b c x y" has itself as a neighbour; were it there once, one of the first two would be most typical.
     assert found is not None
     assert found.same_codes == ("a b c x y",)
-    once = Described(np.ones((4, 1)), [frozenset({"NORM"})] * 4, [""] * 4)
+    once = BaselineInputs(np.ones((4, 1)), [frozenset({"NORM"})] * 4, [""] * 4)
     single = baseline_reports(
-        once, ["a b c x y", *reports[:2], reports[4]], Described(np.ones((1, 1)), [frozenset()], [""])
+        once, ["a b c x y", *reports[:2], reports[4]], BaselineInputs(np.ones((1, 1)), [frozenset()], [""])
     )
     assert single is not None
     assert single.same_codes == ("a b c d e",)

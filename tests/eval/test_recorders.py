@@ -11,12 +11,12 @@ from benchmarks.reports_by_recorder import table
 from ecgot.data.ptbxl import read_table
 from ecgot.errors import EcgotError
 from ecgot.eval.evaluate import evaluate
-from ecgot.eval.export import export
-from ecgot.eval.reading import Reader
-from ecgot.eval.reports import shuffled
+from ecgot.eval.report_metrics import shuffled
+from ecgot.inference.export import export
+from ecgot.inference.reader import Reader
 from ecgot.models.reporter import Reporter
-from ecgot.train.config import resolve
-from ecgot.train.run import Run
+from ecgot.runs.config import resolve
+from ecgot.runs.run import Run
 from ecgot.train.stages import train
 from tests.conftest import small_settings
 

@@ -10,13 +10,19 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from ecgot.cli import cli
+from ecgot.cli.main import cli
 from ecgot.data.dataset import load_dataset
 from ecgot.data.ptbxl import GROUPS
 from ecgot.errors import EcgotError
-from ecgot.eval import supervised
-from ecgot.eval.ranking import rank
-from ecgot.eval.supervised import (
+from ecgot.eval.auroc import macro_auroc
+from ecgot.eval.supervise import supervise
+from ecgot.models.encoders import encoder
+from ecgot.runs.config import resolve
+from ecgot.runs.progress import Progress
+from ecgot.runs.run import Run
+from ecgot.train import supervised
+from ecgot.train.stages import train
+from ecgot.train.supervised import (
     Classifier,
     Targets,
     class_loss,
@@ -27,12 +33,7 @@ from ecgot.eval.supervised import (
     one_cycle,
     random_crops,
     standard_scale,
-    supervise,
 )
-from ecgot.models.encoders import encoder
-from ecgot.train.config import resolve
-from ecgot.train.run import Progress, Run
-from ecgot.train.stages import train
 from tests.conftest import small_settings
 
 QUICK = {"encoder_name": "resnet1d_tiny", "epochs": 2, "resamples": 20}
@@ -292,7 +293,7 @@ def test_a_baseline_leaves_an_evaluation_that_its_weights_give(few, records, tmp
     training = labelled(records.folds(range(1, 9)), ("superclass",))
     assert (loaded.mean.item(), loaded.deviation.item()) == pytest.approx(standard_scale(training))
     scores = class_probabilities(loaded, held_out, crop_starts(1000, 250, 125), 250, progress=Progress())
-    again = rank(scores, held_out.labels("superclass"), held_out.table.patient_id, resamples=20)
+    again = macro_auroc(scores, held_out.labels("superclass"), held_out.table.patient_id, resamples=20)
     assert saved["ranking"].keys() == {"superclass"}
     assert saved["ranking"]["superclass"]["macro"] == pytest.approx(again.macro)
     assert saved["ranking"]["superclass"]["auroc"] == pytest.approx(again.auroc)
@@ -401,5 +402,5 @@ def test_the_command_line_prints_the_score_and_what_this_is_not(few, tmp_path, c
 def test_a_run_that_is_not_aligned_is_refused_before_anything_is_made(few, tmp_path):
     start = Run.create(tmp_path / "start", resolve(None, [f"data.root={few}"]), resume=False)
     with pytest.raises(EcgotError, match=r"from: stage align of .* is not trained"):
-        supervised.supervise(few, tmp_path / "out", start=start)
+        supervise(few, tmp_path / "out", start=start)
     assert not (tmp_path / "out").exists()

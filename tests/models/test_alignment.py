@@ -7,13 +7,13 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch.nn import functional as F
 
-from ecgot.kernels import reference
-from ecgot.models.alignment import (
+from ecgot.kernels.ot import reference
+from ecgot.models.alignment import AlignmentModel, Embedding
+from ecgot.models.encoders import encoder
+from ecgot.models.losses import (
     TOKEN_LOSSES,
     TOKEN_SIMILARITIES,
     AlignmentLoss,
-    AlignmentModel,
-    Embedding,
     SaidPhrases,
     Transport,
     contrastive_loss,
@@ -22,8 +22,7 @@ from ecgot.models.alignment import (
     token_similarity,
     wasserstein_1d,
 )
-from ecgot.models.encoders import encoder
-from ecgot.models.text import TextTokens
+from ecgot.models.text_encoder import TextTokens
 
 
 def text_tokens(batch=4, count=7, width=24, seed=0) -> TextTokens:

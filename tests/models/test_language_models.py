@@ -32,14 +32,14 @@ from transformers import (
 
 from ecgot.data.dataset import load_dataset
 from ecgot.errors import EcgotError
-from ecgot.eval.export import export
-from ecgot.models.reporter import add_lora, build_reporter, check_language_model, fit_tokenizer
-from ecgot.models.text import TextEncoder, statements
+from ecgot.inference.export import export
+from ecgot.models.language_models import add_lora, build_reporter, check_language_model, fit_tokenizer
+from ecgot.models.text_encoder import TextEncoder
+from ecgot.runs.checkpoints import load_alignment, load_reporter
+from ecgot.runs.config import resolve
+from ecgot.runs.run import Run
+from ecgot.text.statements import statements
 from ecgot.train import stages
-from ecgot.train.align import load_alignment
-from ecgot.train.config import resolve
-from ecgot.train.report import load_reporter
-from ecgot.train.run import Run
 from ecgot.train.stages import train
 from tests.conftest import small_settings
 

@@ -18,14 +18,14 @@ from transformers import (
 )
 
 from ecgot.errors import EcgotError
-from ecgot.models.reporter import (
-    Reporter,
+from ecgot.models.language_models import (
     build_reporter,
     check_language_model,
     empty_reporter,
     fit_tokenizer,
     save_language_model_shape,
 )
+from ecgot.models.reporter import Reporter
 
 REPORTS = ("sinus rhythm. normal ecg.", "atrial fibrillation. left bundle branch block.")
 WIDTH = 10

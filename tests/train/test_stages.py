@@ -12,16 +12,18 @@ from safetensors.torch import load_file
 
 from ecgot.data.ptbxl import read_table
 from ecgot.errors import EcgotError
-from ecgot.models.text import TextEncoder
+from ecgot.models.text_encoder import TextEncoder
+from ecgot.runs.checkpoints import build_model, load_alignment, load_reporter
+from ecgot.runs.config import Config, resolve
+from ecgot.runs.progress import Progress
+from ecgot.runs.records import load_folds
+from ecgot.runs.run import Run
 from ecgot.train import align as align_module
-from ecgot.train import run as run_module
-from ecgot.train.align import ReportSource, build_model, load_alignment, validate
+from ecgot.train import loop
+from ecgot.train.align import PhraseSource, ReportSource, validate
 from ecgot.train.batches import epoch_order, with_reports
-from ecgot.train.config import Config, resolve
-from ecgot.train.phrases import PhraseSource
-from ecgot.train.report import load_reporter
-from ecgot.train.run import Progress, Run, rate_factor
-from ecgot.train.stages import load_folds, train
+from ecgot.train.loop import rate_factor
+from ecgot.train.stages import train
 from tests.conftest import small_settings
 
 
@@ -134,13 +136,13 @@ def test_wherever_a_run_is_cut_off_it_resumes_to_the_same_weights(
 
 def test_what_is_saved_is_the_average_of_the_steps(settings, tmp_path, cache_dir, monkeypatch):
     steps: list[dict[str, torch.Tensor]] = []
-    averaging = run_module._average
+    averaging = loop._average
 
     def noting(kept, model, decay):
         steps.append({name: tensor.clone() for name, tensor in model.state_dict().items()} | {"decay": decay})
         averaging(kept, model, decay)
 
-    monkeypatch.setattr(run_module, "_average", noting)
+    monkeypatch.setattr(loop, "_average", noting)
     config = resolve(None, [*settings, "align.average=0.6"])
     run = train(config, tmp_path / "run", stages=["align"], cache_dir=cache_dir)
     saved = weights(run, "align")
@@ -270,7 +272,7 @@ def test_a_csv_of_reports_beside_originals_says_what_is_learned(settings, few, t
 
 
 def test_a_stored_report_is_looked_up_by_row(tiny_bert, dataset):
-    from ecgot.models.text import embed_texts
+    from ecgot.models.token_store import embed_texts
 
     text = TextEncoder(str(tiny_bert)).eval()
     store = embed_texts(text, sorted(set(dataset.reports)), cache_dir=None)

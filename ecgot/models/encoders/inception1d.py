@@ -1,32 +1,98 @@
 """inception1d of the PTB-XL benchmark."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ecgot.kernels import Signal, max_pool1d
-from ecgot.models.encoders.blocks import EncoderOutput, convolved, entered, left, normalized
-from ecgot.models.encoders.plain import PlainInception1d, PlainInceptionBlock, PlainInceptionShortcut
+from ecgot.kernels import LazyActivation, max_pool1d
+from ecgot.models.encoders.layers import (
+    EncoderOutput,
+    conv_act,
+    conv_norm,
+    encoder_input,
+    encoder_output,
+    plain_conv,
+)
+
+# --- inception1d --------------------------------------------------------------------------------------------
+
+
+class PlainInceptionBlock(nn.Module):
+    """Convolutions of three lengths and a pooled one side by side, over a bottleneck."""
+
+    def __init__(self, c_in: int, filters: int, kernel_sizes: Sequence[int], bottleneck: int) -> None:
+        super().__init__()
+        self.bottleneck = plain_conv(c_in, bottleneck, 1)
+        self.convs = nn.ModuleList([plain_conv(bottleneck, filters, k) for k in kernel_sizes])
+        self.conv_bottle = nn.Sequential(nn.MaxPool1d(3, 1, padding=1), plain_conv(c_in, filters, 1))
+        self.bn_relu = nn.Sequential(nn.BatchNorm1d((len(kernel_sizes) + 1) * filters), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow = self.bottleneck(x)
+        return self.bn_relu(torch.cat([*(conv(narrow) for conv in self.convs), self.conv_bottle(x)], dim=1))
+
+
+class PlainInceptionShortcut(nn.Module):
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv, self.bn = plain_conv(c_in, c_out, 1), nn.BatchNorm1d(c_out)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(y + self.bn(self.conv(x)), inplace=True)
+
+
+class PlainInception1d(nn.Module):
+    """inception1d of the PTB-XL benchmark (after InceptionTime, Fawaz et al. 2020), without its head.
+
+    depth blocks at the input's length, a shortcut over every three.
+    """
+
+    block: type[nn.Module] = PlainInceptionBlock
+    shortcut: type[nn.Module] = PlainInceptionShortcut
+
+    def __init__(
+        self,
+        leads: int = 12,
+        depth: int = 6,
+        filters: int = 32,
+        kernel_sizes: Sequence[int] = (39, 19, 9),
+        bottleneck: int = 32,
+    ) -> None:
+        super().__init__()
+        self.leads, self.width = leads, (len(kernel_sizes) + 1) * filters
+        inputs = [leads] + [self.width] * (depth - 1)
+        self.im = nn.ModuleList([self.block(c_in, filters, kernel_sizes, bottleneck) for c_in in inputs])
+        self.sk = nn.ModuleList([self.shortcut(c_in, self.width) for c_in in inputs[: depth // 3]])
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        x = before = waveform
+        for index, block in enumerate(self.im):
+            x = block(x)
+            if index % 3 == 2:
+                x = before = self.sk[index // 3](before, x)
+        return x.transpose(1, 2)
 
 
 class InceptionBlock(PlainInceptionBlock):
-    def forward(self, x: Signal) -> Signal:  # type: ignore[override]
-        narrow = convolved(x, self.bottleneck)
-        branches: list[tuple[Signal, Any]] = [(narrow, conv) for conv in self.convs]
+    def forward(self, x: LazyActivation) -> LazyActivation:  # type: ignore[override]
+        narrow = conv_act(x, self.bottleneck)
+        branches: list[tuple[LazyActivation, Any]] = [(narrow, conv) for conv in self.convs]
         branches.append((max_pool1d(x, 3, 1, 1), self.conv_bottle[1]))
         norm: Any = self.bn_relu[0]
         share = norm.num_features // len(branches)
         return _beside(
             [
-                normalized(y, conv, norm, "relu", channels=slice(number * share, (number + 1) * share))
+                conv_norm(y, conv, norm, "relu", channels=slice(number * share, (number + 1) * share))
                 for number, (y, conv) in enumerate(branches)
             ]
         )
 
 
-def _beside(signals: list[Signal]) -> Signal:
+def _beside(signals: list[LazyActivation]) -> LazyActivation:
     """Signals of the same form, their channels side by side."""
     beside = lambda name, axis: torch.cat([getattr(x, name) for x in signals], axis)  # noqa: E731
     values = beside("values", 2)
@@ -41,8 +107,8 @@ def _beside(signals: list[Signal]) -> Signal:
 
 
 class InceptionShortcut(PlainInceptionShortcut):
-    def forward(self, x: Signal, y: Signal) -> Signal:  # type: ignore[override]
-        return normalized(x, self.conv, self.bn, "relu", residual=y)
+    def forward(self, x: LazyActivation, y: LazyActivation) -> LazyActivation:  # type: ignore[override]
+        return conv_norm(x, self.conv, self.bn, "relu", residual=y)
 
 
 class Inception1d(PlainInception1d):
@@ -52,9 +118,9 @@ class Inception1d(PlainInception1d):
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> EncoderOutput:  # type: ignore[override]
         """waveform [B, L, T] in mV, lengths [B] valid samples of each record (all T where omitted)."""
-        x = before = entered(waveform, lengths, self.leads)
+        x = before = encoder_input(waveform, lengths, self.leads)
         for index, block in enumerate(self.im):
             x = block(x)
             if index % 3 == 2:
                 x = before = self.sk[index // 3](before, x)
-        return left(x)
+        return encoder_output(x)

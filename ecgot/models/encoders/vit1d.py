@@ -1,11 +1,99 @@
 """A vision transformer over patches of an ECG, as MERL's."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ecgot.errors import EcgotError
-from ecgot.models.encoders.blocks import EncoderOutput, convolved, entered, masked_mean
-from ecgot.models.encoders.plain import PlainViT1d
+from ecgot.models.encoders.layers import EncoderOutput, conv_act, encoder_input, masked_mean
+
+# --- vit1d --------------------------------------------------------------------------------------------------
+
+
+class PlainPreNorm(nn.Module):
+    def __init__(self, width: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.fn = nn.LayerNorm(width), fn
+
+    def forward(self, x: Tensor, *mask: Tensor | None) -> Tensor:
+        return self.fn(self.norm(x), *mask)
+
+
+class PlainFeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        # The published network has dropouts of rate 0 at positions 2 and 4.
+        self.net = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Identity(), nn.Linear(hidden, width), nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class PlainAttention(nn.Module):
+    """Multi-head self-attention, heads of 64 dimensions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(width, 3 * 64 * heads)
+        self.to_out = nn.Sequential(nn.Linear(64 * heads, width), nn.Identity())
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, N, D], mask [B, N], True where a token may be attended to."""
+        q, k, v = self.to_qkv(x).unflatten(2, (3, self.heads, 64)).permute(2, 0, 3, 1, 4)
+        allowed = None if mask is None else mask[:, None, None, :]
+        y = F.scaled_dot_product_attention(q, k, v, allowed)
+        return self.to_out(y.transpose(1, 2).flatten(2))
+
+
+class PlainTransformerBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attn = PlainPreNorm(width, PlainAttention(width, heads))
+        self.ff = PlainPreNorm(width, PlainFeedForward(width, 4 * width))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.attn(x, mask) + x
+        return self.ff(x) + x
+
+
+class PlainViT1d(nn.Module):
+    """The vision transformer of MERL (Liu et al. 2024; cheliu-computation/MERL-ICML2024) over patches of an
+    ECG.
+
+    Args:
+        leads: L.
+        width, depth, heads: of the transformer; an attention head has 64 dimensions.
+        patch_size: samples of a token.
+        seq_len: the longest record, samples; shorter ones take the first of its positions.
+    """
+
+    def __init__(
+        self,
+        leads: int = 12,
+        width: int = 192,
+        depth: int = 12,
+        heads: int = 3,
+        *,
+        patch_size: int = 50,
+        seq_len: int = 5000,
+    ) -> None:
+        super().__init__()
+        self.leads, self.width, self.depth, self.patch_size = leads, width, depth, patch_size
+        self.to_patch_embedding = nn.Conv1d(leads, width, patch_size, patch_size, bias=False)
+        self.pos_embedding = nn.Parameter(torch.randn(1, seq_len // patch_size, width))
+        for index in range(depth):
+            setattr(self, f"block{index}", PlainTransformerBlock(width, heads))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        x = self.to_patch_embedding(waveform).transpose(1, 2)
+        x = x + self.pos_embedding[:, : x.shape[1]]
+        for index in range(self.depth):
+            x = getattr(self, f"block{index}")(x)
+        return self.norm(x)
 
 
 class ViT1d(PlainViT1d):
@@ -17,13 +105,13 @@ class ViT1d(PlainViT1d):
         Raises:
             EcgotError: the record is longer than the positions, or shorter than a patch.
         """
-        signal = entered(waveform, lengths, self.leads)
+        signal = encoder_input(waveform, lengths, self.leads)
         longest = self.pos_embedding.shape[1] * self.patch_size
         if not self.patch_size <= waveform.shape[2] <= longest:
             raise EcgotError(
                 f"waveform: got T = {waveform.shape[2]}, accepted are {self.patch_size} to {longest}"
             )
-        patches = convolved(signal, self.to_patch_embedding)
+        patches = conv_act(signal, self.to_patch_embedding)
         x = patches.values
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if patches.lengths is not None:

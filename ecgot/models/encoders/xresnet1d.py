@@ -1,12 +1,93 @@
 """xresnet1d of the PTB-XL benchmark."""
 
+from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ecgot.kernels import Signal, max_pool1d, mean_pool1d
-from ecgot.models.encoders.blocks import EncoderOutput, Layer, bottlenecks, entered, left, normalized
-from ecgot.models.encoders.plain import PlainConvLayer, PlainXBlock, PlainXResNet1d
+from ecgot.kernels import LazyActivation, max_pool1d, mean_pool1d
+from ecgot.models.encoders.layers import (
+    EncoderOutput,
+    Layer,
+    bottlenecks,
+    conv_norm,
+    encoder_input,
+    encoder_output,
+    plain_conv,
+)
+
+# --- xresnet1d ----------------------------------------------------------------------------------------------
+
+
+class PlainConvLayer(nn.Sequential):
+    """fastai's: convolution, batch norm, and ReLU where asked for."""
+
+    def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, relu: bool = True) -> None:
+        conv = plain_conv(c_in, c_out, kernel_size, stride)
+        nn.init.kaiming_normal_(conv.weight)
+        super().__init__(conv, nn.BatchNorm1d(c_out), *([nn.ReLU(inplace=True)] if relu else []))
+
+    @property
+    def conv_and_norm(self) -> tuple[nn.Conv1d, nn.BatchNorm1d]:
+        """The convolution and its norm."""
+        conv, norm = list(self)[:2]
+        assert isinstance(conv, nn.Conv1d)
+        assert isinstance(norm, nn.BatchNorm1d | nn.SyncBatchNorm)
+        return conv, norm  # type: ignore[return-value]
+
+
+class PlainXBlock(nn.Module):
+    """A bottleneck whose shortcut averages pairs of samples before its 1x1 convolution."""
+
+    def __init__(self, c_in: int, middle: int, c_out: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(
+            PlainConvLayer(c_in, middle, 1),
+            PlainConvLayer(middle, middle, kernel_size, stride),
+            PlainConvLayer(middle, c_out, 1, relu=False),
+        )
+        nn.init.zeros_(self.convs[2][1].weight)  # type: ignore[index]
+        self.idpath = nn.Sequential()
+        if stride != 1:
+            self.idpath.append(nn.AvgPool1d(2, ceil_mode=True))
+        if c_in != c_out:
+            self.idpath.append(PlainConvLayer(c_in, c_out, 1, relu=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convs(x) + self.idpath(x), inplace=True)
+
+
+class PlainXResNet1d(nn.Sequential):
+    """xresnet1d of the PTB-XL benchmark (Strodthoff et al. 2021; helme/ecg_ptbxl_benchmarking), without its
+    head.
+
+    Every stage has the same width, and a bottleneck a quarter of it.
+    """
+
+    block: type[nn.Module] = PlainXBlock
+
+    def __init__(
+        self, leads: int = 12, blocks: Sequence[int] = (3, 4, 23, 3), width: int = 256, kernel_size: int = 5
+    ) -> None:
+        stem = (leads, 32, 32, 64)
+        layers: list[nn.Module] = [
+            PlainConvLayer(stem[i], stem[i + 1], kernel_size, 2 if i == 0 else 1) for i in range(3)
+        ]
+        layers.append(nn.MaxPool1d(3, 2, 1))
+        c_in = stem[-1]
+        for index, count in enumerate(blocks):
+            stage = nn.Sequential()
+            for number in range(count):
+                stride = 2 if index and number == 0 else 1
+                stage.append(self.block(c_in, width // 4, width, kernel_size, stride))
+                c_in = width
+            layers.append(stage)
+        super().__init__(*layers)
+        self.leads, self.width = leads, width
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        return super().forward(waveform).transpose(1, 2)
 
 
 class XBlock(PlainXBlock):
@@ -14,9 +95,9 @@ class XBlock(PlainXBlock):
         narrow, middle, wide = cast(list[PlainConvLayer], list(self.convs))
         return narrow.conv_and_norm, middle.conv_and_norm, wide.conv_and_norm
 
-    def shortcut_of(self, x: Signal) -> Signal:
+    def shortcut_of(self, x: LazyActivation) -> LazyActivation:
         for module in self.idpath:
-            x = normalized(x, *module) if isinstance(module, PlainConvLayer) else mean_pool1d(x)
+            x = conv_norm(x, *module) if isinstance(module, PlainConvLayer) else mean_pool1d(x)
         return x
 
 
@@ -27,11 +108,11 @@ class XResNet1d(PlainXResNet1d):
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> EncoderOutput:  # type: ignore[override]
         """waveform [B, L, T] in mV, lengths [B] valid samples of each record (all T where omitted)."""
-        x = entered(waveform, lengths, self.leads)
+        x = encoder_input(waveform, lengths, self.leads)
         *stem, _pool = list(self)[:4]
         for layer in cast(list[PlainConvLayer], stem):
-            x = normalized(x, *layer.conv_and_norm, "relu")
+            x = conv_norm(x, *layer.conv_and_norm, "relu")
         x = max_pool1d(x, 3, 2, 1)
         stages = cast(list[nn.Sequential], list(self)[4:])
         blocks = [block for stage in stages for block in stage]
-        return left(bottlenecks(x, cast(list[XBlock], blocks)))
+        return encoder_output(bottlenecks(x, cast(list[XBlock], blocks)))

@@ -1,0 +1,157 @@
+"""A run as one folder that needs no text encoder: what a package or a colleague is given."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ecgot.data.ptbxl import GROUPS
+from ecgot.errors import EcgotError
+from ecgot.files import save_tensors, write_text
+from ecgot.inference.display import auroc_text, metric_text
+from ecgot.inference.zeroshot import embed_prompts, read_prompts, save_prompts
+from ecgot.models.text_encoder import TextEncoder
+from ecgot.runs.checkpoints import load_alignment, load_reporter
+from ecgot.runs.config import DataConfig
+from ecgot.runs.run import Run
+from ecgot.version import __version__
+
+CARD = Path(__file__).with_name("model_card.md")
+UNKNOWN = "A data set in PTB-XL's layout"
+PLAIN = " Both stages learned from the original reports{others}, in plain English by a glossary."
+OTHERS = " or, of records without one, from the texts of {name}"
+
+
+def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
+    """Write the run's configuration, weights, embedded built-in prompts and a model card to a new folder.
+
+    Args:
+        trained_on: name, source and licence of the data, for the card.
+
+    Raises:
+        EcgotError: the run is not trained, its text encoder was trained with it, its language model has
+            adapters, or ``out`` exists.
+    """
+    config = run.config()
+    if config.text.train:
+        raise EcgotError(
+            "run: its text encoder was trained (text.train=true), accepted are runs with a frozen one"
+        )
+    if config.report.lora_rank and run.done("report"):
+        raise EcgotError(
+            f"run: it holds adapters without their language model {config.report.language_model!r} "
+            f"(report.lora_rank={config.report.lora_rank}), accepted are runs with all weights"
+        )
+    if out.exists():
+        raise EcgotError(f"out: {out} exists, accepted is a new folder")
+    text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
+    model = load_alignment(run, text)
+    if run.done("report"):
+        load_reporter(run, model.ecg_width)  # that it can be read
+    prompts = embed_prompts(model, text, read_prompts())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+        made = Run(Path(temporary) / "run")
+        made.folder.mkdir()
+        write_text(made.folder / "config.json", _without_paths(run))
+        for stage in ("align", "report"):
+            if run.done(stage):
+                _copy_weights(run.folder / f"{stage}.safetensors", made.folder / f"{stage}.safetensors")
+        if run.done("report"):
+            shutil.copytree(run.folder / "language_model", made.folder / "language_model")
+            made.save_recorders(run.recorders)
+        save_prompts(prompts, made.prompts)
+        write_text(made.folder / "README.md", model_card(run, trained_on))
+        made.folder.rename(out)
+
+
+def model_card(run: Run, trained_on: str = UNKNOWN) -> str:
+    """In Markdown; metrics are those of the run's ``evaluation.json``."""
+    config = run.config()
+    path = run.folder / "evaluation.json"
+    return CARD.read_text(encoding="utf-8").format(
+        version=__version__,
+        seconds=config.data.seconds,
+        fs_hz=config.data.fs_hz,
+        leads=", ".join(config.data.leads),
+        groups=", ".join(GROUPS),
+        trained_on=trained_on,
+        statements=_texts(config.data),
+        no_report=_recorders(run.recorders) if run.done("report") else " (not in this model)",
+        train_folds=_folds(config.data.train_folds),
+        validation_folds=_folds(config.data.validation_folds),
+        encoder=config.encoder.name,
+        text=config.text.name,
+        metrics=_metrics(path) if path.exists() else "Not yet.",
+    )
+
+
+def _texts(data: DataConfig) -> str:
+    """Which texts the model learned from, said where they were put into plain English."""
+    if not data.plain_english:
+        return ""
+    return PLAIN.format(others=OTHERS.format(name=Path(data.reports_csv).name) if data.reports_csv else "")
+
+
+def _recorders(recorders: tuple[str, ...]) -> str:
+    if not recorders:
+        return ""
+    return (
+        f" (in the words of a recorder if told one, which is style and no evidence: {', '.join(recorders)})"
+    )
+
+
+def _folds(folds: tuple[int, ...]) -> str:
+    return ", ".join(map(str, folds))
+
+
+def _metrics(path: Path) -> str:
+    """Tables of an evaluation.
+
+    Raises:
+        EcgotError: it is not one, or another version's.
+    """
+    try:
+        return _tables(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise EcgotError(f"run: {path} cannot be read ({error!r}); make it anew by ecgot evaluate") from error
+
+
+def _tables(evaluation: dict) -> str:
+    settings = evaluation["settings"]
+    same = settings["data"] == settings["config"]["data"]["root"]
+    of_these = "" if same else " of a data set that the model was not trained on"
+    lines = [
+        f"Fold {_folds(tuple(evaluation['folds']))}{of_these}, {evaluation['records']} records; "
+        f"zero-shot by the {evaluation['score']} score; reports by a search of {settings['num_beams']} "
+        f"beams, against the references of {Path(settings['references']).name}; brackets are 95 % "
+        "intervals (bootstrap over patients).",
+        "",
+        "| macro AUROC | zero-shot | linear probe |",
+        "| --- | --- | --- |",
+    ]
+    for group, ranking in evaluation["zero_shot"].items():
+        probe = evaluation["probe"].get(group)
+        lines.append(f"| {group} | {auroc_text(ranking)} | {auroc_text(probe)} |")
+    if evaluation["reports"]:
+        names = list(next(iter(evaluation["reports"].values())))
+        lines += ["", "| reports | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+        for system, values in evaluation["reports"].items():
+            lines.append(f"| {system} | " + " | ".join(metric_text(values[name]) for name in names) + " |")
+    return "\n".join(lines)
+
+
+def _without_paths(run: Run) -> str:
+    """The configuration, with nothing of the machine that it was trained on."""
+    values = json.loads(run.config().to_json())
+    values["data"] |= {"root": "", "reports_csv": ""}
+    return json.dumps(values | {"device": "auto", "cuda_graph": False}, indent=2) + "\n"
+
+
+def _copy_weights(source: Path, target: Path) -> None:
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    save_tensors(load_file(source), target, metadata)

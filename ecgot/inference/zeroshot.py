@@ -1,0 +1,196 @@
+"""Zero-shot detection: whether an ECG's report would say a class's prompts, or how near it lies to them."""
+
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ecgot.data.ptbxl import GROUPS
+from ecgot.errors import EcgotError, first_line
+from ecgot.files import save_tensors
+from ecgot.models.alignment import AlignmentModel, Embedding
+from ecgot.models.losses import TOKEN_SIMILARITIES, Transport, phrase_logits, token_similarity
+from ecgot.models.text_encoder import TextEncoder
+from ecgot.runs.config import AlignConfig
+
+BUILT_IN = Path(__file__).with_name("prompts.toml")
+SCORES = ("phrase", "cosine", *TOKEN_SIMILARITIES)
+SOFTNESS = 2.0  # of the maximum over a class's prompts, in log-odds
+
+Given = TypeVar("Given")
+Prompts = Mapping[str, Mapping[str, tuple[str, ...]]]  # group -> class -> texts
+
+
+@dataclass(frozen=True)
+class EmbeddedPrompts:
+    """Every distinct prompt's embedding [K, ...], and the rows of each class's prompts by group.
+
+    phrase_scale: of :func:`ecgot.models.losses.phrase_logits`, [].
+    """
+
+    embedding: Embedding
+    rows: dict[str, dict[str, list[int]]]
+    phrase_scale: Tensor
+
+    def select(self, classes: Mapping[str, tuple[str, ...]]) -> "EmbeddedPrompts":
+        """Those of the given classes by group, in their order.
+
+        Raises:
+            EcgotError: a class has none.
+        """
+        rows = {group: _select(self.rows, group, names) for group, names in classes.items()}
+        return replace(self, rows=rows)
+
+
+def read_prompts(path: Path = BUILT_IN) -> Prompts:
+    """Prompts by group and class from a TOML file like the built-in one.
+
+    Raises:
+        EcgotError: the file is missing or is not of this form.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EcgotError(f"prompts: {path} cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise EcgotError(f"prompts: {path} is not valid TOML ({error})") from error
+    prompts: dict[str, dict[str, tuple[str, ...]]] = {}
+    for group, table in tables.items():
+        if group not in GROUPS or not isinstance(table, dict):
+            raise EcgotError(f"prompts: {path} holds {group!r}, accepted are tables {', '.join(GROUPS)}")
+        for name, texts in table.items():
+            if not (isinstance(texts, list) and texts and all(isinstance(t, str) and t for t in texts)):
+                raise EcgotError(f"prompts: {group}.{name} of {path} is not a list of one or more texts")
+        prompts[group] = {name: tuple(texts) for name, texts in table.items()}
+    if not any(prompts.values()):
+        raise EcgotError(f"prompts: {path} holds no class, accepted are tables of classes and their texts")
+    return prompts
+
+
+def select_prompts(prompts: Prompts, group: str, classes: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The prompts of the given classes.
+
+    Raises:
+        EcgotError: a class has none.
+    """
+    return _select(prompts, group, classes)
+
+
+def _select(
+    prompts: Mapping[str, Mapping[str, Given]], group: str, classes: tuple[str, ...]
+) -> dict[str, Given]:
+    known = prompts.get(group, {})
+    unknown = [name for name in classes if name not in known]
+    if unknown:
+        raise EcgotError(
+            f"prompts: no prompt for {group} class {unknown[0]!r}, there are {', '.join(known) or 'none'}"
+        )
+    return {name: known[name] for name in classes}
+
+
+@torch.no_grad()
+def embed_prompts(
+    model: AlignmentModel, text: TextEncoder, prompts: Mapping[str, Mapping[str, tuple[str, ...]]]
+) -> EmbeddedPrompts:
+    """Embed every distinct prompt once."""
+    texts = sorted({t for classes in prompts.values() for texts in classes.values() for t in texts})
+    number = {t: row for row, t in enumerate(texts)}
+    rows = {
+        group: {name: [number[t] for t in texts] for name, texts in classes.items()}
+        for group, classes in prompts.items()
+    }
+    embedded = model.embed_text(text.eval()(texts))
+    return EmbeddedPrompts(embedded, rows, model.phrase_scale)
+
+
+def save_prompts(prompts: EmbeddedPrompts, path: Path) -> None:
+    """Write embedded prompts as one safetensors file."""
+    embedding = prompts.embedding
+    assert embedding.prior is not None
+    tensors = {
+        "tokens": embedding.tokens.half(),
+        "mask": embedding.mask,
+        "pooled": embedding.pooled,
+        "prior": embedding.prior,
+        "phrase_scale": prompts.phrase_scale,
+    }
+    save_tensors(
+        {name: tensor.cpu() for name, tensor in tensors.items()}, path, {"rows": json.dumps(prompts.rows)}
+    )
+
+
+def load_prompts(path: Path, device: torch.device) -> EmbeddedPrompts:
+    """What :func:`save_prompts` wrote.
+
+    Raises:
+        EcgotError: the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            rows = json.loads((file.metadata() or {})["rows"])
+        tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
+        parts = (tensors[name] for name in ("mask", "pooled", "prior"))
+        return EmbeddedPrompts(Embedding(tensors["tokens"].float(), *parts), rows, tensors["phrase_scale"])
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise EcgotError(f"prompts: {path} is damaged ({first_line(error)})") from error
+
+
+def check_score(score: str | None, settings: AlignConfig) -> str:
+    """The score, or where None is given "phrase" if the run has learned phrases, else "cosine".
+
+    Raises:
+        EcgotError: there is no such score, or the run cannot give it.
+    """
+    if score is None:
+        return "phrase" if settings.phrase_weight else "cosine"
+    if score not in SCORES:
+        raise EcgotError(f"score: got {score!r}, accepted are {', '.join(SCORES)}")
+    if score == "phrase" and not settings.phrase_weight:
+        raise EcgotError("score: got 'phrase', which a run with align.phrase_weight=0 has not learned")
+    return score
+
+
+@torch.no_grad()
+def class_scores(
+    ecg: Embedding, prompts: EmbeddedPrompts, *, score: str = "phrase", transport: Transport | None = None
+) -> dict[str, Tensor]:
+    """Scores [B, C] of each group.
+
+    Args:
+        ecg: B embedded ECGs. Each is scored alone: nothing is normalised over the batch.
+        score: "phrase", log-odds that a report would say one of the class's prompts (a soft maximum);
+            "cosine", the mean over the prompts of the pooled embeddings' similarity; "ot" (slower),
+            "best_match" and "mean_match" that of the tokens', see
+            :data:`ecgot.models.losses.TOKEN_SIMILARITIES`.
+        transport: the run's transport settings; the defaults where omitted.
+    """
+    if score == "phrase":
+        texts = prompts.embedding
+        assert texts.prior is not None
+        logits = phrase_logits(ecg.pooled, texts.pooled, texts.prior, prompts.phrase_scale)
+        return _by_class(prompts, lambda rows: SOFTNESS * torch.logsumexp(logits[:, rows] / SOFTNESS, 1), ecg)
+    if score == "cosine":
+        similarity = ecg.pooled @ prompts.embedding.pooled.T
+    elif score in TOKEN_SIMILARITIES:
+        similarity = token_similarity(score, ecg, prompts.embedding, transport or Transport())
+    else:
+        raise EcgotError(f"score: got {score!r}, accepted are {', '.join(SCORES)}")
+    return _by_class(prompts, lambda rows: similarity[:, rows].mean(1), ecg)
+
+
+def _by_class(
+    prompts: EmbeddedPrompts, score: Callable[[list[int]], Tensor], ecg: Embedding
+) -> dict[str, Tensor]:
+    """Scores [B, C] of each group, given those [B] of a class by the rows of its prompts."""
+    none = ecg.pooled.new_zeros(len(ecg.pooled), 0)  # of a group without classes
+    return {
+        group: torch.stack([score(rows) for rows in classes.values()], dim=1) if classes else none
+        for group, classes in prompts.rows.items()
+    }

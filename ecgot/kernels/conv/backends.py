@@ -1,0 +1,96 @@
+"""Where a convolution is made: by this package's kernels, or by torch (on a GPU, the vendor's library).
+
+The vendor's wide products are hard to beat, and fusion pays where memory is the limit. ``backends.csv``
+holds what ``benchmarks/conv1d_backends.py`` measured, a line for each pass, layer and dtype; a layer that is
+not in it goes by the rule of :func:`modelled`.
+"""
+
+import csv
+import functools
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from ecgot.kernels.conv.geometry import Geometry
+from ecgot.kernels.dispatch import use_triton
+
+BACKENDS = ("auto", "triton", "torch")
+PASSES = ("forward", "input_gradient", "weight_gradient")
+WIDE = 256  # channels from where products, and not memory, limit most kernel sizes
+
+Layer = tuple[str, int, int, int, int, int, int, str]
+
+
+def choose(what: str, x: Tensor, weight: Tensor, geometry: Geometry, backend: str = "auto") -> str:
+    """ "triton" or "torch" for one pass of a convolution of x with a weight."""
+    if x.dtype == torch.float64 or not use_triton(x):
+        return "torch"
+    if backend != "auto":
+        return backend
+    if x.device.type == "cpu":  # the interpreter is there to run the kernels
+        return "triton"
+    return _choose(_layer(what, weight, geometry, x.dtype))
+
+
+def conv1d_backends(
+    weight: Tensor | tuple[int, int, int],
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, str]:
+    """What ``backend="auto"`` takes on a GPU for each pass of a layer: "triton" or "torch".
+
+    Where the forward of :func:`ecgot.kernels.conv1d` is torch's, so is its backward; each pass of
+    :func:`ecgot.kernels.conv1d_norm` goes its own way.
+
+    Args:
+        weight: [C_out, C_in / groups, K], or that shape.
+        stride, dilation, groups: as in :func:`ecgot.kernels.conv1d`.
+        dtype: of the activations.
+    """
+    shape = torch.empty(tuple(weight.shape) if isinstance(weight, Tensor) else weight, device="meta")
+    geometry = Geometry(stride, 0, dilation, groups)
+    return {what: _choose(_layer(what, shape, geometry, dtype)) for what in PASSES}
+
+
+def modelled(what: str, c_in: int, c_out: int, k: int, stride: int, groups: int) -> str:
+    """The rule for layers that nobody measured; c_in and c_out of all groups.
+
+    A layer with C channels moves 2 C values and does C^2 k products a sample: from 256 channels on most are
+    limited by the products, where the vendor's library wins; and its strided gradients in x are good.
+    """
+    if groups > 1:
+        return "triton"
+    if what == "input_gradient" and stride > 1:
+        return "torch"
+    return "torch" if min(c_in, c_out) >= WIDE and k > 1 else "triton"
+
+
+def _layer(what: str, weight: Tensor, geometry: Geometry, dtype: torch.dtype) -> Layer:
+    c_out, c_in, k = weight.shape
+    name = str(dtype).removeprefix("torch.")
+    return what, c_in * geometry.groups, c_out, k, geometry.stride, geometry.dilation, geometry.groups, name
+
+
+def _choose(layer: Layer) -> str:
+    what, c_in, c_out, k, stride, _dilation, groups, dtype = layer
+    if dtype == "float64":
+        return "torch"
+    return _measured().get(layer) or modelled(what, c_in, c_out, k, stride, groups)
+
+
+@functools.cache
+def _measured() -> dict[Layer, str]:
+    """The table; empty until it has been measured on a GPU."""
+    path = resources.files("ecgot.kernels.conv") / "backends.csv"
+    if not path.is_file():
+        return {}
+    columns = ("c_in", "c_out", "k", "stride", "dilation", "groups")
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    return {
+        (row["pass"], *(int(row[name]) for name in columns), row["dtype"]): row["backend"]  # type: ignore[misc]
+        for row in rows
+    }

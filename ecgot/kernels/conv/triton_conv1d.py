@@ -1,0 +1,787 @@
+"""Fused 1-D convolutions in Triton, channels-last, as implicit matrix products: forward and both gradients.
+
+    y[b, t, o] = act(scale[o] * (sum_{k, c} h[b, t * stride - padding + k * dilation, c] w[o, c, k] + bias[o])
+                     + shift[o] + residual[b, t, o]),    h = x  or  act((x - mean) * x_scale + x_shift)
+
+The trick: rows of the products are samples, columns are channels, and the sum over taps k and channels c
+reads x as it lies: with channels innermost a tap is the same tile, some rows further on. Nothing is unfolded.
+A batch norm costs no pass over memory: the convolution before it reduces its statistics in the epilogue (a
+tile's n, mean and M2, merged by Chan's rule in a fixed order), and the one after it normalises what it reads,
+padding masked after the affine map. The gradients do the same backwards: what they read of y's gradient is
+g + c0 + c1 (y - mean), which is all that the statistics' own gradients add, and the gradient in x leaves
+multiplied by the activation's slope, its sums for scale and shift reduced on the way. No activation is saved,
+all are recomputed.
+
+The gradient in x of a strided convolution is one product for each phase of the stride, with that phase's
+taps; the gradient in the weight is split over samples into a fixed number of parts, summed in order. No
+atomics: the same input gives the same bits.
+
+Bytes moved: forward x once for every tile of output channels (taps hit the cache), w once for every tile of
+samples, residual and y once; the gradient in x g (and y) once for every tile of input channels, x once; the
+gradient in w g (and y) once for every tile of (k, c), x once for every tile of o and tap.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ecgot.kernels.conv.geometry import Geometry
+from ecgot.kernels.conv.operands import PLAIN, Epilogue, LazyActivation, OutputGradient, in_dtype
+from ecgot.kernels.conv.triton_tiles import (
+    ACTIVATIONS,
+    HIP,
+    Configuration,
+    activate,
+    affine,
+    compile_case,
+    product_precision,
+    record_length,
+    times_slope,
+    unreadable,
+)
+from ecgot.kernels.dispatch import launch
+
+# Parts of a weight's gradient: enough programs for the largest GPUs, and fixed, so that results do not
+# depend on one.
+WEIGHT_PROGRAMS = 512
+MERGED_TILES = tl.constexpr(64)  # of statistics, at a time
+
+
+@triton.jit
+def _load_operand(
+    pointers, valid, mean_ptr, scale_ptr, shift_ptr, c, c_valid, NORM: tl.constexpr, ACTIVATION: tl.constexpr
+):
+    """A tile [rows, channels] of h; 0 where not valid, also after the affine map."""
+    x = tl.load(pointers, valid, 0.0)
+    if NORM:
+        h = activate(affine(x, mean_ptr, scale_ptr, shift_ptr, c, c_valid), ACTIVATION)
+        x = tl.where(valid, h, 0.0).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _load_gradient(
+    g_pointers, y_pointers, valid, mean_ptr, c0_ptr, c1_ptr, o, o_valid, STATISTICS: tl.constexpr
+):
+    """A tile [rows, channels] of y's whole gradient, in the dtype of what the products multiply."""
+    g = tl.load(g_pointers, valid, 0.0)
+    if STATISTICS:
+        y = tl.load(y_pointers, valid, 0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + o, o_valid, 0.0)
+        c0 = tl.load(c0_ptr + o, o_valid, 0.0)
+        c1 = tl.load(c1_ptr + o, o_valid, 0.0)
+        whole = g.to(tl.float32) + c0[None, :] + c1[None, :] * (y - mean[None, :])
+        g = tl.where(valid, whole, 0.0).to(g.dtype)
+    return g
+
+
+# --- forward ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _conv1d_fwd_kernel(
+    x_ptr,
+    x_mean_ptr,
+    x_scale_ptr,
+    x_shift_ptr,
+    x_lengths_ptr,
+    weight_ptr,  # [K, C_IN / groups, C_OUT]
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    y_lengths_ptr,
+    y_ptr,
+    count_ptr,  # [tiles of samples]
+    mean_ptr,  # [tiles of samples, C_OUT]
+    m2_ptr,
+    T,
+    T_OUT,
+    C_IN,  # of a group, as is C_OUT
+    C_OUT,
+    GROUPS,
+    K,
+    stride_xb,
+    stride_xt,
+    stride_xc,
+    STRIDE,
+    PADDING,
+    DILATION,
+    NORM: tl.constexpr,
+    X_ACTIVATION: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    KIND: tl.constexpr,  # see _kind
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles_t = tl.cdiv(T_OUT, BLOCK_T)
+    batch = (tl.program_id(0) // tiles_t).to(tl.int64)  # offsets may pass 2^31
+    t = (tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
+    channels = GROUPS * C_OUT
+    if KIND == "depthwise":  # all groups' outputs lie side by side
+        group = 0
+        o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+        o_valid = o < channels
+    else:
+        tiles_o = tl.cdiv(C_OUT, BLOCK_O)
+        group = tl.program_id(1) // tiles_o
+        local = (tl.program_id(1) % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
+        o = group * C_OUT + local
+        o_valid = local < C_OUT
+    length = record_length(x_lengths_ptr, batch, T, MASKED)
+    t_valid = t < T_OUT
+    x_ptr += batch * stride_xb
+    accumulator = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32)
+    if KIND == "depthwise":
+        c = o // C_OUT
+        for k in range(K):
+            source = t * STRIDE - PADDING + k * DILATION
+            inside = (t_valid & (source >= 0) & (source < length))[:, None] & o_valid[None, :]
+            pointers = x_ptr + source.to(tl.int64)[:, None] * stride_xt + c.to(tl.int64)[None, :] * stride_xc
+            x = _load_operand(
+                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, o_valid, NORM, X_ACTIVATION
+            )
+            w = tl.load(weight_ptr + k * channels + o, o_valid, 0.0)
+            accumulator += x.to(tl.float32) * w.to(tl.float32)[None, :]
+    elif KIND == "narrow":
+        for start in range(0, K * C_IN, BLOCK_C):
+            r = start + tl.arange(0, BLOCK_C)
+            k = r // C_IN
+            c = group * C_IN + r % C_IN
+            r_valid = r < K * C_IN
+            source = (t * STRIDE - PADDING)[:, None] + (k * DILATION)[None, :]
+            inside = t_valid[:, None] & r_valid[None, :] & (source >= 0) & (source < length)
+            pointers = x_ptr + source.to(tl.int64) * stride_xt + c.to(tl.int64)[None, :] * stride_xc
+            x = _load_operand(
+                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, r_valid, NORM, X_ACTIVATION
+            )
+            w = tl.load(
+                weight_ptr + r[:, None] * channels + o[None, :], r_valid[:, None] & o_valid[None, :], 0.0
+            )
+            accumulator += tl.dot(x, w, input_precision=PRECISION)
+    else:
+        tiles_c = tl.cdiv(C_IN, BLOCK_C)
+        for step in range(K * tiles_c):  # one loop, so that loads run ahead across taps
+            k = step // tiles_c
+            local_c = (step % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+            c = group * C_IN + local_c
+            c_valid = local_c < C_IN
+            source = t * STRIDE - PADDING + k * DILATION
+            inside = (t_valid & (source >= 0) & (source < length))[:, None] & c_valid[None, :]
+            pointers = x_ptr + source.to(tl.int64)[:, None] * stride_xt + c.to(tl.int64)[None, :] * stride_xc
+            x = _load_operand(
+                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, c_valid, NORM, X_ACTIVATION
+            )
+            w_tile = weight_ptr + (k * C_IN + local_c)[:, None] * channels + o[None, :]
+            w = tl.load(w_tile, c_valid[:, None] & o_valid[None, :], 0.0)
+            accumulator += tl.dot(x, w, input_precision=PRECISION)
+    if HAS_BIAS:
+        accumulator += tl.load(bias_ptr + o, o_valid, 0.0).to(tl.float32)[None, :]
+    if HAS_SCALE:
+        accumulator *= tl.load(scale_ptr + o, o_valid, 0.0).to(tl.float32)[None, :]
+    if HAS_SHIFT:
+        accumulator += tl.load(shift_ptr + o, o_valid, 0.0).to(tl.float32)[None, :]
+    offset = (batch * T_OUT + t)[:, None] * channels + o[None, :]
+    valid = t_valid[:, None] & o_valid[None, :]
+    if HAS_RESIDUAL:
+        accumulator += tl.load(residual_ptr + offset, valid, 0.0).to(tl.float32)
+    result = activate(accumulator, ACTIVATION).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offset, result, valid)
+    if STATISTICS:  # of what is stored, so that the gradients see what these describe
+        counted = t < record_length(y_lengths_ptr, batch, T_OUT, MASKED)
+        y = tl.where(counted[:, None], result.to(tl.float32), 0.0)
+        count = tl.sum(counted.to(tl.float32), axis=0)
+        mean = tl.sum(y, axis=0) / tl.maximum(count, 1.0)
+        deviation = tl.where(counted[:, None], y - mean[None, :], 0.0)
+        partial = tl.program_id(0).to(tl.int64) * channels + o
+        tl.store(mean_ptr + partial, mean, o_valid)
+        tl.store(m2_ptr + partial, tl.sum(deviation * deviation, axis=0), o_valid)
+        tl.store(count_ptr + tl.program_id(0), count, tl.program_id(1) == 0)
+
+
+@triton.jit
+def _merge_statistics_kernel(
+    count_ptr, mean_ptr, m2_ptr, merged_mean_ptr, merged_var_ptr, TILES, C, BLOCK_O: tl.constexpr
+):
+    """Mean and biased variance of each channel from the tiles' n, mean and M2, in the tiles' order."""
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_valid = o < C
+    total = tl.zeros((MERGED_TILES,), dtype=tl.float32)
+    sums = tl.zeros((MERGED_TILES, BLOCK_O), dtype=tl.float32)
+    for start in range(0, TILES, MERGED_TILES):
+        tile = start + tl.arange(0, MERGED_TILES)
+        offset = tile.to(tl.int64)[:, None] * C + o[None, :]
+        valid = (tile < TILES)[:, None] & o_valid[None, :]
+        count = tl.load(count_ptr + tile, tile < TILES, 0.0)
+        total += count
+        sums += count[:, None] * tl.load(mean_ptr + offset, valid, 0.0)
+    n = tl.maximum(tl.sum(total, axis=0), 1.0)
+    mean = tl.sum(sums, axis=0) / n
+    squares = tl.zeros((MERGED_TILES, BLOCK_O), dtype=tl.float32)
+    for start in range(0, TILES, MERGED_TILES):
+        tile = start + tl.arange(0, MERGED_TILES)
+        offset = tile.to(tl.int64)[:, None] * C + o[None, :]
+        valid = (tile < TILES)[:, None] & o_valid[None, :]
+        count = tl.load(count_ptr + tile, tile < TILES, 0.0)
+        apart = tl.load(mean_ptr + offset, valid, 0.0) - mean[None, :]
+        squares += tl.load(m2_ptr + offset, valid, 0.0) + count[:, None] * apart * apart
+    tl.store(merged_mean_ptr + o, mean, o_valid)
+    tl.store(merged_var_ptr + o, tl.sum(squares, axis=0) / n, o_valid)
+
+
+# --- gradient in x ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _conv1d_dgrad_kernel(
+    g_ptr,
+    y_ptr,
+    y_mean_ptr,
+    c0_ptr,
+    c1_ptr,
+    y_lengths_ptr,
+    weight_ptr,  # [K, C_OUT, C_IN / groups]
+    x_ptr,
+    x_mean_ptr,
+    x_scale_ptr,
+    x_shift_ptr,
+    x_lengths_ptr,
+    grad_x_ptr,
+    sum_ptr,  # [tiles of samples, C_IN]
+    product_ptr,
+    T,
+    T_OUT,
+    C_IN,  # of a group, as is C_OUT
+    C_OUT,
+    GROUPS,
+    K,
+    stride_xb,
+    stride_xt,
+    stride_xc,
+    STRIDE,
+    PADDING,
+    DILATION,
+    TAP_STEP,  # between the taps of a phase: STRIDE / gcd(STRIDE, DILATION)
+    STATISTICS: tl.constexpr,
+    NORM: tl.constexpr,
+    X_ACTIVATION: tl.constexpr,
+    MASKED: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles_t = tl.cdiv(tl.cdiv(T, STRIDE), BLOCK_T)
+    batch = (tl.program_id(0) // (tiles_t * STRIDE)).to(tl.int64)
+    phase = tl.program_id(0) // tiles_t % STRIDE
+    t = phase + STRIDE * ((tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T))
+    channels_in = GROUPS * C_IN
+    channels_out = GROUPS * C_OUT
+    if KIND == "depthwise":
+        group = 0
+        local_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        c = local_c
+        c_valid = c < channels_in
+    else:
+        tiles_c = tl.cdiv(C_IN, BLOCK_C)
+        group = tl.program_id(1) // tiles_c
+        local_c = (tl.program_id(1) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+        c = group * C_IN + local_c
+        c_valid = local_c < C_IN
+    t_valid = t < T
+    length_out = record_length(y_lengths_ptr, batch, T_OUT, MASKED)
+    # The first tap that meets this phase; none does where stride and dilation share a factor that it lacks.
+    first = K
+    for candidate in range(TAP_STEP):
+        meets = (phase + PADDING - candidate * DILATION) % STRIDE == 0
+        first = tl.where(meets & (first == K), candidate, first)
+    taps = tl.maximum(tl.cdiv(K - first, TAP_STEP), 0)
+    accumulator = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    tiles_o = C_OUT if KIND == "depthwise" else tl.cdiv(C_OUT, BLOCK_O)
+    for step in range(taps * tiles_o):
+        k = first + (step // tiles_o) * TAP_STEP
+        source = (t + PADDING - k * DILATION) // STRIDE
+        # Negative numbers divide without rest, so it does not matter how division rounds.
+        inside = t_valid & (t + PADDING >= k * DILATION) & (source < length_out)
+        row = (batch * T_OUT + source)[:, None] * channels_out
+        if KIND == "depthwise":
+            o = c * C_OUT + step % tiles_o
+            offset = row + o[None, :]
+            valid = inside[:, None] & c_valid[None, :]
+            g = _load_gradient(
+                g_ptr + offset, y_ptr + offset, valid, y_mean_ptr, c0_ptr, c1_ptr, o, c_valid, STATISTICS
+            )
+            w = tl.load(weight_ptr + k * channels_out + o, c_valid, 0.0)
+            accumulator += g.to(tl.float32) * w.to(tl.float32)[None, :]
+        else:
+            local = (step % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
+            o = group * C_OUT + local
+            o_valid = local < C_OUT
+            offset = row + o[None, :]
+            valid = inside[:, None] & o_valid[None, :]
+            g = _load_gradient(
+                g_ptr + offset, y_ptr + offset, valid, y_mean_ptr, c0_ptr, c1_ptr, o, o_valid, STATISTICS
+            )
+            w_tile = weight_ptr + (k * channels_out + o)[:, None] * C_IN + local_c[None, :]
+            w = tl.load(w_tile, o_valid[:, None] & c_valid[None, :], 0.0)
+            accumulator += tl.dot(g, w, input_precision=PRECISION)
+    valid = (t < record_length(x_lengths_ptr, batch, T, MASKED))[:, None] & c_valid[None, :]
+    if NORM:
+        pointers = x_ptr + batch * stride_xb + t.to(tl.int64)[:, None] * stride_xt
+        x = tl.load(pointers + c.to(tl.int64)[None, :] * stride_xc, valid, 0.0)
+        value = affine(x, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, c_valid)
+        accumulator = tl.where(valid, times_slope(accumulator, value, X_ACTIVATION), 0.0)
+        partial = tl.program_id(0).to(tl.int64) * channels_in + c
+        tl.store(sum_ptr + partial, tl.sum(accumulator, axis=0), c_valid)
+        apart = x.to(tl.float32) - tl.load(x_mean_ptr + c, c_valid, 0.0)[None, :]
+        tl.store(product_ptr + partial, tl.sum(accumulator * tl.where(valid, apart, 0.0), axis=0), c_valid)
+        accumulator *= tl.load(x_scale_ptr + c, c_valid, 0.0)[None, :]
+    elif MASKED:
+        accumulator = tl.where(valid, accumulator, 0.0)
+    offset = (batch * T + t)[:, None] * channels_in + c[None, :]
+    tl.store(
+        grad_x_ptr + offset,
+        accumulator.to(grad_x_ptr.dtype.element_ty),
+        t_valid[:, None] & c_valid[None, :],
+    )
+
+
+# --- gradient in the weight ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def _conv1d_wgrad_kernel(
+    g_ptr,
+    y_ptr,
+    y_mean_ptr,
+    c0_ptr,
+    c1_ptr,
+    y_lengths_ptr,
+    x_ptr,
+    x_mean_ptr,
+    x_scale_ptr,
+    x_shift_ptr,
+    x_lengths_ptr,
+    partial_ptr,  # [parts, K * C_IN / groups, C_OUT]
+    ROWS,  # B * T_OUT
+    ROWS_OF_PART,
+    T,
+    T_OUT,
+    C_IN,  # of a group, as is C_OUT
+    C_OUT,
+    GROUPS,
+    K,
+    stride_xb,
+    stride_xt,
+    stride_xc,
+    STRIDE,
+    PADDING,
+    DILATION,
+    STATISTICS: tl.constexpr,
+    NORM: tl.constexpr,
+    X_ACTIVATION: tl.constexpr,
+    MASKED: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # rows, a row being a sample of a record
+    BLOCK_R: tl.constexpr,  # pairs (k, c)
+    BLOCK_O: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    channels = GROUPS * C_OUT
+    if KIND == "depthwise":
+        o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+        o_valid = o < channels
+        r = tl.program_id(1)
+        k = r
+        c = o // C_OUT
+        total = tl.zeros((BLOCK_M, BLOCK_O), dtype=tl.float32)
+    else:
+        tiles_o = tl.cdiv(C_OUT, BLOCK_O)
+        group = tl.program_id(0) // tiles_o
+        local = (tl.program_id(0) % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
+        o = group * C_OUT + local
+        o_valid = local < C_OUT
+        r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        k = r // C_IN
+        c = group * C_IN + r % C_IN
+        r_valid = r < K * C_IN
+        total = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
+    part = tl.program_id(2).to(tl.int64)
+    first = part * ROWS_OF_PART
+    last = tl.minimum(first + ROWS_OF_PART, ROWS)
+    for start in range(first, last, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        batch = m // T_OUT
+        t = m % T_OUT
+        m_valid = m < last
+        length = T
+        kept = m_valid
+        if MASKED:
+            length = tl.load(x_lengths_ptr + batch, m_valid, 0)[:, None]
+            kept = m_valid & (t < tl.load(y_lengths_ptr + batch, m_valid, 0))
+        offset = m[:, None] * channels + o[None, :]
+        g_valid = kept[:, None] & o_valid[None, :]
+        g = _load_gradient(
+            g_ptr + offset, y_ptr + offset, g_valid, y_mean_ptr, c0_ptr, c1_ptr, o, o_valid, STATISTICS
+        )
+        if KIND == "depthwise":
+            source = (t * STRIDE - PADDING + k * DILATION)[:, None]
+            inside = kept[:, None] & o_valid[None, :] & (source >= 0) & (source < length) & (source < T)
+            pointers = x_ptr + (batch * stride_xb)[:, None] + source * stride_xt
+            pointers += c.to(tl.int64)[None, :] * stride_xc
+            x = _load_operand(
+                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, o_valid, NORM, X_ACTIVATION
+            )
+            total += x.to(tl.float32) * g.to(tl.float32)
+        else:
+            source = (t * STRIDE - PADDING)[:, None] + (k * DILATION)[None, :]
+            inside = kept[:, None] & r_valid[None, :] & (source >= 0) & (source < length) & (source < T)
+            pointers = x_ptr + (batch * stride_xb)[:, None] + source * stride_xt
+            pointers += c.to(tl.int64)[None, :] * stride_xc
+            x = _load_operand(
+                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, r_valid, NORM, X_ACTIVATION
+            )
+            total += tl.dot(tl.trans(x), g, input_precision=PRECISION)
+    if KIND == "depthwise":
+        tl.store(partial_ptr + (part * K + r) * channels + o, tl.sum(total, axis=0), o_valid)
+    else:
+        rows = partial_ptr + (part * K * C_IN + r)[:, None] * channels
+        tl.store(rows + o[None, :], total, r_valid[:, None] & o_valid[None, :])
+
+
+# --- launches -----------------------------------------------------------------------------------------------
+
+
+def convolve(
+    x: LazyActivation,
+    weight: Tensor,
+    geometry: Geometry,
+    epilogue: Epilogue = PLAIN,
+    *,
+    statistics: bool = False,
+    lengths: Tensor | None = None,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [B, T_out, C_out]; with statistics its mean and biased variance [C_out] over all valid samples.
+
+    lengths [B]: of the output, given where x has lengths.
+    """
+    if unreadable(x.values):
+        wide = (in_dtype(x, torch.float32), weight.float(), geometry, _floats(epilogue))
+        y, mean, var = convolve(*wide, statistics=statistics, lengths=lengths)
+        return y.to(x.values.dtype), mean, var
+    batch, t, _ = x.values.shape
+    c_out, c_in, k = weight.shape
+    t_out = int(geometry.length(t, k))
+    y = x.values.new_empty(batch, t_out, c_out)
+    kind = _kind(c_in, c_out // geometry.groups)
+    configuration = _forward_configuration(
+        t_out, c_in, c_out // geometry.groups, x.values.dtype, kind, precision
+    )
+    tiles = batch * triton.cdiv(t_out, configuration["BLOCK_T"])
+    count, mean, m2 = (
+        torch.empty(shape if statistics else 0, dtype=torch.float32, device=y.device)
+        for shape in ((tiles,), (tiles, c_out), (tiles, c_out))
+    )
+    optional = {name: getattr(epilogue, name) for name in ("bias", "scale", "shift", "residual")}
+    optional |= {
+        name: None if optional[name] is None else optional[name].float() for name in ("scale", "shift")
+    }
+    if y.numel():
+        launch(
+            _conv1d_fwd_kernel,
+            (tiles, _column_programs(c_out, geometry.groups, configuration["BLOCK_O"], kind)),
+            weight_ptr=weight.permute(2, 1, 0).contiguous(),
+            y_lengths_ptr=x.values if lengths is None else lengths,
+            y_ptr=y,
+            count_ptr=count,
+            mean_ptr=mean,
+            m2_ptr=m2,
+            # x stands in for a pointer that the kernel will not read.
+            **{f"{name}_ptr": x.values if v is None else v.contiguous() for name, v in optional.items()},
+            **{f"HAS_{name.upper()}": v is not None for name, v in optional.items()},
+            ACTIVATION=ACTIVATIONS[epilogue.activation],
+            STATISTICS=statistics,
+            **_operand_arguments(x),
+            **_sizes(x.values, weight, geometry, t_out),
+            **configuration,
+        )
+    return (y, *_merged(count, mean, m2)) if statistics else (y, None, None)
+
+
+def _merged(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:
+    tiles, channels = mean.shape
+    merged_mean, merged_var = (mean.new_zeros(channels) for _ in range(2))
+    if tiles:
+        grid = (triton.cdiv(channels, 16),)
+        launch(
+            _merge_statistics_kernel,
+            grid,
+            count,
+            mean,
+            m2,
+            merged_mean,
+            merged_var,
+            tiles,
+            channels,
+            BLOCK_O=16,
+        )
+    return merged_mean, merged_var
+
+
+def input_gradient(
+    grad: OutputGradient, weight: Tensor, geometry: Geometry, x: LazyActivation, *, precision: str = "fp32"
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient in x.values [B, T, C_in], and in its shift and scale [C_in] where it is normalised."""
+    if unreadable(x.values):
+        wide = (in_dtype(grad, torch.float32), weight.float(), geometry, in_dtype(x, torch.float32))
+        grad_x, shift, scale = input_gradient(*wide)
+        return grad_x.to(x.values.dtype), shift, scale
+    batch, t, channels = x.values.shape
+    c_out, c_in, _ = weight.shape
+    kind = _kind(c_in, c_out // geometry.groups)
+    configuration = _input_configuration(
+        triton.cdiv(t, geometry.stride), c_in, c_out // geometry.groups, x.values.dtype, kind, precision
+    )
+    norm = x.mean is not None
+    grad_x = torch.empty(batch, t, channels, dtype=x.values.dtype, device=x.values.device)
+    tiles = batch * geometry.stride * triton.cdiv(triton.cdiv(t, geometry.stride), configuration["BLOCK_T"])
+    sums = torch.empty((2, tiles, channels) if norm else 0, dtype=torch.float32, device=grad_x.device)
+    if grad_x.numel():
+        launch(
+            _conv1d_dgrad_kernel,
+            (tiles, _column_programs(channels, geometry.groups, configuration["BLOCK_C"], kind)),
+            weight_ptr=weight.permute(2, 0, 1).contiguous(),
+            grad_x_ptr=grad_x,
+            sum_ptr=sums[0] if norm else sums,
+            product_ptr=sums[1] if norm else sums,
+            TAP_STEP=geometry.stride // math.gcd(geometry.stride, geometry.dilation),
+            **_gradient_arguments(grad),
+            **_operand_arguments(x),
+            **_sizes(x.values, weight, geometry, grad.g.shape[1]),
+            **configuration,
+        )
+    # torch's sum over the first axis is deterministic: no atomics.
+    return (grad_x, sums[0].sum(0), sums[1].sum(0)) if norm else (grad_x, None, None)
+
+
+def weight_gradient(
+    grad: OutputGradient, x: LazyActivation, geometry: Geometry, k: int, *, precision: str = "fp32"
+) -> Tensor:
+    """The gradient in the weight [C_out, C_in / groups, k], in fp32."""
+    if unreadable(x.values):
+        return weight_gradient(in_dtype(grad, torch.float32), in_dtype(x, torch.float32), geometry, k)
+    batch, t_out, c_out = grad.g.shape
+    c_in = x.values.shape[2] // geometry.groups
+    kind = _kind(c_in, c_out // geometry.groups)
+    configuration = _weight_configuration(c_in * k, c_out // geometry.groups, x.values.dtype, kind, precision)
+    columns = _column_programs(c_out, geometry.groups, configuration["BLOCK_O"], kind)
+    taps = k if kind == "depthwise" else triton.cdiv(k * c_in, configuration["BLOCK_R"])
+    rows = batch * t_out
+    chunks = triton.cdiv(rows, 4 * configuration["BLOCK_M"])
+    parts = max(1, min(chunks, triton.cdiv(WEIGHT_PROGRAMS, columns * taps)))
+    rows_of_part = triton.cdiv(triton.cdiv(rows, parts), configuration["BLOCK_M"]) * configuration["BLOCK_M"]
+    partial = torch.empty(parts, k * c_in, c_out, dtype=torch.float32, device=x.values.device)
+    sizes = _sizes(x.values, grad.g.new_empty(c_out, c_in, k, device="meta"), geometry, t_out)
+    if rows:
+        launch(
+            _conv1d_wgrad_kernel,
+            (columns, taps, parts),
+            partial_ptr=partial,
+            ROWS=rows,
+            ROWS_OF_PART=rows_of_part,
+            **_gradient_arguments(grad),
+            **_operand_arguments(x),
+            **sizes,
+            **configuration,
+        )
+    else:
+        partial.zero_()
+    return partial.sum(0).view(k, c_in, c_out).permute(2, 1, 0)
+
+
+def _floats(epilogue: Epilogue) -> Epilogue:
+    given = {name: getattr(epilogue, name) for name in ("bias", "scale", "shift", "residual")}
+    wide = {name: None if v is None else v.float() for name, v in given.items()}
+    return Epilogue(**wide, activation=epilogue.activation)
+
+
+def _operand_arguments(x: LazyActivation) -> dict[str, Any]:
+    norm = x.mean is not None
+    return {
+        "x_ptr": x.values,
+        "x_mean_ptr": x.mean if norm else x.values,
+        "x_scale_ptr": x.scale if norm else x.values,
+        "x_shift_ptr": x.shift if norm else x.values,
+        "x_lengths_ptr": x.values if x.lengths is None else x.lengths,
+        "NORM": norm,
+        "X_ACTIVATION": ACTIVATIONS[x.activation],
+        "MASKED": x.lengths is not None,
+    }
+
+
+def _gradient_arguments(grad: OutputGradient) -> dict[str, Any]:
+    g = grad.g.contiguous()
+    statistics = grad.y is not None
+    return {
+        "g_ptr": g,
+        "y_ptr": grad.y if statistics else g,
+        "y_mean_ptr": grad.mean if statistics else g,
+        "c0_ptr": grad.c0 if statistics else g,
+        "c1_ptr": grad.c1 if statistics else g,
+        "y_lengths_ptr": g if grad.lengths is None else grad.lengths,
+        "STATISTICS": statistics,
+    }
+
+
+def _sizes(x: Tensor, weight: Tensor, geometry: Geometry, t_out: int) -> dict[str, int]:
+    c_out, c_in, k = weight.shape
+    return {
+        "T": x.shape[1],
+        "T_OUT": t_out,
+        "C_IN": c_in,
+        "C_OUT": c_out // geometry.groups,
+        "GROUPS": geometry.groups,
+        "K": k,
+        "stride_xb": x.stride(0),
+        "stride_xt": x.stride(1),
+        "stride_xc": x.stride(2),
+        "STRIDE": geometry.stride,
+        "PADDING": geometry.padding,
+        "DILATION": geometry.dilation,
+    }
+
+
+def _column_programs(channels: int, groups: int, block: int, kind: str) -> int:
+    return (
+        triton.cdiv(channels, block)
+        if kind == "depthwise"
+        else groups * triton.cdiv(channels // groups, block)
+    )
+
+
+def _kind(c_in: int, c_out: int) -> str:
+    """How the kernels walk through taps and channels, of a group with c_in to c_out.
+
+    "dense": a tile of channels at a tap; "narrow": few channels, a tile spans taps; "depthwise": no matrix
+    products, all groups' channels side by side.
+    """
+    if c_in == 1 and c_out <= 4:
+        return "depthwise"
+    return "narrow" if c_in % 16 and c_in < 32 else "dense"
+
+
+def _block(size: int, most: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(size)))  # a product wants at least 16 of everything
+
+
+def _forward_configuration(
+    t_out: int, c_in: int, c_out: int, dtype: torch.dtype, kind: str, precision: str, hip: bool = HIP
+) -> Configuration:
+    depthwise, half = kind == "depthwise", dtype.itemsize == 2
+    block_t = _block(t_out, 128 if half and not depthwise else 64)
+    return {
+        "KIND": kind,
+        "BLOCK_T": block_t,
+        "BLOCK_O": 64 if depthwise else _block(c_out, 64),
+        "BLOCK_C": 16 if depthwise else 32 if kind == "narrow" else _block(c_in, 32),
+        "PRECISION": product_precision(dtype, precision, hip),
+        "num_warps": 8 if block_t == 128 else 4,
+        "num_stages": 2,
+    }
+
+
+def _input_configuration(
+    t: int, c_in: int, c_out: int, dtype: torch.dtype, kind: str, precision: str, hip: bool = HIP
+) -> Configuration:
+    depthwise, half = kind == "depthwise", dtype.itemsize == 2
+    block_t = _block(t, 128 if half and not depthwise else 64)
+    return {
+        "KIND": "depthwise" if depthwise else "dense",
+        "BLOCK_T": block_t,
+        "BLOCK_C": 64 if depthwise else _block(c_in, 64),
+        "BLOCK_O": 16 if depthwise else _block(c_out, 32),
+        "PRECISION": product_precision(dtype, precision, hip),
+        "num_warps": 8 if block_t == 128 else 4,
+        "num_stages": 2,
+    }
+
+
+def _weight_configuration(
+    taps_and_channels: int, c_out: int, dtype: torch.dtype, kind: str, precision: str, hip: bool = HIP
+) -> Configuration:
+    depthwise = kind == "depthwise"
+    block_r = 16 if depthwise else _block(taps_and_channels, 64)
+    block_o = 64 if depthwise else _block(c_out, 64)
+    return {
+        "KIND": "depthwise" if depthwise else "dense",
+        "BLOCK_M": 32,
+        "BLOCK_R": block_r,
+        "BLOCK_O": block_o,
+        "PRECISION": product_precision(dtype, precision, hip),
+        "num_warps": 8 if block_r * block_o >= 32 * 32 else 4,
+        "num_stages": 2,
+    }
+
+
+# --- what compiles ------------------------------------------------------------------------------------------
+
+
+def compile_cases(hip: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(name, kernel, signature, constexprs, options) of every launch above; some come twice.
+
+    hip: as where torch is built for AMD's GPUs, in place of what it is built for.
+    """
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    flags = (False, True)
+    norms = [(False, None), *((True, activation) for activation in ACTIVATIONS)]
+    for name, dtype in dtypes.items():
+        for (norm, x_activation), masked in itertools.product(norms, flags):
+            signal = {"NORM": norm, "X_ACTIVATION": ACTIVATIONS[x_activation], "MASKED": masked}
+            for configuration in _configurations(_forward_configuration, dtype, hip):
+                for epilogue in _epilogues(norm):
+                    yield compile_case(_conv1d_fwd_kernel, name, signal | epilogue, configuration)
+            for kernel, made in (
+                (_conv1d_dgrad_kernel, _input_configuration),
+                (_conv1d_wgrad_kernel, _weight_configuration),
+            ):
+                for configuration, statistics in itertools.product(_configurations(made, dtype, hip), flags):
+                    yield compile_case(kernel, name, signal | {"STATISTICS": statistics}, configuration)
+    yield compile_case(_merge_statistics_kernel, "fp32", {}, {"BLOCK_O": 16, "num_warps": 4, "num_stages": 1})
+
+
+def _configurations(made: Callable[..., Configuration], dtype: torch.dtype, hip: bool) -> list[Configuration]:
+    """All that ``made`` can answer for a dtype, each once."""
+    sizes = [1, 12, *(2**power for power in range(4, 8))]  # larger ones give no others
+    found = {}
+    for precision in ("fp32", "tf32", "ieee") if dtype == torch.float32 and not hip else ("fp32",):
+        for first, c_in, c_out in itertools.product(sizes, repeat=3):
+            channels = (first, c_out) if made is _weight_configuration else (first, c_in, c_out)
+            configuration = made(*channels, dtype, _kind(c_in, c_out), precision, hip)
+            found[str(configuration)] = configuration
+    return list(found.values())
+
+
+def _epilogues(norm: bool) -> Iterator[dict[str, Any]]:
+    """Of a forward launch: statistics come alone, and layers that have them read normalised signals."""
+    names = ("HAS_BIAS", "HAS_SCALE", "HAS_SHIFT", "HAS_RESIDUAL")
+    for statistics in (False, True):
+        yield dict.fromkeys(names, False) | {"ACTIVATION": 0, "STATISTICS": statistics}
+    if not norm:
+        for *given, activation in itertools.product(*[(False, True)] * 4, ACTIVATIONS.values()):
+            yield dict(zip(names, given, strict=True)) | {"ACTIVATION": activation, "STATISTICS": False}

@@ -1,0 +1,217 @@
+"""The join of a residual block in Triton: act(normalised y + residual), and its gradients."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ecgot.kernels.conv.operands import LazyActivation, in_dtype
+from ecgot.kernels.conv.triton_tiles import (
+    ACTIVATIONS,
+    activate,
+    affine,
+    compile_case,
+    times_slope,
+    unreadable,
+)
+from ecgot.kernels.dispatch import launch
+
+# --- residual join ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _join_fwd_kernel(
+    y_ptr,
+    y_mean_ptr,
+    y_scale_ptr,
+    y_shift_ptr,
+    r_ptr,
+    r_mean_ptr,
+    r_scale_ptr,
+    r_shift_ptr,
+    z_ptr,
+    ROWS,  # B * T
+    C,
+    R_NORM: tl.constexpr,
+    R_ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """z = act((y - mean) * scale + shift + r), r as it is or normalised and activated."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_valid = c < C
+    valid = (m < ROWS)[:, None] & c_valid[None, :]
+    offset = m[:, None] * C + c[None, :]
+    y = tl.load(y_ptr + offset, valid, 0.0)
+    value = affine(y, y_mean_ptr, y_scale_ptr, y_shift_ptr, c, c_valid)
+    if HAS_RESIDUAL:
+        r = tl.load(r_ptr + offset, valid, 0.0).to(tl.float32)
+        if R_NORM:
+            r = activate(affine(r, r_mean_ptr, r_scale_ptr, r_shift_ptr, c, c_valid), R_ACTIVATION)
+        value += r
+    z = activate(value, ACTIVATION)
+    tl.store(z_ptr + offset, z.to(z_ptr.dtype.element_ty), valid)
+
+
+@triton.jit
+def _join_bwd_kernel(
+    g_ptr,
+    y_ptr,
+    y_mean_ptr,
+    y_scale_ptr,
+    y_shift_ptr,
+    r_ptr,
+    r_mean_ptr,
+    r_scale_ptr,
+    r_shift_ptr,
+    z_ptr,
+    grad_y_ptr,
+    grad_r_ptr,
+    sums_ptr,  # [4, tiles of rows, C]: of grad, grad * (y - mean), and the same of r
+    ROWS,
+    C,
+    R_NORM: tl.constexpr,
+    R_ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_valid = c < C
+    valid = (m < ROWS)[:, None] & c_valid[None, :]
+    offset = m[:, None] * C + c[None, :]
+    g = tl.load(g_ptr + offset, valid, 0.0).to(tl.float32)
+    y = tl.load(y_ptr + offset, valid, 0.0).to(tl.float32)
+    if HAS_RESIDUAL and (R_NORM or ACTIVATION > 1):
+        r = tl.load(r_ptr + offset, valid, 0.0).to(tl.float32)
+    if ACTIVATION == 1:  # ReLU's slope is read off its output: no residual need be read
+        g = tl.where(tl.load(z_ptr + offset, valid, 0.0) <= 0, 0.0, g)
+    elif ACTIVATION > 1:
+        value = affine(y, y_mean_ptr, y_scale_ptr, y_shift_ptr, c, c_valid)
+        if HAS_RESIDUAL:
+            if R_NORM:
+                value += activate(affine(r, r_mean_ptr, r_scale_ptr, r_shift_ptr, c, c_valid), R_ACTIVATION)
+            else:
+                value += r
+        g = tl.where(valid, times_slope(g, value, ACTIVATION), 0.0)
+    tiles = tl.num_programs(0).to(tl.int64)
+    partial = tl.program_id(0).to(tl.int64) * C + c
+    apart = tl.where(valid, y - tl.load(y_mean_ptr + c, c_valid, 0.0)[None, :], 0.0)
+    tl.store(sums_ptr + partial, tl.sum(g, axis=0), c_valid)
+    tl.store(sums_ptr + tiles * C + partial, tl.sum(g * apart, axis=0), c_valid)
+    grad_y = g * tl.load(y_scale_ptr + c, c_valid, 0.0)[None, :]
+    tl.store(grad_y_ptr + offset, grad_y.to(grad_y_ptr.dtype.element_ty), valid)
+    if HAS_RESIDUAL:
+        if R_NORM:
+            g = times_slope(g, affine(r, r_mean_ptr, r_scale_ptr, r_shift_ptr, c, c_valid), R_ACTIVATION)
+            apart = tl.where(valid, r - tl.load(r_mean_ptr + c, c_valid, 0.0)[None, :], 0.0)
+            tl.store(sums_ptr + 2 * tiles * C + partial, tl.sum(g, axis=0), c_valid)
+            tl.store(sums_ptr + 3 * tiles * C + partial, tl.sum(g * apart, axis=0), c_valid)
+            g *= tl.load(r_scale_ptr + c, c_valid, 0.0)[None, :]
+        tl.store(grad_r_ptr + offset, g.to(grad_r_ptr.dtype.element_ty), valid)
+
+
+def join(y: LazyActivation, residual: LazyActivation | None, activation: str | None) -> Tensor:
+    """z [B, T, C] = act(normalised y + residual)."""
+    if unreadable(y.values):
+        r = None if residual is None else in_dtype(residual, torch.float32)
+        return join(in_dtype(y, torch.float32), r, activation).to(y.values.dtype)
+    z = torch.empty(y.values.shape, dtype=y.values.dtype, device=y.values.device)
+    if z.numel():
+        launch(_join_fwd_kernel, _join_grid(z), z_ptr=z, **_join_arguments(y, residual, activation))
+    return z
+
+
+def join_gradient(
+    g: Tensor, z: Tensor | None, y: LazyActivation, residual: LazyActivation | None, activation: str | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of a join from z's: in y.values and residual.values [B, T, C], and sums [4, C].
+
+    The sums are the gradients in y's shift and scale, and in the residual's, where it is normalised. z is
+    read where the activation is ReLU, the residual where it is normalised or the activation is another.
+    """
+    if unreadable(g):
+        r = None if residual is None else in_dtype(residual, torch.float32)
+        wide = (g.float(), None if z is None else z.float(), in_dtype(y, torch.float32), r)
+        grad_y, grad_r, sums = join_gradient(*wide, activation)
+        return grad_y.to(g.dtype), None if grad_r is None else grad_r.to(g.dtype), sums
+    grad_y = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    grad_r = None if residual is None else torch.empty_like(grad_y)
+    sums = torch.zeros(4, _join_grid(g)[0], g.shape[2], dtype=torch.float32, device=g.device)
+    if g.numel():
+        launch(
+            _join_bwd_kernel,
+            _join_grid(g),
+            g_ptr=g.contiguous(),
+            z_ptr=g if z is None else z,
+            grad_y_ptr=grad_y,
+            grad_r_ptr=grad_y if grad_r is None else grad_r,
+            sums_ptr=sums,
+            **_join_arguments(y, residual, activation),
+        )
+    return grad_y, grad_r, sums.sum(1)
+
+
+def _join_grid(z: Tensor) -> tuple[int, int]:
+    return (
+        triton.cdiv(z.shape[0] * z.shape[1], JOIN_CONFIGURATION["BLOCK_M"]),
+        triton.cdiv(z.shape[2], JOIN_CONFIGURATION["BLOCK_C"]),
+    )
+
+
+def _join_arguments(
+    y: LazyActivation, residual: LazyActivation | None, activation: str | None
+) -> dict[str, Any]:
+    assert y.mean is not None
+    batch, t, channels = y.values.shape
+    r = y if residual is None else residual
+    norm = r.mean is not None
+    return {
+        "y_ptr": y.values.contiguous(),
+        "y_mean_ptr": y.mean,
+        "y_scale_ptr": y.scale,
+        "y_shift_ptr": y.shift,
+        "r_ptr": r.values.contiguous(),
+        "r_mean_ptr": r.mean if norm else y.mean,
+        "r_scale_ptr": r.scale if norm else y.mean,
+        "r_shift_ptr": r.shift if norm else y.mean,
+        "ROWS": batch * t,
+        "C": channels,
+        "R_NORM": norm,
+        "R_ACTIVATION": ACTIVATIONS[r.activation],
+        "HAS_RESIDUAL": residual is not None,
+        "ACTIVATION": ACTIVATIONS[activation],
+        **JOIN_CONFIGURATION,
+    }
+
+
+JOIN_CONFIGURATION = {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1}
+
+
+# --- what compiles ------------------------------------------------------------------------------------------
+
+
+def compile_cases(hip: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """As :func:`ecgot.kernels.conv.triton_conv1d.compile_cases`; the same on every GPU."""
+    norms = [(False, None), *((True, activation) for activation in ACTIVATIONS)]
+    for name in ("fp32", "fp16", "bf16"):
+        for (r_norm, r_activation), activation, residual in itertools.product(
+            norms, ACTIVATIONS, (False, True)
+        ):
+            given = {
+                "R_NORM": r_norm,
+                "R_ACTIVATION": ACTIVATIONS[r_activation],
+                "HAS_RESIDUAL": residual,
+                "ACTIVATION": ACTIVATIONS[activation],
+            }
+            for kernel in (_join_fwd_kernel, _join_bwd_kernel):
+                yield compile_case(kernel, name, given, JOIN_CONFIGURATION)

@@ -1,0 +1,286 @@
+"""TODO"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ecgot.kernels.ot.checks import can_read_values
+
+MAX_EXPONENT = 80.0  # of exp: at a point without weight a larger one would overflow, and inf * 0 is NaN
+
+
+@dataclass(frozen=True)
+class Problem:
+    """B problems, or all B x K pairs of B clouds and K clouds.
+
+    Attributes:
+        x: [B, N, D]; with cost "given" the costs [B, N, M] themselves.
+        y: [B, M, D], [K, M, D] of pairs; None with cost "given".
+        a, b: weights [B, N] and [B, M] in the solver's dtype; below 0 where no point exists.
+        x_centre, y_centre: [B, D], what is subtracted from the points before their distance is formed, None
+            for the other costs. Where the two differ, the cost is that of the clouds about their centres.
+        eps: [B]; [B * K] of pairs.
+        cost: "sqeuclidean", "euclidean", "cosine", "dot" or "given".
+        rho_x, rho_y: may be infinite.
+        pairs: whether every x meets every y.
+        precision: of fp32 products on a GPU, "fp32" or "tf32".
+    """
+
+    x: Tensor
+    y: Tensor | None
+    a: Tensor
+    b: Tensor
+    x_centre: Tensor | None
+    y_centre: Tensor | None
+    eps: Tensor
+    cost: str
+    rho_x: float = math.inf
+    rho_y: float = math.inf
+    pairs: bool = False
+    precision: str = "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.eps.dtype
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """N and M."""
+        return self.a.shape[1], self.b.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[B], or [B, K] of pairs."""
+        return (len(self.a), len(self.b)) if self.pairs else (len(self.a),)
+
+    @property
+    def nothing(self) -> bool:
+        """No problem, or none with points: the solvers are spared it."""
+        return not all((*self.shape, *self.size))
+
+    @property
+    def balanced(self) -> bool:
+        return math.isinf(self.rho_x) and math.isinf(self.rho_y)
+
+    def damping(self) -> tuple[Tensor, Tensor]:
+        """rho / (rho + eps), [B] each: 1 where the marginal is kept."""
+        return _damping(self.rho_x, self.eps), _damping(self.rho_y, self.eps)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The weights with 0 where no point exists."""
+        return self.a.clamp_min(0), self.b.clamp_min(0)
+
+    def solvable(self) -> Tensor:
+        """[B] (of pairs [B, K]), False where a side has no mass: such a problem has no plan."""
+        a, b = (weight.sum(1) > 0 for weight in self.weights())
+        return a[:, None] & b if self.pairs else a & b
+
+    def rows(self, start: int, stop: int) -> "Problem":
+        """The problems ``start`` to ``stop``; of pairs, those of x in that range with all y, one by one."""
+        b, y, y_centre, eps = self.b, self.y, self.y_centre, self.eps
+        x, a = self.x[start:stop], self.a[start:stop]
+        x_centre = None if self.x_centre is None else self.x_centre[start:stop]
+        if not self.pairs:
+            y = None if y is None else y[start:stop]
+            y_centre = None if y_centre is None else y_centre[start:stop]
+            b, eps = b[start:stop], eps[start:stop]
+        else:
+            k, count = len(b), stop - start
+            x, a = x.repeat_interleave(k, 0), a.repeat_interleave(k, 0)
+            x_centre = None if x_centre is None else x_centre.repeat_interleave(k, 0)
+            assert y is not None
+            b, y = b.repeat(count, 1), y.repeat(count, 1, 1)
+            y_centre = None if y_centre is None else y_centre.repeat(count, 1)
+            eps = eps[start * k : stop * k]
+        return replace(self, x=x, y=y, a=a, b=b, x_centre=x_centre, y_centre=y_centre, eps=eps, pairs=False)
+
+    def with_rows(self, some: slice) -> "Problem":
+        """The problems with some of the points of x alone; of use where a or b need not sum to 1."""
+        return replace(self, x=self.x[:, some], a=self.a[:, some])
+
+    def points(self) -> tuple[Tensor, Tensor]:
+        """Clean points in the solver's dtype: about their centres, of unit length for the cosine."""
+        assert self.y is not None
+        x = prepared(self.x, self.a, self.x_centre, self.cost, self.dtype)
+        return x, prepared(self.y, self.b, self.y_centre, self.cost, self.dtype)
+
+    def cost_matrix(self) -> Tensor:
+        """[B, N, M], differentiable; finite at points that do not exist."""
+        if self.cost == "given":
+            present = (self.a >= 0)[:, :, None] & (self.b >= 0)[:, None, :]
+            return self.x.to(self.dtype).masked_fill(~present, 0.0)
+        return cost_of(*self.points(), self.cost)
+
+    def kernel(self, f: Tensor, g: Tensor) -> Tensor:
+        """exp((f + g - C) / eps) [B, N, M]: the plan without its weights."""
+        exponent = (f[:, :, None] + g[:, None, :] - self.cost_matrix()) / self.eps[:, None, None]
+        return torch.exp(exponent.clamp_max(MAX_EXPONENT))
+
+    def plan(self, f: Tensor, g: Tensor) -> Tensor:
+        """P [B, N, M], differentiable; 0 at points that do not exist or weigh nothing."""
+        a, b = self.weights()
+        return self.kernel(f, g) * a[:, :, None] * b[:, None, :]
+
+    def value(self, f: Tensor, g: Tensor) -> Tensor:
+        """The dual objective [B] (or [B, K]) at potentials f [..., N] and g [..., M].
+
+        The column marginals are those that g asks for, as they are after each update of g.
+        """
+        a, b = self.weights()
+        a_mass, b_mass = a.sum(1), b.sum(1)
+        solvable = self.solvable()
+        eps = self.eps
+        if self.pairs:
+            a, a_mass, b_mass = a[:, None, :], a_mass[:, None], b_mass[None, :]
+            eps = eps.view(solvable.shape)
+        value = _dual_side(a, f, self.rho_x) + _dual_side(b, g, self.rho_y)
+        if not self.balanced:
+            moved = b_mass if math.isinf(self.rho_y) else _weighted(b, torch.exp(-g / self.rho_y))
+            value = value - eps * (moved - a_mass * b_mass)
+        # Without a plan nothing moves, and what a finite rho penalises is all that there is.
+        alone = (0.0 if math.isinf(self.rho_x) else self.rho_x * a_mass) + (
+            0.0 if math.isinf(self.rho_y) else self.rho_y * b_mass
+        )
+        return torch.where(solvable, value, alone)
+
+    def weight_gradients(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """d value / d a and d value / d b at the optimum, differentiable; the potentials where balanced."""
+        a, b = self.weights()
+        eps = self.eps[:, None]
+        return (
+            _dual_slope(f, self.rho_x, eps, b.sum(1, keepdim=True)),
+            _dual_slope(g, self.rho_y, eps, a.sum(1, keepdim=True)),
+        )
+
+    def largest_cost(self) -> Tensor:
+        """[B] (of pairs [B * K]), a bound of the spread of the costs, from which annealing starts."""
+        if self.cost == "given":
+            return (self.cost_matrix().amax((1, 2)) - self.cost_matrix().amin((1, 2))).nan_to_num(0.0)
+        if self.cost == "cosine":
+            return torch.full_like(self.eps, 2.0)
+        x_norm, y_norm = (p.square().sum(2).amax(1).sqrt() for p in self.points())
+        if self.pairs:
+            x_norm, y_norm = x_norm.repeat_interleave(len(y_norm)), y_norm.repeat(len(x_norm))
+        bound = {
+            "sqeuclidean": (x_norm + y_norm).square(),
+            "euclidean": x_norm + y_norm,
+            "dot": 2 * x_norm * y_norm,
+        }[self.cost]
+        return bound.nan_to_num(0.0)
+
+
+def _damping(rho: float, eps: Tensor) -> Tensor:
+    return torch.ones_like(eps) if math.isinf(rho) else rho / (rho + eps)
+
+
+def _dual_side(weight: Tensor, potential: Tensor, rho: float) -> Tensor:
+    if math.isinf(rho):
+        return (weight * potential).sum(-1)
+    return -rho * _weighted(weight, torch.expm1(-potential / rho))
+
+
+def _weighted(weight: Tensor, moved: Tensor) -> Tensor:
+    """The sum over points that weigh something: at the others ``moved`` may be infinite."""
+    return torch.where(weight > 0, weight * moved, 0.0).sum(-1)
+
+
+def _dual_slope(potential: Tensor, rho: float, eps: Tensor, other_mass: Tensor) -> Tensor:
+    if math.isinf(rho):
+        return potential - eps * (1 - other_mass)
+    return -rho * torch.expm1(-potential / rho) - eps * (torch.exp(-potential / rho) - other_mass)
+
+
+def prepared(points: Tensor, weights: Tensor, centre: Tensor | None, cost: str, dtype: torch.dtype) -> Tensor:
+    """Points in the solver's dtype, about their centre, of unit length for the cosine, 0 where none exists.
+
+    What stands at a point that does not exist may be NaN.
+    """
+    points = points.to(dtype)
+    if centre is not None:
+        points = points - centre[:, None, :]
+    if all_present(weights):
+        return points * inverse_norm(points) if cost == "cosine" else points
+    points = torch.where((weights >= 0)[:, :, None], points, 0.0)
+    return points * inverse_norm(points) if cost == "cosine" else points
+
+
+def all_present(weights: Tensor) -> bool:
+    """True where no point is missing and that costs nothing to know."""
+    return can_read_values(weights) and (weights.numel() == 0 or weights.min().item() >= 0)
+
+
+def inverse_norm(points: Tensor) -> Tensor:
+    """[B, N, 1]: 0 for a zero vector, so that its cosine to everything is 0, and NaN where it overflows."""
+    square = points.square().sum(2, keepdim=True)
+    usable = square >= torch.finfo(points.dtype).tiny
+    inverse = torch.where(usable, torch.where(usable, square, 1.0).rsqrt(), 0.0)
+    inverse = torch.where(square.isnan(), math.nan, inverse)
+    return torch.where(square == math.inf, math.nan, inverse)
+
+
+def cost_of(x: Tensor, y: Tensor, cost: str) -> Tensor:
+    """[B, N, M] of prepared points."""
+    inner = x @ y.mT
+    if cost == "dot":
+        return -inner
+    if cost == "cosine":
+        return 1 - inner
+    square = (x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :] - 2 * inner).clamp_min(0)
+    if cost == "sqeuclidean":
+        return square
+    positive = square > 0  # where points coincide the distance has no derivative: 0 is taken
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), square * 0)  # NaN stays NaN
+
+
+def padded(points: Tensor, length: int, value: float = 0.0) -> Tensor:
+    """[B, n, ...] to [B, length, ...]."""
+    return F.pad(points, (0, 0) * (points.dim() - 2) + (0, length - points.shape[1]), value=value)
+
+
+MAX_ANNEALING = 1e7  # from which cost / eps annealing starts at most, where the costs are not looked at
+Result = tuple[Tensor, Tensor, Tensor, Tensor]  # f, g, marginal error, iterations
+
+
+def start_temperature(problem: Problem) -> Tensor:
+    """[B] (of pairs [B * K]), the spread of the costs in units of eps, at least 1."""
+    return (problem.largest_cost() / problem.eps).clamp(1.0, MAX_ANNEALING)
+
+
+# --- gradients ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PlanWeights:
+    """Weights Q_ij = E_ij (scale a_i b_j + left_i b_j + a_i right_j) of costs, E = exp((f + g - C) / eps).
+
+    With ``scale`` alone they are the plan times the gradient of the value; ``left`` [B, N] and ``right``
+    [B, M], which may be None together, carry what the potentials' gradients add.
+    """
+
+    f: Tensor
+    g: Tensor
+    scale: Tensor
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def weights(self, problem: Problem) -> Tensor:
+        a, b = problem.weights()
+        kernel = problem.kernel(self.f, self.g)
+        a_scaled = a * torch.where(problem.solvable(), self.scale, 0.0)[:, None]
+        if self.left is None or self.right is None:
+            return kernel * a_scaled[:, :, None] * b[:, None, :]
+        rows = a_scaled + self.left
+        return kernel * (rows[:, :, None] * b[:, None, :] + a[:, :, None] * self.right[:, None, :])
+
+    def rows(self, problem: Problem, start: int, stop: int) -> "PlanWeights":
+        """The part of the problems ``start`` to ``stop``; of pairs, one by one."""
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[start:stop].flatten(0, 1) if problem.pairs else tensor[start:stop]
+
+        left = None if self.left is None else cut(self.left)
+        right = None if self.right is None else cut(self.right)
+        return PlanWeights(cut(self.f), cut(self.g), cut(self.scale), left, right)

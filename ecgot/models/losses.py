@@ -1,0 +1,194 @@
+"""Losses of the alignment: contrasts of pooled embeddings, of token sets by optimal transport or its rivals,
+and of each ECG with the phrases that reports are made of."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecgot.kernels import sinkhorn, sinkhorn_pairwise
+from ecgot.models.alignment import AlignmentModel, Embedding
+from ecgot.models.encoders import masked_mean
+
+
+def contrastive_loss(similarity: Tensor, text_id: Tensor, temperature: Tensor) -> Tensor:
+    """InfoNCE over a batch, both directions, with identical reports as positives of each other.
+
+    Args:
+        similarity: [B, B], of each ECG (row) to each report.
+        text_id: [B], equal where reports are the same text. An ECG's targets are spread evenly over all
+            columns that hold its report: otherwise the same words would be right and wrong at once.
+        temperature: [].
+    """
+    logits = similarity / temperature
+    same = text_id[:, None] == text_id[None, :]
+    target = same / same.sum(1, keepdim=True)  # symmetric, so it serves both directions
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def phrase_logits(ecg: Tensor, phrases: Tensor, prior: Tensor, scale: Tensor) -> Tensor:
+    """Log-odds [B, K] that an ECG's report says a phrase.
+
+    Args:
+        ecg, phrases: pooled embeddings [B, E] and [K, E].
+        prior: [K], of the phrases; scale: [], both of the model.
+    """
+    return scale * ecg @ phrases.T + prior
+
+
+def phrase_loss(logits: Tensor, said: Tensor, weight: Tensor) -> Tensor:
+    """Whether each phrase is said: the weighted sum of cross entropies over phrases, the mean over records.
+
+    Args:
+        logits: [B, K], log-odds.
+        said: [B, K], 1 where the record's report says the phrase.
+        weight: [K], of the phrases.
+    """
+    loss = F.binary_cross_entropy_with_logits(logits, said, reduction="none")
+    return (loss @ weight).mean()
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Settings of :func:`ecgot.sinkhorn`, on the cosine cost, which lies in [0, 2]."""
+
+    eps: float = 0.1
+    max_iter: int = 50
+    tol: float = 1e-3
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`ecgot.sinkhorn`."""
+        return {"cost": "cosine", **asdict(self)}
+
+
+# Similarities of each ECG to each text by their tokens: "ot" is minus the transport cost, "best_match" the
+# mean of each token's best cosine on the other side (FILIP, Yao et al. 2022), "mean_match" of all cosines.
+TOKEN_SIMILARITIES = ("ot", "best_match", "mean_match")
+# Losses without a contrast: transport between each ECG and its own report ("ot_matched"), between the pooled
+# ECGs of a batch and its pooled reports ("ot_batch"), and the 1-D Wasserstein distance between all scalars of
+# both ("wasserstein_1d": Qiu et al. 2023, arXiv 2301.09017, there without a gradient).
+TOKEN_LOSSES = (*TOKEN_SIMILARITIES, "ot_matched", "ot_batch", "wasserstein_1d")
+
+
+@dataclass
+class SaidPhrases:
+    """Phrases and which of them a batch's reports say.
+
+    pooled: [K, D], of the text encoder; weight: [K]; said: [B, K], 1 where a report says the phrase.
+    """
+
+    pooled: Tensor
+    weight: Tensor
+    said: Tensor
+
+
+class AlignmentLoss(nn.Module):
+    """The weighted sum of a contrast of the pooled embeddings, a token loss and :func:`phrase_loss`.
+
+    Args:
+        contrastive_weight, token_weight, phrase_weight: 0 leaves a term out (and its cost).
+        token_loss: one of ``TOKEN_SIMILARITIES``, which is then the similarity of a second contrast, or
+            another of ``TOKEN_LOSSES``.
+        transport: settings of the transport in it.
+    """
+
+    def __init__(
+        self,
+        *,
+        contrastive_weight: float = 1.0,
+        token_weight: float = 1.0,
+        token_loss: str = "ot",
+        phrase_weight: float = 0.0,
+        transport: Transport | None = None,
+    ) -> None:
+        super().__init__()
+        if token_loss not in TOKEN_LOSSES:
+            raise ValueError(f"token_loss: got {token_loss!r}, accepted are {', '.join(TOKEN_LOSSES)}")
+        self.contrastive_weight, self.token_weight = contrastive_weight, token_weight
+        self.token_loss, self.phrase_weight = token_loss, phrase_weight
+        self.transport = transport or Transport()
+
+    def forward(
+        self,
+        ecg: Embedding,
+        text: Embedding,
+        text_id: Tensor,
+        model: AlignmentModel,
+        phrases: SaidPhrases | None = None,
+    ) -> dict[str, Tensor]:
+        """The terms that have a weight, "contrastive", "token" and "phrase", and their weighted sum "loss".
+
+        With transport comes "ot_converged", the share of its problems that converged, without a gradient.
+        ``model`` holds the temperatures and the phrases' prior; a phrase weight needs ``phrases``.
+        """
+        terms: dict[str, Tensor] = {}
+        total = ecg.pooled.new_zeros(())
+        if self.contrastive_weight:
+            similarity = ecg.pooled @ text.pooled.T
+            terms["contrastive"] = contrastive_loss(similarity, text_id, model.temperature)
+            total = total + self.contrastive_weight * terms["contrastive"]
+        if self.token_weight:
+            terms["token"], converged = self._token_term(ecg, text, text_id, model)
+            if converged is not None:
+                terms["ot_converged"] = converged.float().mean()
+            total = total + self.token_weight * terms["token"]
+        if self.phrase_weight:
+            if phrases is None:
+                raise ValueError("phrases: got None, accepted are SaidPhrases where phrase_weight is not 0")
+            logits = phrase_logits(ecg.pooled, *model.embed_phrases(phrases.pooled), model.phrase_scale)
+            terms["phrase"] = phrase_loss(logits, phrases.said, phrases.weight)
+            total = total + self.phrase_weight * terms["phrase"]
+        return terms | {"loss": total}
+
+    def _token_term(
+        self, ecg: Embedding, text: Embedding, text_id: Tensor, model: AlignmentModel
+    ) -> tuple[Tensor, Tensor | None]:
+        """The term, and which of its transport problems converged, where it has any."""
+        settings = self.transport
+        if self.token_loss in TOKEN_SIMILARITIES:
+            similarity, converged = _token_similarity(self.token_loss, ecg, text, settings)
+            return contrastive_loss(similarity, text_id, model.token_temperature), converged
+        if self.token_loss == "wasserstein_1d":
+            return wasserstein_1d(ecg.pooled, text.pooled), None
+        masks: dict[str, Any] = {"x_mask": ecg.mask, "y_mask": text.mask}
+        x, y = ecg.tokens, text.tokens
+        if self.token_loss == "ot_batch":
+            x, y, masks = ecg.pooled[None], text.pooled[None], {}
+        solved = sinkhorn(x, y, **masks, **settings.arguments())
+        return solved.value.mean(), solved.converged
+
+
+def wasserstein_1d(x: Tensor, y: Tensor) -> Tensor:
+    """W1 between the scalars of two tensors of one shape: the mean distance of their sorted values."""
+    return (x.flatten().sort().values - y.flatten().sort().values).abs().mean()
+
+
+def token_similarity(name: str, ecg: Embedding, text: Embedding, transport: Transport) -> Tensor:
+    """Similarity [B, K] of each ECG to each text by their tokens, one of ``TOKEN_SIMILARITIES``; each pair is
+    taken alone."""
+    return _token_similarity(name, ecg, text, transport)[0]
+
+
+def _token_similarity(
+    name: str, ecg: Embedding, text: Embedding, transport: Transport
+) -> tuple[Tensor, Tensor | None]:
+    """With which of the transport problems converged, where it is transport."""
+    if name == "ot":
+        masks: dict[str, Any] = {"x_mask": ecg.mask, "y_mask": text.mask}
+        solved = sinkhorn_pairwise(
+            ecg.tokens, text.tokens, **masks, **transport.arguments(), full_output=True
+        )
+        return -solved.value, solved.converged
+    x, y = F.normalize(ecg.tokens, dim=-1), F.normalize(text.tokens, dim=-1)
+    if name == "mean_match":
+        return masked_mean(x, ecg.mask) @ masked_mean(y, text.mask).T, None
+    cosine = torch.einsum("bnd,kmd->bknm", x, y)
+    x_mask, y_mask = ecg.mask[:, None, :], text.mask[None, :, :]
+    best_of_x = cosine.masked_fill(~y_mask[:, :, None, :], -2).max(3).values.masked_fill(~x_mask, 0).sum(2)
+    best_of_y = cosine.masked_fill(~x_mask[:, :, :, None], -2).max(2).values.masked_fill(~y_mask, 0).sum(2)
+    # A side without any token, which is like nothing, gives 0 instead of NaN.
+    some = x_mask.any(2) & y_mask.any(2)
+    both = best_of_x / x_mask.sum(2).clamp_min(1) + best_of_y / y_mask.sum(2).clamp_min(1)
+    return (both / 2).masked_fill(~some, 0.0), None

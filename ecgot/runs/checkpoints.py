@@ -1,0 +1,85 @@
+"""Trained models from a run's folder."""
+
+import torch
+from torch import Tensor
+
+from ecgot.errors import EcgotError
+from ecgot.models.alignment import AlignmentModel
+from ecgot.models.encoders import encoder
+from ecgot.models.language_models import add_lora, build_reporter, empty_reporter
+from ecgot.models.losses import Transport
+from ecgot.models.reporter import Reporter
+from ecgot.models.text_encoder import TextEncoder
+from ecgot.runs.config import AlignConfig, Config, ReportConfig
+from ecgot.runs.device import choose_device
+from ecgot.runs.run import Run
+
+
+def build_model(config: Config, text_width: int) -> AlignmentModel:
+    """The alignment model of a configuration, with random weights."""
+    ecg_encoder = encoder(config.encoder.name, leads=len(config.data.leads))
+    return AlignmentModel(ecg_encoder, text_width, config.align.width)
+
+
+def transport(settings: AlignConfig) -> Transport:
+    """The transport settings of a configuration."""
+    return Transport(settings.ot_eps, settings.ot_max_iter, settings.ot_tol)
+
+
+def load_alignment(run: Run, text: TextEncoder | None) -> AlignmentModel:
+    """The stage-1 model of a run, in eval mode.
+
+    Args:
+        text: the run's text encoder. It moves to the model's device and, where the run trained it, gets the
+            trained weights. None: the model can read ECGs and embedded prompts, but no text.
+    """
+    config, device = run.config(), choose_device(run.config().device)
+    if text is None:
+        model = build_model(config, run.shape("align", "project_text.0.weight")[1])
+        run.load("align", model)
+        return model.to(device).eval()
+    model = build_model(config, text.width)
+    if config.text.train:
+        model.text = text
+    run.load("align", model)
+    if not config.text.train and not torch.equal(model.text_fingerprint, text_fingerprint(text)):
+        raise EcgotError(
+            f"run: {run.folder} was trained with another text encoder than text.name {config.text.name!r} is"
+        )
+    text.to(device).eval()
+    return model.to(device).eval()
+
+
+def text_fingerprint(text: TextEncoder) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(text.fingerprint())), dtype=torch.uint8)
+
+
+def load_reporter(run: Run, ecg_width: int) -> Reporter:
+    """The stage-2 model of a run, in eval mode; one with adapters reads its language model by name."""
+    config = run.config()
+    settings = config.report
+    if settings.lora_rank:
+        reporter = new_reporter(settings, ecg_width, (), run.recorders)
+    else:
+        reporter = empty_reporter(
+            run.folder / "language_model", ecg_width, max_tokens=settings.max_tokens, recorders=run.recorders
+        )
+    run.load("report", reporter)
+    return reporter.to(choose_device(config.device)).eval()
+
+
+def new_reporter(
+    settings: ReportConfig, ecg_width: int, reports: tuple[str, ...], recorders: tuple[str, ...]
+) -> Reporter:
+    reporter = build_reporter(
+        settings.language_model,
+        ecg_width,
+        reports=reports,
+        max_tokens=settings.max_tokens,
+        hidden_size=settings.hidden_size,
+        layers=settings.layers,
+        recorders=recorders,
+    )
+    if settings.lora_rank:
+        add_lora(reporter, settings.lora_rank)
+    return reporter

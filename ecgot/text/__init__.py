@@ -1,0 +1,1 @@
+"""Report text: cleaned, in plain English, split into statements and phrases, and the labels it states."""

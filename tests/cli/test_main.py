@@ -1,0 +1,287 @@
+"""The command line: the whole way on a small data set, JSON, and bad input in one line with exit code 2."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import wfdb
+
+from ecgot.cli import main as cli
+from ecgot.data.record import STANDARD_LEADS
+from ecgot.models.reporter import BEAMS
+from ecgot.runs.config import resolve
+from ecgot.runs.run import Run
+from ecgot.train.stages import train
+from tests.conftest import small_settings
+
+
+@pytest.fixture
+def ecgot(monkeypatch, capsys, cache_dir):
+    """ecgot(*arguments) -> (exit code, stdout, stderr)."""
+    monkeypatch.setenv("ECGOT_CACHE", str(cache_dir))
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ecgot", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(exit.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_dir(few, tiny_bert, cache_dir, tmp_path_factory) -> Path:
+    """A trained run; do not write into it."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    train(resolve(None, small_settings(few, tiny_bert)), folder, cache_dir=cache_dir)
+    return folder
+
+
+def refused(result: tuple[int, str, str], *parts: str) -> None:
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert err.startswith("ecgot: ")
+    assert err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
+
+
+def test_the_whole_way(ecgot, tmp_path, tiny_bert):
+    data, run = tmp_path / "data", tmp_path / "run"
+    code, out, _ = ecgot("synth", data, "--records", 60, "--seed", 3)
+    assert (code, out) == (0, f"60 synthetic records in {data}\n")
+    settings = [s for s in small_settings(data, tiny_bert) if not s.startswith("data.root")]
+    code, _, err = ecgot("train", "--data", data, "--out", run, *settings)
+    assert code == 0
+    assert "align: epoch 2/2" in err
+    code, out, _ = ecgot("evaluate", run, "--data", data, "--resamples", 20, "--examples", 2)
+    assert code == 0
+    for part in ("zero-shot", "superclass", "BLEU-4", "METEOR", "ROUGE-L", "sacrebleu", "reference:"):
+        assert part in out
+    assert out.count("generated:") == 2
+    assert "not a medical device" in " ".join(out.split())
+    code, out, _ = ecgot("report", run, data / "records100" / "00000" / "00007_lr")
+    assert code == 0
+    assert "report: " in out
+    assert "NORM" in out
+    assert "not a medical device" in " ".join(out.split())
+
+
+def test_json_is_one_object_and_nothing_else(ecgot, tmp_path, run_dir, few):
+    record = next((few / "records100").rglob("*.hea"))
+    settings = [f"{k}={v}" for k, v in (("align.epochs", 1), ("align.width", 8), ("report.epochs", 1))]
+    base = ["train", "--config", run_dir / "config.json", "--out", tmp_path / "run", "--json"]
+    for arguments, keys in (
+        (["synth", tmp_path / "data", "--records", 3, "--json"], {"out", "records", "seed"}),
+        ([*base, *settings], {"run", "metrics"}),
+        (["evaluate", run_dir, "--data", few, "--resamples", 5, "--json"], {"zero_shot", "probe", "reports"}),
+        (["report", run_dir, record, "--json"], {"scores", "report", "notes", "notice"}),
+    ):
+        code, out, err = ecgot(*arguments)
+        assert (code, err) == (0, "")
+        assert keys <= json.loads(out).keys()
+
+
+def test_an_exported_run_reads_without_a_text_encoder(ecgot, tmp_path, run_dir, few, monkeypatch):
+    out = tmp_path / "exported"
+    assert ecgot("export", run_dir, out)[0] == 0
+    names = {"config.json", "align.safetensors", "report.safetensors", "prompts.safetensors", "README.md"}
+    assert {path.name for path in out.iterdir()} == names | {"language_model"}
+    assert str(few) not in (out / "config.json").read_text()
+    assert "not a medical device" in (out / "README.md").read_text()
+    refused(ecgot("export", run_dir, out), "exists, accepted is a new folder")
+    record = next((few / "records100").rglob("*.hea"))
+    whole = json.loads(ecgot("report", run_dir, record, "--json")[1])
+    _, text, _ = ecgot("classify", out, record, "--prompt", "sinus rhythm", "--prompt", "a", "--json")
+    assert list(json.loads(text)["scores"]) == ["sinus rhythm", "a"]
+    results = [["evaluate", folder, "--data", few, "--resamples", 5, "--json"] for folder in (run_dir, out)]
+    before = json.loads(ecgot(*results[0])[1])
+
+    def absent(*_arguments, **_settings):
+        raise AssertionError("a text encoder was loaded")
+
+    monkeypatch.setattr("ecgot.inference.reader.TextEncoder", absent)
+    monkeypatch.setattr("ecgot.eval.evaluate.TextEncoder", absent)
+    found = json.loads(ecgot("report", out, record, "--json")[1])
+    assert found["report"] == whole["report"]
+    for group, scores in whole["scores"].items():
+        assert found["scores"][group] == pytest.approx(scores, abs=1e-4)
+    after = json.loads(ecgot(*results[1], "--out", tmp_path / "evaluation")[1])
+    assert (tmp_path / "evaluation" / "evaluation.json").exists()
+    for group, ranking in before["zero_shot"].items():
+        assert after["zero_shot"][group]["auroc"] == pytest.approx(ranking["auroc"], abs=1e-6)
+    refused(ecgot("report", out, record, record), "got 3 paths")
+    refused(ecgot("report"), "got 0 paths")
+
+
+def test_help_explains_every_command_and_setting(ecgot):
+    code, out, _ = ecgot("--help")
+    assert code == 0
+    for command in ("synth", "train", "evaluate", "report", "classify", "bench"):
+        assert command in out
+        code, text, _ = ecgot(command, "--help")
+        assert code == 0
+        assert "--json" in text
+    assert "not a medical device" in " ".join(out.split())
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, ecgot.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_bad_arguments(ecgot, tmp_path, few, run_dir):
+    out = tmp_path / "run"
+    refused(ecgot("trian"), "trian")
+    refused(ecgot("synth", tmp_path / "d", "--records", 0), "--records")
+    refused(ecgot("synth", few), "not an empty folder")
+    refused(ecgot("train", "--out", out), "--data")
+    refused(ecgot("train", "--data", tmp_path / "absent", "--out", out), "absent/ptbxl_database.csv")
+    refused(ecgot("train", "--data", few, "--out", out, "align.depth=3"), "align.depth", "align")
+    refused(ecgot("train", "--data", few, "--out", out, "encoder.name=vgg"), "vgg", "resnet1d_small")
+    refused(ecgot("train", "--data", few, "--out", out, "--stage", "report"), "config.json")
+    refused(ecgot("evaluate", run_dir, "--data", few, "--folds", "nine"), "'nine'", "1-8,10")
+    refused(ecgot("evaluate", run_dir, "--data", few, "--folds", "9-7"), "'9-7'", "1-8,10")
+    refused(ecgot("evaluate", few, "--data", few), "config.json")
+    refused(ecgot("report", run_dir, tmp_path / "absent"), "absent.hea")
+    assert not out.exists()
+
+
+def test_a_cache_that_cannot_be_written(ecgot, few, tmp_path, run_dir):
+    (tmp_path / "file").touch()
+    refused(ecgot("evaluate", run_dir, "--data", few, "--cache", tmp_path / "file" / "cache"), "file")
+
+
+def write(path: Path, signal: np.ndarray, leads: tuple[str, ...] = STANDARD_LEADS) -> Path:
+    wfdb.wrsamp(
+        path.name,
+        fs=100,
+        units=["mV"] * len(leads),
+        sig_name=list(leads),
+        p_signal=signal,
+        fmt=["16"] * len(leads),
+        adc_gain=[1000.0] * len(leads),
+        baseline=[0] * len(leads),
+        write_dir=str(path.parent),
+    )
+    return path
+
+
+def test_bad_records_are_refused_in_one_line(ecgot, run_dir, tmp_path):
+    signal = np.random.default_rng(0).normal(0, 0.3, (1000, 12))
+    good = write(tmp_path / "good", signal)
+    assert ecgot("report", run_dir, good)[0] == 0
+
+    cut = write(tmp_path / "cut", signal).with_suffix(".dat")
+    cut.write_bytes(cut.read_bytes()[:5000])
+    refused(ecgot("report", run_dir, tmp_path / "cut"), "cut.dat has 5000 bytes", "24000")
+
+    write(tmp_path / "gone", signal).with_suffix(".dat").unlink()
+    refused(ecgot("report", run_dir, tmp_path / "gone"), "there is no gone.dat")
+
+    header = write(tmp_path / "wrong", signal).with_suffix(".hea")
+    header.write_text(header.read_text().replace("wrong 12 100 1000", "wrong 12 100 2000"))
+    refused(ecgot("report", run_dir, tmp_path / "wrong"), "header accounts for 48000")
+
+    write(tmp_path / "eight", signal[:, :8], STANDARD_LEADS[:8])
+    refused(ecgot("report", run_dir, tmp_path / "eight"), "no lead V3, V4, V5, V6")
+
+    write(tmp_path / "flat", np.zeros((1000, 12)))
+    refused(ecgot("report", run_dir, tmp_path / "flat"), "every lead is flat")
+
+    missing = signal.copy()
+    missing[:, 4] = np.nan
+    write(tmp_path / "nan", missing)
+    refused(ecgot("report", run_dir, tmp_path / "nan"), "lead aVL holds no valid sample")
+
+
+def test_repairs_are_told(ecgot, run_dir, tmp_path):
+    signal = np.random.default_rng(0).normal(0, 0.3, (600, 12))
+    signal[50:60, 6] = np.nan
+    signal[:, 2] = 0
+    code, out, _ = ecgot("report", run_dir, write(tmp_path / "repaired", signal))
+    text = " ".join(out.split())
+    assert code == 0
+    assert "10 missing samples filled in lead V1" in text
+    assert "lead III is flat" in text
+    assert "shorter than the 10 s" in text
+
+
+def test_a_bad_record_in_training_is_named_and_skipped_and_too_many_stop(ecgot, few, tmp_path, tiny_bert):
+    data = tmp_path / "data"
+    shutil.copytree(few, data)
+    settings = [s for s in small_settings(data, tiny_bert) if not s.startswith("data.root")]
+    files = sorted((data / "records100").rglob("*.dat"))
+    files[4].write_bytes(b"")
+    code, _, err = ecgot("train", "--data", data, "--out", tmp_path / "run", "--stage", "align", *settings)
+    assert code == 0
+    assert f"{files[4].name} has 0 bytes" in err
+    assert "1 skipped" in err
+    for file in files[:40]:
+        file.write_bytes(b"")
+    refused(ecgot("train", "--data", data, "--out", tmp_path / "b", *settings), "more than 5%", "0 bytes")
+    assert not (tmp_path / "b").exists()
+    code, _, err = ecgot(
+        "train",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "c",
+        "--stage",
+        "align",
+        *settings,
+        "data.max_bad_share=0.5",
+    )
+    assert code == 0
+    assert Run.open(tmp_path / "c").done("align")
+
+
+def test_bad_tables_and_checkpoints(ecgot, few, tmp_path, run_dir, tiny_bert):
+    data = tmp_path / "data"
+    shutil.copytree(few, data)
+    table = data / "ptbxl_database.csv"
+    whole = table.read_text()
+    table.write_text(whole.splitlines()[0] + "\n")
+    refused(ecgot("train", "--data", data, "--out", tmp_path / "r"), "holds folds of no record")
+    table.write_text(whole.replace("strat_fold", "fold"))
+    refused(ecgot("train", "--data", data, "--out", tmp_path / "r"), "no column strat_fold")
+    (tmp_path / "reports.csv").write_text("id,text\n1,x\n")
+    refused(
+        ecgot("train", "--data", few, "--reports", tmp_path / "reports.csv", "--out", tmp_path / "r"),
+        "no column ecg_id, report",
+    )
+    assert not (tmp_path / "r").exists()
+
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["encoder"]["name"] = "resnet1d_small"
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(ecgot("evaluate", copy, "--data", few), "another configuration", "resnet1d_small")
+    (copy / "config.json").write_text("{")
+    refused(ecgot("evaluate", copy, "--data", few), "not valid JSON")
+
+
+def test_resuming_takes_the_settings_of_the_run(ecgot, few, tmp_path, tiny_bert, monkeypatch):
+    run = tmp_path / "run"
+    settings = [s for s in small_settings(few, tiny_bert) if not s.startswith("data.root")]
+    monkeypatch.chdir(few.parent)  # a relative path is kept whole
+    code, *_ = ecgot("train", "--data", few.name, "--out", run, "--stage", "align", *settings)
+    assert code == 0
+    monkeypatch.chdir(tmp_path)
+    code, _, err = ecgot("train", "--out", run, "--resume")
+    assert code == 0, err
+    assert Run.open(run).done("report")
+    assert Run.open(run).config() == resolve(None, [*settings, f"data.root={few.resolve()}"])
+
+
+def test_the_command_line_and_python_search_alike():
+    for command in ("evaluate", "report"):
+        (beams,) = (option for option in cli.cli.commands[command].params if option.name == "num_beams")
+        assert beams.default == BEAMS

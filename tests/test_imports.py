@@ -1,0 +1,113 @@
+"""The rooms of the package and which of them may import which: the house stays as it was drawn."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GROUND = {"errors", "files", "version"}
+# A room may import the ground, itself, and these.
+ROOMS = {
+    "kernels": set(),
+    "text": set(),
+    "data": {"text"},
+    "models": {"kernels", "text"},
+    "runs": {"data", "models", "text"},
+    "inference": {"data", "models", "runs", "text"},
+    "train": {"data", "models", "runs", "text"},
+    "eval": {"data", "inference", "models", "runs", "text", "train"},
+    "bench": {"kernels"},
+    "cli": {"bench", "data", "eval", "inference", "runs", "text", "train"},
+}
+# Within kernels the two families know nothing of each other, and neither knows who compiles it.
+KERNELS = {"ot": set(), "conv": set(), "resources": {"ot", "conv"}}
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "ecgot").rglob("*.py"))
+
+
+def imported(source: str) -> Iterator[tuple[str, ...]]:
+    """Every module of this package that a source imports, at any depth, as the parts of its name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "ecgot":
+            names = [f"ecgot.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (tuple(name.split(".")) for name in names if name.split(".")[0] == "ecgot")
+
+
+def violations(room: str, part: str, source: str) -> list[str]:
+    """What a source of a room (and of a part of kernels) imports against the rules."""
+    found = []
+    for _, target, *rest in imported(source):
+        if target not in GROUND | ROOMS[room] | {room}:
+            found.append(f"{room} imports {target}")
+        elif part in KERNELS and rest and rest[0] in KERNELS.keys() - KERNELS[part] - {part}:
+            found.append(f"kernels.{part} imports kernels.{rest[0]}")
+    return found
+
+
+def test_every_module_stands_in_a_room() -> None:
+    """Or on the ground; a new folder wants a rule here."""
+    rooms = {path.relative_to(ROOT / "ecgot").parts[0].removesuffix(".py") for path in modules()}
+    assert rooms == GROUND | set(ROOMS) | {"__init__"}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    room, *rest = path.relative_to(ROOT / "ecgot").parts
+    source = path.read_text(encoding="utf-8")
+    room = room.removesuffix(".py")
+    if room == "__init__":
+        return
+    if room in GROUND:
+        assert all(target in GROUND for _, target, *_ in imported(source))
+        return
+    assert not violations(room, rest[0] if rest else "", source)
+
+
+@pytest.mark.parametrize(
+    ("room", "part", "source"),
+    [
+        ("inference", "", "from ecgot.train.loop import train_epochs"),
+        ("inference", "", "def late():\n    from ecgot.eval import auroc"),
+        ("kernels", "ot", "import ecgot.data.record"),
+        ("kernels", "ot", "from ecgot.kernels.conv.conv1d import conv1d"),
+        ("train", "", "from ecgot import eval"),
+        ("data", "", "from ecgot.models import encoder"),
+    ],
+)
+def test_an_import_against_the_rules_is_found(room: str, part: str, source: str) -> None:
+    assert violations(room, part, source)
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Also within a room, where every module imports what stands below it."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in modules()}
+    uses = {
+        name: {
+            target
+            for parts in imported(path.read_text(encoding="utf-8"))
+            for target in (".".join(parts), ".".join(parts[:-1]))
+            if target in names and target != name
+        }
+        for name, path in names.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for other in sorted(uses[name]):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in names:
+        visit(name, ())
