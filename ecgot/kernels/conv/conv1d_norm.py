@@ -1,9 +1,9 @@
 """A convolution and its batch norm as one: statistics in its epilogue, the affine map in whoever reads it.
 
 In training :func:`conv1d_norm` returns a :class:`LazyActivation`, not yet materialized: the convolution's
-output with the mean, scale and shift that normalise it. The next convolution normalises what it reads, :func:`join`
-adds a residual, and the backward normalises again instead of having kept the result: one tensor is saved for
-each convolution and join, where separate modules save two. In evaluation everything is one kernel.
+output with the mean, scale and shift that normalise it. The next convolution normalises what it reads, a
+join adds a residual, and the backward pass normalises again instead of having kept the result: one tensor is
+saved for each convolution and join, where separate modules save two. In evaluation everything is one kernel.
 """
 
 import dataclasses
