@@ -1,5 +1,8 @@
 # make demo       the whole way once on synthetic ECGs, in minutes on a CPU; leaves everything in runs/demo
+# make quick      format, lint, types, and the tests that end within 90 seconds on two cores
 # make test       format, lint, types, tests; the kernels' tests a second time in Triton's interpreter
+# make test-all   the same with the tests marked slow
+# make format     format the sources and fix what ruff can fix
 # make resources  every tile of every kernel compiled for four GPUs, none needed; minutes
 # make bench      the benchmark suite
 # make clean      remove the virtual environment and runs/demo
@@ -8,11 +11,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := runs/demo
-PYTEST := $(BIN)/pytest --numprocesses $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4)))
-# These set up Triton themselves, each in a process of its own.
-ONCE := --ignore=tests/kernels/resources --ignore=tests/kernels/conv/test_backends.py
+CORES := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4)))
+PYTEST := $(BIN)/pytest --numprocesses $(CORES)
+# Modules with examples in their docstrings, which are tests too.
+EXAMPLES := $(shell grep -rl --include='*.py' '>>>' ecgot)
+# What Triton's interpreter repeats. Those left out set up Triton themselves, each in a process of its own.
+INTERPRETED := tests/kernels tests/benchmarks/test_kernel_cases.py \
+	--ignore=tests/kernels/resources --ignore=tests/kernels/conv/test_backends.py
+# What a change breaks first: the rules of the house, and the rooms that test in seconds.
+FAST := tests/test_imports.py tests/data tests/runs tests/text tests/kernels/conv/test_conv1d.py \
+	tests/kernels/ot/test_sinkhorn_gradients.py
+SELECT := -m 'not slow'
 
-.PHONY: demo test resources bench clean
+.PHONY: demo quick test test-all check format resources bench clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): constraints.txt pyproject.toml
@@ -28,12 +39,24 @@ demo: $(INSTALLED)
 	$(BIN)/ecgot train --data $(DEMO)/data --out $(DEMO)/run --cache $(DEMO)/cache encoder.name=resnet1d_tiny align.epochs=6
 	$(BIN)/ecgot evaluate $(DEMO)/run --data $(DEMO)/data --cache $(DEMO)/cache --examples 5
 
-test: $(INSTALLED)
+check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) --dist loadfile  # a file's tests together, as they share what is slow to make
-	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal $(ONCE) tests/kernels
+
+quick: check
+	$(PYTEST) --dist loadfile $(SELECT) $(FAST)
+
+test: check
+	$(PYTEST) --dist loadfile $(SELECT) --doctest-modules tests $(EXAMPLES)  # a file's tests share what is slow to make
+	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal $(SELECT) $(INTERPRETED)
+
+test-all: SELECT :=
+test-all: test
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 resources: $(INSTALLED)
 	$(BIN)/python -m ecgot.kernels.resources --spills none
