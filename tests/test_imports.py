@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"errors", "files", "version"}
+GROUND = {"choices", "errors", "files", "version"}
 # A room may import the ground, itself, and these.
 ROOMS = {
     "kernels": set(),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ecgot.choices import BEAMS
 from ecgot.data.dataset import EcgDataset
 from ecgot.data.ptbxl import GROUPS, available_folds, check_patient_split
 from ecgot.errors import EcgotError
@@ -43,7 +44,6 @@ from ecgot.inference.zeroshot import (
 )
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import EncoderOutput, masked_mean
-from ecgot.models.reporter import BEAMS
 from ecgot.models.text_encoder import TextEncoder, TextTokens
 from ecgot.models.token_store import embed_texts
 from ecgot.runs.checkpoints import load_alignment, load_reporter, transport

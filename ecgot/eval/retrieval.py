@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from ecgot.choices import TOKEN_SIMILARITIES
 from ecgot.models.alignment import Embedding, rank_of_match
-from ecgot.models.losses import TOKEN_SIMILARITIES, Transport, token_similarity
+from ecgot.models.losses import Transport, token_similarity
 
 DEPTHS = (1, 5, 10)
 BATCH = 128
@@ -26,7 +27,7 @@ def retrieval(
     Args:
         ecg: n records; reports: K distinct texts, each the report of a record.
         own: [n], the number of each record's report.
-        score: a token similarity, see :data:`ecgot.models.losses.TOKEN_SIMILARITIES`; any other name is
+        score: a token similarity, see :data:`ecgot.choices.TOKEN_SIMILARITIES`; any other name is
             the cosine of the pooled embeddings.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Records, read by a trained run: class scores and a written report."""
+"""Read records with a trained model: class scores and a written report."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ecgot.choices import BEAMS
 from ecgot.data.record import Record, fit_length, read_record
 from ecgot.errors import EcgotError
 from ecgot.inference.zeroshot import (
@@ -19,8 +20,7 @@ from ecgot.inference.zeroshot import (
     load_prompts,
     read_prompts,
 )
-from ecgot.models.encoders import EncoderOutput
-from ecgot.models.reporter import BEAMS
+from ecgot.models.encoders import EncoderOutput, fuse_norms
 from ecgot.models.text_encoder import TextEncoder
 from ecgot.runs.checkpoints import load_alignment, load_reporter, transport
 from ecgot.runs.device import choose_device
@@ -29,17 +29,17 @@ from ecgot.runs.run import PRETRAINED, Run
 
 @dataclass(frozen=True)
 class Reading:
-    """What a run says of a record.
+    """What the model says about one record.
 
     Attributes:
-        scores: group -> class -> score, see :func:`ecgot.inference.zeroshot.class_scores`: log-odds that a
-            report would name the class where the run has learned phrases. Compare records by one class
-            rather than classes within a record: classes differ in how often and in how many words they are
-            named.
-        report: the generated text; None where stage 2 has not been trained.
-        sentences: of the report, each with the probability that the model gives to these very words.
-        notes: what was done to the signal: repaired gaps, flat leads, cutting, padding.
-        recorder: in whose words the report is written; None: of an unknown one.
+        record: the path that was read.
+        scores: group -> class -> score, see :func:`ecgot.inference.zeroshot.class_scores`: the log-odds that
+            a report would name the class, where the run has learned phrases. Compare one class across
+            records, not classes within a record: some classes are named more often, or in more words.
+        report: the generated text; None if stage 2 has not been trained.
+        sentences: the report's sentences, each with the probability that the model gives its exact words.
+        notes: what was done to the signal: repaired gaps, flat leads, cropping, padding.
+        recorder: the recorder whose wording the report follows; None if unknown.
     """
 
     record: str
@@ -50,25 +50,27 @@ class Reading:
     recorder: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """The reading as plain values for JSON."""
         return dataclasses.asdict(self)
 
 
 class Reader:
-    """A trained run, loaded once to read any number of records.
+    """A trained model, loaded once to read any number of records.
 
     Args:
-        run: the run's folder; the model that comes with the package where omitted.
-        prompts: a TOML file in place of the built-in prompts.
-        score: see :func:`ecgot.inference.zeroshot.check_score`.
-        num_beams: of the search for a report; 1 writes greedily.
+        run: the run to load; by default the model that comes with the package.
+        prompts: a TOML file to use instead of the built-in prompts.
+        score: how classes are scored, see :func:`ecgot.inference.zeroshot.check_score`.
+        num_beams: beams of the report search; 1 is greedy.
 
     Attributes:
-        model: the :class:`ecgot.models.alignment.AlignmentModel`; ``model.encoder`` is the ECG encoder.
+        model: the :class:`ecgot.models.alignment.AlignmentModel`; ``model.encoder`` is the ECG encoder, with
+            its norms as trained. Records are read by a fused copy of it, made when the reader is.
         config: the run's :class:`ecgot.runs.config.Config`.
-        recorders: names of the recorders that :meth:`read` can be told.
+        recorders: the recorders that :meth:`read` accepts.
 
-    The text encoder is needed, and loaded, only for prompts that the run's folder does not hold embedded, and
-    for :meth:`classify`.
+    The text encoder is loaded only when it is needed: for prompts that the run does not hold as embeddings,
+    and for :meth:`classify`.
 
     Raises:
         EcgotError: the run cannot be used.
@@ -94,14 +96,15 @@ class Reader:
             wanted = read_prompts(prompts)
             text = self._load_with_text()
             self.prompts = embed_prompts(self.model, text, wanted)
-        done = self.run.done("report")
-        self.reporter = load_reporter(self.run, self.model.ecg_width) if done else None
+        self._fused_encoder = fuse_norms(self.model.encoder)
+        has_report = self.run.done("report")
+        self.reporter = load_reporter(self.run, self.model.ecg_width) if has_report else None
         self.recorders = () if self.reporter is None else self.reporter.recorders
 
     def _load_with_text(self) -> TextEncoder:
         text = TextEncoder(self.config.text.name, max_tokens=self.config.text.max_tokens)
         self.model = load_alignment(self.run, text)
-        self._text = text  # not before it has proved to be the run's
+        self._text = text  # only once load_alignment has accepted it as the run's own
         return text
 
     @torch.no_grad()
@@ -109,46 +112,59 @@ class Reader:
         """Read the WFDB record at ``path``.
 
         Args:
-            recorder: the one in whose words the report is written, of ``reader.recorders``; None: unknown.
+            path: with or without its extension.
+            recorder: one of ``reader.recorders``, whose wording the report should follow; None if unknown.
 
         Raises:
             EcgotError: the record cannot be used, or the model does not know the recorder.
         """
-        told = "" if recorder is None else " ".join(recorder.split())
-        if recorder is not None and told not in self.recorders:
-            known = ", ".join(map(repr, self.recorders)) or "none by this model"
-            raise EcgotError(f"recorder: got {recorder!r}, accepted are {known}")
+        name = self._known_recorder(recorder)
         encoded, notes = self._encode(path)
         scores = self._scores(encoded, self.prompts)
         if self.reporter is None:
             return Reading(str(path), scores, None, (), notes)
         written = self.reporter.write(
-            encoded.tokens, encoded.mask, recorders=[told], num_beams=self.num_beams
+            encoded.tokens, encoded.mask, recorders=[name], num_beams=self.num_beams
         )[0]
-        return Reading(str(path), scores, written.text, written.sentences, notes, told or None)
+        return Reading(str(path), scores, written.text, written.sentences, notes, name or None)
 
     @torch.no_grad()
     def classify(self, path: Path, prompts: Sequence[str]) -> Reading:
-        """The record's score of each text, as those of the classes of a group "prompts", without a report.
+        """Score the WFDB record at ``path`` by any texts, without writing a report.
 
-        Any text will do, which takes the run's text encoder.
+        The scores are those of a single group, "prompts", with a class for each text. Needs the run's text
+        encoder.
 
         Raises:
             EcgotError: the record or the text encoder cannot be used.
         """
         text = self._text or self._load_with_text()
         encoded, notes = self._encode(path)
-        wanted = {"prompts": {text: (text,) for text in prompts}}
+        wanted = {"prompts": {prompt: (prompt,) for prompt in prompts}}
         scores = self._scores(encoded, embed_prompts(self.model, text, wanted))
         return Reading(str(path), scores, None, (), notes)
 
+    def _known_recorder(self, recorder: str | None) -> str:
+        """The recorder with single spaces, "" if it is unknown."""
+        name = "" if recorder is None else " ".join(recorder.split())
+        if recorder is not None and name not in self.recorders:
+            if not self.recorders:
+                raise EcgotError(
+                    f"recorder: expected none, as this model knows no recorder, got {recorder!r}"
+                )
+            raise EcgotError(
+                f"recorder: expected one of {', '.join(map(repr, self.recorders))}, got {recorder!r}"
+            )
+        return name
+
     def _encode(self, path: Path) -> tuple[EncoderOutput, tuple[str, ...]]:
+        """The record's tokens [1, N, D], and notes on what was done to its signal."""
         data = self.config.data
         record = read_record(path, leads=data.leads, fs_hz=data.fs_hz)
-        signal, valid = fit_length(record.signal_mv, round(data.fs_hz * data.seconds))
-        waveform, lengths = torch.from_numpy(signal)[None], torch.tensor([valid])
-        encoded = self.model.encoder(waveform.to(self.device), lengths.to(self.device))
-        return encoded, _notes(record, signal.shape[1])
+        signal_mv, valid = fit_length(record.signal_mv, round(data.fs_hz * data.seconds))
+        waveform = torch.from_numpy(signal_mv)[None].to(self.device)
+        lengths = None if valid == waveform.shape[2] else torch.tensor([valid], device=self.device)
+        return self._fused_encoder(waveform, lengths), _notes(record, waveform.shape[2])
 
     def _scores(self, encoded: EncoderOutput, prompts: EmbeddedPrompts) -> dict[str, dict[str, float]]:
         ecg = self.model.project_tokens(encoded)
@@ -160,10 +176,23 @@ class Reader:
 
 
 def load_pretrained(
-    run: Run | None = None, *, prompts: Path = BUILT_IN, score: str | None = None, num_beams: int = BEAMS
+    run: Run | Path | str | None = None,
+    *,
+    prompts: Path = BUILT_IN,
+    score: str | None = None,
+    num_beams: int = BEAMS,
 ) -> Reader:
-    """A :class:`Reader` of the model that comes with the package, or of a run of your own."""
-    return Reader(run, prompts=prompts, score=score, num_beams=num_beams)
+    """Load a trained model to read records with.
+
+    Args:
+        run: a :class:`ecgot.runs.run.Run` or its folder; by default the model that comes with the package.
+        prompts, score, num_beams: see :class:`Reader`.
+
+    Raises:
+        EcgotError: the run cannot be used.
+    """
+    opened = Run.open(Path(run)) if isinstance(run, str | Path) else run
+    return Reader(opened, prompts=prompts, score=score, num_beams=num_beams)
 
 
 def _notes(record: Record, samples: int) -> tuple[str, ...]:

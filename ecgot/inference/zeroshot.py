@@ -12,16 +12,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ecgot.choices import SCORES, TOKEN_SIMILARITIES
 from ecgot.data.ptbxl import GROUPS
 from ecgot.errors import EcgotError, first_line
 from ecgot.files import save_tensors
 from ecgot.models.alignment import AlignmentModel, Embedding
-from ecgot.models.losses import TOKEN_SIMILARITIES, Transport, phrase_logits, token_similarity
+from ecgot.models.losses import Transport, phrase_logits, token_similarity
 from ecgot.models.text_encoder import TextEncoder
 from ecgot.runs.config import AlignConfig
 
 BUILT_IN = Path(__file__).with_name("prompts.toml")
-SCORES = ("phrase", "cosine", *TOKEN_SIMILARITIES)
 SOFTNESS = 2.0  # of the maximum over a class's prompts, in log-odds
 
 Given = TypeVar("Given")
@@ -168,7 +168,7 @@ def class_scores(
         score: "phrase", log-odds that a report would say one of the class's prompts (a soft maximum);
             "cosine", the mean over the prompts of the pooled embeddings' similarity; "ot" (slower),
             "best_match" and "mean_match" that of the tokens', see
-            :data:`ecgot.models.losses.TOKEN_SIMILARITIES`.
+            :data:`ecgot.choices.TOKEN_SIMILARITIES`.
         transport: the run's transport settings; the defaults where omitted.
     """
     if score == "phrase":

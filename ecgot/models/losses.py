@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ecgot.choices import TOKEN_SIMILARITIES
 from ecgot.kernels import sinkhorn, sinkhorn_pairwise
 from ecgot.models.alignment import AlignmentModel, Embedding
 from ecgot.models.encoders import masked_mean
@@ -63,9 +64,6 @@ class Transport:
         return {"cost": "cosine", **asdict(self)}
 
 
-# Similarities of each ECG to each text by their tokens: "ot" is minus the transport cost, "best_match" the
-# mean of each token's best cosine on the other side (FILIP, Yao et al. 2022), "mean_match" of all cosines.
-TOKEN_SIMILARITIES = ("ot", "best_match", "mean_match")
 # Losses without a contrast: transport between each ECG and its own report ("ot_matched"), between the pooled
 # ECGs of a batch and its pooled reports ("ot_batch"), and the 1-D Wasserstein distance between all scalars of
 # both ("wasserstein_1d": Qiu et al. 2023, arXiv 2301.09017, there without a gradient).

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from ecgot.choices import BEAMS
 from ecgot.errors import EcgotError
 from ecgot.text.statements import sentence_spans
 
-BEAMS = 4  # of the search for a report
 IGNORED = -100  # the label that Hugging Face losses leave out
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ecgot.choices import STAGES
 from ecgot.data.ptbxl import check_patient_split
 from ecgot.errors import EcgotError
 from ecgot.files import default_cache_dir
@@ -18,8 +19,6 @@ from ecgot.runs.run import Run
 from ecgot.train.align import report_phrases, train_alignment
 from ecgot.train.batches import with_reports
 from ecgot.train.report import train_reporter
-
-STAGES = ("align", "report")
 
 
 def train(

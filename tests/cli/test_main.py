@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import wfdb
 
+from ecgot.choices import BEAMS
 from ecgot.cli import main as cli
 from ecgot.data.record import STANDARD_LEADS
-from ecgot.models.reporter import BEAMS
 from ecgot.runs.config import resolve
 from ecgot.runs.run import Run
 from ecgot.train.stages import train

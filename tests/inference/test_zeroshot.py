@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ecgot.choices import SCORES
 from ecgot.data.ptbxl import GROUPS, SUPERCLASSES, read_table
 from ecgot.data.synth import STATEMENTS
 from ecgot.errors import EcgotError
 from ecgot.files import save_tensors
 from ecgot.inference.zeroshot import (
-    SCORES,
     EmbeddedPrompts,
     check_score,
     class_scores,

@@ -7,12 +7,12 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch.nn import functional as F
 
+from ecgot.choices import TOKEN_SIMILARITIES
 from ecgot.kernels.ot import reference
 from ecgot.models.alignment import AlignmentModel, Embedding
 from ecgot.models.encoders import encoder
 from ecgot.models.losses import (
     TOKEN_LOSSES,
-    TOKEN_SIMILARITIES,
     AlignmentLoss,
     SaidPhrases,
     Transport,

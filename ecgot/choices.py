@@ -1,0 +1,17 @@
+"""Names and defaults that models, commands and their help share.
+
+This module imports nothing, so that ``ecgot COMMAND --help`` reads them without waiting for torch.
+"""
+
+# The two stages of training: align ECGs with reports, then learn to write reports.
+STAGES = ("align", "report")
+
+# Similarities of each ECG to each text by their tokens: "ot" is minus the transport cost, "best_match" the
+# mean of each token's best cosine on the other side (FILIP, Yao et al. 2022), "mean_match" of all cosines.
+TOKEN_SIMILARITIES = ("ot", "best_match", "mean_match")
+
+# How a class is scored by its prompts, see ecgot.inference.zeroshot.class_scores.
+SCORES = ("phrase", "cosine", *TOKEN_SIMILARITIES)
+
+# Beams of the search for a report; 1 is greedy.
+BEAMS = 4
