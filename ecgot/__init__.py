@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from ecgot.data.dataset import load_dataset
     from ecgot.data.record import read_record
     from ecgot.inference.reader import load_pretrained
+    from ecgot.kernels.ot.divergence import sinkhorn_divergence
     from ecgot.kernels.ot.loss import SinkhornLoss
     from ecgot.kernels.ot.outputs import SinkhornOutput
+    from ecgot.kernels.ot.pairwise import sinkhorn_pairwise
     from ecgot.kernels.ot.sinkhorn import sinkhorn, sinkhorn_from_cost
-    from ecgot.kernels.ot.variants import sinkhorn_divergence, sinkhorn_pairwise, sinkhorn_varlen
+    from ecgot.kernels.ot.varlen import sinkhorn_varlen
     from ecgot.models.encoders import encoder
 
 __all__ = [

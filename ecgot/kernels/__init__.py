@@ -7,10 +7,12 @@ from ecgot.kernels.conv.conv1d_norm import conv1d_norm
 from ecgot.kernels.conv.join import join, materialize
 from ecgot.kernels.conv.operands import FusedLayer, LazyActivation
 from ecgot.kernels.conv.pooling import max_pool1d, mean_pool1d
+from ecgot.kernels.ot.divergence import sinkhorn_divergence
 from ecgot.kernels.ot.loss import SinkhornLoss
 from ecgot.kernels.ot.outputs import SinkhornDivergenceOutput, SinkhornOutput, SinkhornPairwiseOutput
+from ecgot.kernels.ot.pairwise import sinkhorn_pairwise
 from ecgot.kernels.ot.sinkhorn import sinkhorn, sinkhorn_from_cost
-from ecgot.kernels.ot.variants import sinkhorn_divergence, sinkhorn_pairwise, sinkhorn_varlen
+from ecgot.kernels.ot.varlen import sinkhorn_varlen
 
 __all__ = [
     "FusedLayer",

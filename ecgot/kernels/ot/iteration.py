@@ -1,7 +1,7 @@
-"""Sinkhorn's iteration in torch: any device and dtype, whatever forms the log-sum-exps.
+"""Sinkhorn's iteration in torch, on any device and in any dtype.
 
-``Softmins`` hides how a log-sum-exp over the other side is formed (a stored cost matrix, chunks of rows, or a
-streaming kernel); ``iterate`` is the algorithm, the same for all of them.
+``Softmins`` hides how a log-sum-exp over the other side is formed (from a stored cost matrix, in chunks of
+rows, or by a streaming kernel); ``iterate`` is the algorithm, and the stopping rule, for all of them.
 """
 
 import math
@@ -11,31 +11,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ecgot.kernels.ot.problem import MAX_ANNEALING, Problem, Result, start_temperature
+from ecgot.kernels.ot.problem import MAX_ANNEALING, Problem, Result, SolverSettings, start_temperature
 
-CHECK_EVERY = 16  # iterations between two looks whether all have converged, where a look waits for a GPU
+CHECK_EVERY = 16  # iterations between checks for convergence on a GPU, where each check waits for it
 
 
 @dataclass
 class Softmins:
-    """Log-sum-exp over the other side, in units of eps, at a temperature T [B] (None is 1).
+    """Log-sum-exps over the other side, in units of eps, at a temperature T [B] (None is 1).
 
-    rows(g, T): [B, N], T log sum_j b_j exp((g_j - C_ij / eps) / T), of g [B, M]; columns(f, T): [B, M].
+    Attributes:
+        rows: (g [B, M], T) -> [B, N], T log sum_j b_j exp((g_j - C_ij / eps) / T).
+        columns: (f [B, N], T) -> [B, M], the same over i.
     """
 
     rows: Callable[[Tensor, Tensor | None], Tensor]
     columns: Callable[[Tensor, Tensor | None], Tensor]
 
 
-def iterate(
-    problem: Problem, softmins: Softmins, init: Tensor | None, max_iter: int, tol: float, scaling: float
-) -> Result:
+def iterate(problem: Problem, softmins: Softmins, init: Tensor | None, settings: SolverSettings) -> Result:
     """Potentials f [B, N] and g [B, M] in units of the cost, marginal error [B], iterations [B]."""
     eps = problem.eps[:, None]
     a, _ = problem.weights()
     tau_x, tau_y = (tau[:, None] for tau in problem.damping())
     g = torch.zeros_like(problem.b) if init is None else init / eps
-    g, annealing = _annealed(problem, softmins, g, scaling)
+    g, annealing = _annealed(problem, softmins, g, settings.scaling)
 
     solvable, tiny = problem.solvable(), torch.finfo(a.dtype).tiny
     f = torch.zeros_like(problem.a)
@@ -43,7 +43,7 @@ def iterate(
     iterations = torch.where(solvable, annealing, 0)
     going = solvable
     f_next = -tau_x * softmins.rows(g, None)
-    for iteration in range(1, max_iter + 1):
+    for iteration in range(1, settings.max_iter + 1):
         f_now = f_next
         g_now = -tau_y * softmins.columns(f_now, None)
         f_next = -tau_x * softmins.rows(g_now, None)
@@ -55,15 +55,16 @@ def iterate(
         f, g = torch.where(going[:, None], f_now, f), torch.where(going[:, None], g_now, g)
         error = torch.where(going, residual, error)
         iterations = torch.where(going, annealing + iteration, iterations)
-        going = going & (residual > tol)  # so that NaN stops as well: it would never converge
-        if _may_look(going, iteration) and not bool(going.any()):
+        going = going & (residual > settings.tol)  # False for NaN, which would never converge
+        if is_check_due(going, iteration) and not bool(going.any()):
             break
     f = torch.where(solvable[:, None] & (problem.a >= 0), f * eps, 0.0)
     g = torch.where(solvable[:, None] & (problem.b >= 0), g * eps, 0.0)
     return f, g, error, iterations.to(torch.int32)
 
 
-def _may_look(tensor: Tensor, iteration: int) -> bool:
+def is_check_due(tensor: Tensor, iteration: int) -> bool:
+    """Whether to check for convergence now: always on a CPU, seldom on a GPU, never in a CUDA graph."""
     if tensor.device.type == "cpu":
         return True
     capturing = tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -71,7 +72,7 @@ def _may_look(tensor: Tensor, iteration: int) -> bool:
 
 
 def _annealed(problem: Problem, softmins: Softmins, g: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """g after one update at each temperature from the largest cost down to eps; and how many there were."""
+    """g after one update at each temperature from the largest cost down to eps; and how many, [B]."""
     if not scaling:
         return g, torch.zeros_like(problem.eps, dtype=torch.int32)
     start = start_temperature(problem)

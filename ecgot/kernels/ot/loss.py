@@ -6,18 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ecgot.kernels.ot import checks as arguments
+from ecgot.kernels.ot import checks
+from ecgot.kernels.ot.divergence import sinkhorn_divergence
 from ecgot.kernels.ot.sinkhorn import sinkhorn
-from ecgot.kernels.ot.variants import sinkhorn_divergence
 
 
 class SinkhornLoss(torch.nn.Module):
-    """``sinkhorn`` as a loss module: ``loss(x, y) -> Tensor``.
+    """:func:`sinkhorn` as a loss module: ``loss(x, y) -> Tensor``, in units of the cost.
 
     Args:
         eps, cost, rho, max_iter, tol, scaling: as in :func:`sinkhorn`.
-        debias: the loss is :func:`sinkhorn_divergence`.
+        debias: use :func:`sinkhorn_divergence` instead.
         reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for the values [B].
+
+    >>> import torch
+    >>> x, y = torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]]]), torch.tensor([[[3.0, 4.0]], [[1.0, 1.0]]])
+    >>> SinkhornLoss(eps=0.1)(x, y)  # of 25 and 0
+    tensor(12.5000)
     """
 
     def __init__(
@@ -33,12 +38,12 @@ class SinkhornLoss(torch.nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        arguments.check_cost(cost)
-        arguments.check_rho(rho, None, None)
-        arguments.check_eps(eps, torch.empty(0), 1)
-        arguments.check_iterations(max_iter, tol, scaling)
+        checks.check_cost(cost)
+        checks.check_rho(rho, None, None)
+        checks.check_eps(eps, torch.empty(0), 1)
+        checks.check_settings(max_iter, tol, scaling)
         if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction: got {reduction!r}, accepted are 'mean', 'sum' and 'none'")
+            raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
         self.eps, self.cost, self.rho, self.debias = eps, cost, rho, debias
         self.max_iter, self.tol, self.scaling, self.reduction = max_iter, tol, scaling, reduction
 
@@ -52,7 +57,7 @@ class SinkhornLoss(torch.nn.Module):
         x_mask: Tensor | None = None,
         y_mask: Tensor | None = None,
     ) -> Tensor:
-        """x [B, N, D], y [B, M, D], weights and masks as in :func:`sinkhorn`; a scalar, or [B] unreduced."""
+        """The loss (scalar, or [B] unreduced) of x [B, N, D] and y [B, M, D]; see :func:`sinkhorn`."""
         solve: Callable[..., Any] = sinkhorn_divergence if self.debias else sinkhorn
         value = solve(
             x,
@@ -73,6 +78,7 @@ class SinkhornLoss(torch.nn.Module):
         return value.mean() if self.reduction == "mean" else value.sum()
 
     def extra_repr(self) -> str:
+        """The settings, as ``repr`` shows them."""
         return (
             f"eps={self.eps}, cost={self.cost!r}, rho={self.rho}, debias={self.debias}, "
             f"max_iter={self.max_iter}, tol={self.tol}, scaling={self.scaling}, reduction={self.reduction!r}"

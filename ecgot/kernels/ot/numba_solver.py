@@ -21,6 +21,7 @@ from ecgot.kernels.ot.problem import (
     PlanWeights,
     Problem,
     Result,
+    SolverSettings,
     cost_of,
     inverse_norm,
     prepared,
@@ -31,9 +32,7 @@ from ecgot.kernels.ot.torch_solver import chain
 CHUNK_CELLS = 2**20  # of the costs that are formed at once, 4 MB in fp32
 
 
-def solve(
-    problem: Problem, init: Tensor | None, max_iter: int, tol: float, scaling: float, cost_cache: Tensor
-) -> Result:
+def solve(problem: Problem, init: Tensor | None, settings: SolverSettings, cost_cache: Tensor) -> Result:
     """As :func:`ecgot.kernels.ot.torch_solver.solve`; a ``cost_cache`` [B, N, M] that is not empty gets S."""
     (n, m), dtype = problem.size, problem.dtype
     shape = problem.shape
@@ -45,16 +44,15 @@ def solve(
     g += clouds.y_terms if not problem.pairs else clouds.y_terms.repeat(shape[0], 1)
     error, iterations = torch.zeros(count, dtype=dtype), torch.zeros(count, dtype=torch.int64)
     tau_x, tau_y = (tau.contiguous() for tau in problem.damping())
-    start = start_temperature(problem) if scaling else torch.ones_like(problem.eps)
+    start = start_temperature(problem) if settings.scaling else torch.ones_like(problem.eps)
 
     def task(begin: int, end: int) -> None:
         for first, last, s, at in clouds.chunks(begin, end, out=cost_cache):
             arguments = (
                 clouds.usable[first:last], at["row"], at["rows"], at["column"], at["columns"],
                 clouds.x.weights, at["a"], clouds.y.weights, at["b"], clouds.x_terms, clouds.y_terms,
-                tau_x[first:last],
-                tau_y[first:last], f, at["f"], g, at["g"], start[first:last], scaling, tol, max_iter,
-                error[first:last], iterations[first:last],
+                tau_x[first:last], tau_y[first:last], f, at["f"], g, at["g"], start[first:last],
+                settings.scaling, settings.tol, settings.max_iter, error[first:last], iterations[first:last],
             )  # fmt: skip
             _run(loops.solve_blocks, last - first, s, arguments)
 

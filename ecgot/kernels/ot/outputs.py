@@ -1,4 +1,4 @@
-"""What the solvers return: the value, how it was found, and the plan on demand."""
+"""What the public functions return: the value, how it was found, and the plan on demand."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ecgot.kernels.ot import checks as arguments
+from ecgot.kernels.ot import checks
 from ecgot.kernels.ot.problem import Problem
 from ecgot.kernels.ot.torch_solver import MAX_CELLS
 
@@ -17,16 +17,16 @@ class SinkhornOutput:
     """The solution of B problems.
 
     Attributes:
-        value: [B], the regularised cost in units of the cost; differentiable twice (envelope theorem).
+        value: [B], the regularised cost, in units of the cost; differentiable twice (envelope theorem).
         f, g: [B, N] and [B, M], potentials in units of the cost, 0 at masked points; differentiable once, by
-            implicit differentiation. Where both marginals are kept they are determined up to a constant, and
-            chosen so that <a, f> = <b, g>.
-        marginal_error: [B], L1 distance of the plan's row marginals from a (where rho is finite, from those
-            that f asks for, a exp(-f / rho)); its column marginals are exact in the same sense.
+            implicit differentiation. Where both marginals are kept they are determined up to a constant,
+            which is chosen so that <a, f> = <b, g>.
+        marginal_error: [B], L1 distance of the plan's row marginals from a (from a exp(-f / rho), the target
+            that f sets, where rho is finite); its column marginals are exact in the same sense.
         iterations: [B], int32, how many updates of (f, g) the problem took, annealing included.
-        converged: [B], bool, ``marginal_error <= tol`` and a finite value.
-        backend: which solver served: ``"triton"`` (a problem on chip), ``"triton-streaming"``, ``"numba"``,
-            ``"torch"`` or ``"torch-streaming"`` (costs formed anew, no N x M matrix).
+        converged: [B], bool, whether ``marginal_error <= tol`` and the value is finite.
+        backend: which solver ran: ``"triton"`` (one problem on chip), ``"triton-streaming"``, ``"numba"``,
+            ``"torch"`` or ``"torch-streaming"`` (costs formed again for each update, no N x M matrix).
     """
 
     value: Tensor
@@ -45,7 +45,7 @@ class SinkhornOutput:
         """The transport plan P [B, N, M], differentiable once; 0 at masked points.
 
         Raises:
-            RuntimeError: x, y, a weight or a mask was changed in place since it was solved.
+            RuntimeError: x, y, a weight or a mask was changed in place after solving.
         """
         self._check_unchanged()
         with torch.autocast(self.f.device.type, enabled=False):
@@ -54,26 +54,28 @@ class SinkhornOutput:
     def apply(self, v: Tensor, *, transpose: bool = False) -> Tensor:
         """P v [B, N, E] of v [B, M, E], or P^T v [B, M, E] of v [B, N, E]; differentiable once.
 
-        Rows of P are formed some at a time (2^24 numbers), and again for the gradient: beyond that, memory is
+        P is formed in chunks of rows (2^24 numbers at a time), and again for the gradient; other memory is
         O((N + M) E).
         """
         n, m = self._problem.size
         wanted = (len(self.f), n if transpose else m)
-        arguments.check_floating("v", v, 3, f"[{wanted[0]}, {wanted[1]}, E]")
+        checks.check_floating("v", v, 3, f"[{wanted[0]}, {wanted[1]}, E]")
         if v.device != self.f.device:
-            raise ValueError(f"v: got device {v.device}, accepted is that of x, {self.f.device}")
+            raise ValueError(f"v: expected the device of x, {self.f.device}, got {v.device}")
         if tuple(v.shape[:2]) != wanted:
-            raise ValueError(f"v: got shape {tuple(v.shape)}, accepted is [{wanted[0]}, {wanted[1]}, E]")
+            raise ValueError(f"v: expected [{wanted[0]}, {wanted[1]}, E], got shape {tuple(v.shape)}")
         if transpose:
             parts = self._by_rows(lambda part, f, g, some: part.plan(f, g).mT @ v[:, some].to(f.dtype))
             return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         return torch.cat(self._by_rows(lambda part, f, g, _: part.plan(f, g) @ v.to(f.dtype)), 1)
 
     def barycentric_projection(self) -> Tensor:
-        """Where P sends each x: sum_j P_ij y_j / sum_j P_ij [B, N, D]; 0 for points without mass."""
+        """Where P sends each x: sum_j P_ij y_j / sum_j P_ij [B, N, D]; 0 where a point has no mass."""
         y = self._problem.y
         if y is None:
-            raise ValueError("barycentric_projection: got a solution of a given cost, which has no points")
+            raise ValueError(
+                "barycentric_projection: expected a solution between points, got one of a given cost"
+            )
         y = torch.where((self._problem.b >= 0)[:, :, None], y.to(self.f.dtype), 0.0)
         moved = self.apply(torch.cat([y, torch.ones_like(y[:, :, :1])], 2))
         mass = moved[:, :, -1:]
@@ -87,14 +89,14 @@ class SinkhornOutput:
             plan, cost = part.plan(f, g), part.cost_matrix()
             if terms is not None:
                 cost = cost + terms[0][:, some, None] + terms[1][:, None, :]
-            # A forbidden pair costs infinity and carries nothing; NaN in the plan is not 0 and stays.
+            # A forbidden pair costs infinity and carries nothing. NaN in the plan is not 0 and stays.
             moved = plan != 0
             return torch.where(moved, plan * torch.where(moved, cost, 0.0), 0.0).sum((1, 2))
 
         return torch.stack(self._by_rows(part_cost)).sum(0)
 
     def _by_rows(self, function: Callable[[Problem, Tensor, Tensor, slice], Tensor]) -> list[Tensor]:
-        """function(problem, f, g, rows) of some rows of x at a time; a gradient forms them again."""
+        """function(problem, f, g, rows) for each chunk of rows of x; the gradient forms the chunk again."""
         self._check_unchanged()
         problem, (f, g) = self._problem, self._raw
         n, m = problem.size
@@ -112,20 +114,28 @@ class SinkhornOutput:
         return [checkpoint(of_rows, start, use_reentrant=False) for start in starts]
 
     def _check_unchanged(self) -> None:
-        if self._versions is not None and self._versions != _versions(self._problem):
-            raise RuntimeError("plan: x, y, a weight or a mask was changed in place since it was solved")
+        if self._versions is not None and self._versions != tensor_versions(self._problem):
+            raise RuntimeError("plan: expected unchanged x, y, weights and masks, got one changed in place")
 
 
-def _versions(problem: Problem) -> tuple[int, ...] | None:
+def tensor_versions(problem: Problem) -> tuple[int, ...] | None:
+    """How often each tensor was changed in place; None where torch does not count that."""
     given = [t for t in (problem.x, problem.y, problem.a, problem.b) if t is not None]
     if torch.compiler.is_compiling() or any(t.is_inference() for t in given):
-        return None  # these do not count their changes
+        return None
     return tuple(t._version for t in given)
 
 
 @dataclass
 class SinkhornDivergenceOutput:
-    """value [B], differentiable; of its three problems the largest marginal error and iterations."""
+    """The debiased cost of B problems.
+
+    Attributes:
+        value: [B], in units of the cost, differentiable.
+        marginal_error, iterations: [B], the largest of the three problems behind each value.
+        converged: [B], whether all three converged.
+        backend: which solver ran, as in :class:`SinkhornOutput`.
+    """
 
     value: Tensor
     marginal_error: Tensor
@@ -136,7 +146,13 @@ class SinkhornDivergenceOutput:
 
 @dataclass
 class SinkhornPairwiseOutput:
-    """[B, K] each: value (differentiable once), marginal error, iterations and converged of all pairs."""
+    """The solutions of all B x K pairs.
+
+    Attributes:
+        value: [B, K], in units of the cost, differentiable once.
+        marginal_error, iterations, converged: [B, K], as in :class:`SinkhornOutput`.
+        backend: which solver ran.
+    """
 
     value: Tensor
     marginal_error: Tensor

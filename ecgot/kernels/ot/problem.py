@@ -1,31 +1,54 @@
-"""TODO"""
+"""The transport problem that every backend solves: its points, weights and costs, and what follows from them.
+
+B is the batch, N and M the points of a problem's two sides, D their dimension; all pairs of B clouds x and K
+clouds y are B x K problems. Costs and potentials are in units of the cost.
+"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecgot.kernels.ot.checks import can_read_values
-
+ABSENT = -1.0  # the weight of a point that does not exist
 MAX_EXPONENT = 80.0  # of exp: at a point without weight a larger one would overflow, and inf * 0 is NaN
+MAX_ANNEALING = 1e7  # largest cost / eps from which annealing starts
+Result = tuple[Tensor, Tensor, Tensor, Tensor]  # f, g, marginal error, iterations
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """When the solver stops, and how it gets there.
+
+    Attributes:
+        max_iter: most iterations at the final eps.
+        tol: the marginal error (L1) at which a problem stops.
+        scaling: factor of eps per annealing step; 0 does not anneal.
+    """
+
+    max_iter: int
+    tol: float
+    scaling: float = 0.0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """B problems, or all B x K pairs of B clouds and K clouds.
+    """B problems, or all B x K pairs of B clouds x and K clouds y.
 
     Attributes:
         x: [B, N, D]; with cost "given" the costs [B, N, M] themselves.
-        y: [B, M, D], [K, M, D] of pairs; None with cost "given".
-        a, b: weights [B, N] and [B, M] in the solver's dtype; below 0 where no point exists.
-        x_centre, y_centre: [B, D], what is subtracted from the points before their distance is formed, None
-            for the other costs. Where the two differ, the cost is that of the clouds about their centres.
-        eps: [B]; [B * K] of pairs.
+        y: [B, M, D]; [K, M, D] for pairs; None with cost "given".
+        a, b: weights [B, N] and [B, M] ([K, M] for pairs) in the solver's dtype; negative where no point
+            exists.
+        x_centre, y_centre: [B, D] ([K, D] for pairs), subtracted from the points before distances are formed;
+            None for no centring. Where the two differ, the cost is that of the centred clouds.
+        eps: [B]; [B * K] for pairs.
         cost: "sqeuclidean", "euclidean", "cosine", "dot" or "given".
-        rho_x, rho_y: may be infinite.
-        pairs: whether every x meets every y.
+        rho_x, rho_y: penalty of a missed marginal; infinite where the marginal is kept.
+        pairs: whether every cloud x meets every cloud y.
         precision: of fp32 products on a GPU, "fp32" or "tf32".
     """
 
@@ -42,8 +65,19 @@ class Problem:
     pairs: bool = False
     precision: str = "fp32"
 
+    def flatten(self) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+        """The seven tensors and the five other values, as a registered operator takes them."""
+        tensors = (self.x, self.y, self.a, self.b, self.x_centre, self.y_centre, self.eps)
+        return tensors, (self.cost, self.rho_x, self.rho_y, self.pairs, self.precision)
+
+    @classmethod
+    def unflatten(cls, tensors: Sequence[Any], values: Sequence[Any]) -> "Problem":
+        """The inverse of :meth:`flatten`."""
+        return cls(*tensors, *values)
+
     @property
     def dtype(self) -> torch.dtype:
+        """The solver's: fp32 or fp64, whatever the points' own."""
         return self.eps.dtype
 
     @property
@@ -53,33 +87,34 @@ class Problem:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[B], or [B, K] of pairs."""
+        """(B,), or (B, K) for pairs."""
         return (len(self.a), len(self.b)) if self.pairs else (len(self.a),)
 
     @property
-    def nothing(self) -> bool:
-        """No problem, or none with points: the solvers are spared it."""
+    def empty(self) -> bool:
+        """Whether there is no problem or no point at all; the solvers never see such a batch."""
         return not all((*self.shape, *self.size))
 
     @property
     def balanced(self) -> bool:
+        """Whether both marginals are kept."""
         return math.isinf(self.rho_x) and math.isinf(self.rho_y)
 
     def damping(self) -> tuple[Tensor, Tensor]:
-        """rho / (rho + eps), [B] each: 1 where the marginal is kept."""
+        """rho / (rho + eps) of x and y, [B] each: 1 where the marginal is kept."""
         return _damping(self.rho_x, self.eps), _damping(self.rho_y, self.eps)
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """The weights with 0 where no point exists."""
+        """a and b, 0 where no point exists."""
         return self.a.clamp_min(0), self.b.clamp_min(0)
 
     def solvable(self) -> Tensor:
-        """[B] (of pairs [B, K]), False where a side has no mass: such a problem has no plan."""
+        """[B] ([B, K] for pairs), False where a side has no mass: such a problem has no plan."""
         a, b = (weight.sum(1) > 0 for weight in self.weights())
         return a[:, None] & b if self.pairs else a & b
 
     def rows(self, start: int, stop: int) -> "Problem":
-        """The problems ``start`` to ``stop``; of pairs, those of x in that range with all y, one by one."""
+        """Problems ``start`` to ``stop``; for pairs, every pair of a cloud x in that range, as a problem."""
         b, y, y_centre, eps = self.b, self.y, self.y_centre, self.eps
         x, a = self.x[start:stop], self.a[start:stop]
         x_centre = None if self.x_centre is None else self.x_centre[start:stop]
@@ -98,17 +133,17 @@ class Problem:
         return replace(self, x=x, y=y, a=a, b=b, x_centre=x_centre, y_centre=y_centre, eps=eps, pairs=False)
 
     def with_rows(self, some: slice) -> "Problem":
-        """The problems with some of the points of x alone; of use where a or b need not sum to 1."""
+        """The problems restricted to some points of x; the weights a then no longer sum to 1."""
         return replace(self, x=self.x[:, some], a=self.a[:, some])
 
     def points(self) -> tuple[Tensor, Tensor]:
-        """Clean points in the solver's dtype: about their centres, of unit length for the cosine."""
+        """x [B, N, D] and y [B, M, D] as :func:`prepared` makes them."""
         assert self.y is not None
         x = prepared(self.x, self.a, self.x_centre, self.cost, self.dtype)
         return x, prepared(self.y, self.b, self.y_centre, self.cost, self.dtype)
 
     def cost_matrix(self) -> Tensor:
-        """[B, N, M], differentiable; finite at points that do not exist."""
+        """[B, N, M], differentiable; finite where a point does not exist."""
         if self.cost == "given":
             present = (self.a >= 0)[:, :, None] & (self.b >= 0)[:, None, :]
             return self.x.to(self.dtype).masked_fill(~present, 0.0)
@@ -120,14 +155,14 @@ class Problem:
         return torch.exp(exponent.clamp_max(MAX_EXPONENT))
 
     def plan(self, f: Tensor, g: Tensor) -> Tensor:
-        """P [B, N, M], differentiable; 0 at points that do not exist or weigh nothing."""
+        """P [B, N, M], differentiable; 0 where a point does not exist or has no weight."""
         a, b = self.weights()
         return self.kernel(f, g) * a[:, :, None] * b[:, None, :]
 
     def value(self, f: Tensor, g: Tensor) -> Tensor:
-        """The dual objective [B] (or [B, K]) at potentials f [..., N] and g [..., M].
+        """The dual objective [B] ([B, K] for pairs) at potentials f [..., N] and g [..., M].
 
-        The column marginals are those that g asks for, as they are after each update of g.
+        Assumes that g was updated last, so that the plan has the column marginals that g asks for.
         """
         a, b = self.weights()
         a_mass, b_mass = a.sum(1), b.sum(1)
@@ -140,14 +175,17 @@ class Problem:
         if not self.balanced:
             moved = b_mass if math.isinf(self.rho_y) else _weighted(b, torch.exp(-g / self.rho_y))
             value = value - eps * (moved - a_mass * b_mass)
-        # Without a plan nothing moves, and what a finite rho penalises is all that there is.
+        # Without a plan nothing moves: only the penalties of the missed marginals are left.
         alone = (0.0 if math.isinf(self.rho_x) else self.rho_x * a_mass) + (
             0.0 if math.isinf(self.rho_y) else self.rho_y * b_mass
         )
         return torch.where(solvable, value, alone)
 
     def weight_gradients(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """d value / d a and d value / d b at the optimum, differentiable; the potentials where balanced."""
+        """d value / d a [B, N] and d value / d b [B, M] at the optimum, differentiable.
+
+        Where balanced these are the potentials.
+        """
         a, b = self.weights()
         eps = self.eps[:, None]
         return (
@@ -156,7 +194,7 @@ class Problem:
         )
 
     def largest_cost(self) -> Tensor:
-        """[B] (of pairs [B * K]), a bound of the spread of the costs, from which annealing starts."""
+        """[B] ([B * K] for pairs), a bound on the spread of the costs, where annealing starts."""
         if self.cost == "given":
             return (self.cost_matrix().amax((1, 2)) - self.cost_matrix().amin((1, 2))).nan_to_num(0.0)
         if self.cost == "cosine":
@@ -183,7 +221,7 @@ def _dual_side(weight: Tensor, potential: Tensor, rho: float) -> Tensor:
 
 
 def _weighted(weight: Tensor, moved: Tensor) -> Tensor:
-    """The sum over points that weigh something: at the others ``moved`` may be infinite."""
+    """The sum over points with weight: at the others ``moved`` may be infinite."""
     return torch.where(weight > 0, weight * moved, 0.0).sum(-1)
 
 
@@ -194,9 +232,9 @@ def _dual_slope(potential: Tensor, rho: float, eps: Tensor, other_mass: Tensor) 
 
 
 def prepared(points: Tensor, weights: Tensor, centre: Tensor | None, cost: str, dtype: torch.dtype) -> Tensor:
-    """Points in the solver's dtype, about their centre, of unit length for the cosine, 0 where none exists.
+    """Points [B, N, D] in the solver's dtype, centred, and of unit length for the cosine.
 
-    What stands at a point that does not exist may be NaN.
+    Where a point does not exist the result is 0, even if the input is NaN.
     """
     points = points.to(dtype)
     if centre is not None:
@@ -207,13 +245,18 @@ def prepared(points: Tensor, weights: Tensor, centre: Tensor | None, cost: str, 
     return points * inverse_norm(points) if cost == "cosine" else points
 
 
+def can_read_values(tensor: Tensor) -> bool:
+    """Whether reading values is free: on a GPU it would wait, and a compiled function has none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def all_present(weights: Tensor) -> bool:
-    """True where no point is missing and that costs nothing to know."""
+    """True if every point exists; False also where finding out would cost a wait."""
     return can_read_values(weights) and (weights.numel() == 0 or weights.min().item() >= 0)
 
 
 def inverse_norm(points: Tensor) -> Tensor:
-    """[B, N, 1]: 0 for a zero vector, so that its cosine to everything is 0, and NaN where it overflows."""
+    """1 / |point| [B, N, 1]; 0 for a zero vector (whose cosine with everything is 0), NaN on overflow."""
     square = points.square().sum(2, keepdim=True)
     usable = square >= torch.finfo(points.dtype).tiny
     inverse = torch.where(usable, torch.where(usable, square, 1.0).rsqrt(), 0.0)
@@ -222,7 +265,7 @@ def inverse_norm(points: Tensor) -> Tensor:
 
 
 def cost_of(x: Tensor, y: Tensor, cost: str) -> Tensor:
-    """[B, N, M] of prepared points."""
+    """The costs [B, N, M] of prepared points."""
     inner = x @ y.mT
     if cost == "dot":
         return -inner
@@ -231,21 +274,17 @@ def cost_of(x: Tensor, y: Tensor, cost: str) -> Tensor:
     square = (x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :] - 2 * inner).clamp_min(0)
     if cost == "sqeuclidean":
         return square
-    positive = square > 0  # where points coincide the distance has no derivative: 0 is taken
+    positive = square > 0  # coinciding points: the distance has no derivative there, and we take 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), square * 0)  # NaN stays NaN
 
 
 def padded(points: Tensor, length: int, value: float = 0.0) -> Tensor:
-    """[B, n, ...] to [B, length, ...]."""
+    """[B, n, ...] padded with ``value`` to [B, length, ...]."""
     return F.pad(points, (0, 0) * (points.dim() - 2) + (0, length - points.shape[1]), value=value)
 
 
-MAX_ANNEALING = 1e7  # from which cost / eps annealing starts at most, where the costs are not looked at
-Result = tuple[Tensor, Tensor, Tensor, Tensor]  # f, g, marginal error, iterations
-
-
 def start_temperature(problem: Problem) -> Tensor:
-    """[B] (of pairs [B * K]), the spread of the costs in units of eps, at least 1."""
+    """[B] ([B * K] for pairs), the spread of the costs in units of eps, at least 1."""
     return (problem.largest_cost() / problem.eps).clamp(1.0, MAX_ANNEALING)
 
 
@@ -256,8 +295,10 @@ def start_temperature(problem: Problem) -> Tensor:
 class PlanWeights:
     """Weights Q_ij = E_ij (scale a_i b_j + left_i b_j + a_i right_j) of costs, E = exp((f + g - C) / eps).
 
-    With ``scale`` alone they are the plan times the gradient of the value; ``left`` [B, N] and ``right``
-    [B, M], which may be None together, carry what the potentials' gradients add.
+    Attributes:
+        f, g: potentials [B, N] and [B, M] ([B, K, N] and [B, K, M] for pairs).
+        scale: [B] ([B, K] for pairs), the gradient of the value: with it alone Q is the plan times ``scale``.
+        left, right: [B, N] and [B, M], what the gradients of the potentials add; both None if nothing.
     """
 
     f: Tensor
@@ -267,6 +308,7 @@ class PlanWeights:
     right: Tensor | None = None
 
     def weights(self, problem: Problem) -> Tensor:
+        """Q [B, N, M], differentiable."""
         a, b = problem.weights()
         kernel = problem.kernel(self.f, self.g)
         a_scaled = a * torch.where(problem.solvable(), self.scale, 0.0)[:, None]
@@ -276,7 +318,7 @@ class PlanWeights:
         return kernel * (rows[:, :, None] * b[:, None, :] + a[:, :, None] * self.right[:, None, :])
 
     def rows(self, problem: Problem, start: int, stop: int) -> "PlanWeights":
-        """The part of the problems ``start`` to ``stop``; of pairs, one by one."""
+        """The part that belongs to :meth:`Problem.rows`."""
 
         def cut(tensor: Tensor) -> Tensor:
             return tensor[start:stop].flatten(0, 1) if problem.pairs else tensor[start:stop]

@@ -34,7 +34,7 @@ def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
         return -(x[:, None, :] * y[None, :, :]).sum(-1)
     if cost == "cosine":
         return 1 - torch.nn.functional.cosine_similarity(x[:, None, :], y[None, :, :], dim=-1)
-    raise ValueError(f"cost: got {cost!r}, accepted are 'sqeuclidean', 'euclidean', 'cosine' and 'dot'")
+    raise ValueError(f"cost: expected 'sqeuclidean', 'euclidean', 'cosine' or 'dot', got {cost!r}")
 
 
 def solve(

@@ -1,4 +1,4 @@
-"""The solver in torch: any device, any dtype, costs stored for a chunk of problems or not at all."""
+"""The solver in torch, on any device and in any dtype: costs are stored for some problems, or not at all."""
 
 import math
 from collections.abc import Callable
@@ -7,31 +7,31 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ecgot.kernels.ot.iteration import Softmins, _may_look, iterate
-from ecgot.kernels.ot.problem import PlanWeights, Problem, Result, cost_of, inverse_norm
+from ecgot.kernels.ot.iteration import Softmins, is_check_due, iterate
+from ecgot.kernels.ot.problem import PlanWeights, Problem, Result, SolverSettings, cost_of, inverse_norm
 
 MAX_CELLS = 2**24  # of the cost matrix that is held at once
 
 
-def solve(problem: Problem, init: Tensor | None, max_iter: int, tol: float, scaling: float) -> Result:
-    """Solve in chunks of problems whose costs are stored, or, where one is too large, in chunks of rows."""
+def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> Result:
+    """Solve in chunks of problems with stored costs, or of rows where one problem is too large."""
     n, m = problem.size
     per_x = n * m * (len(problem.b) if problem.pairs else 1)
     if per_x > MAX_CELLS and not problem.pairs and problem.cost != "given":
-        return iterate(problem, by_chunks(problem), init, max_iter, tol, scaling)
+        return iterate(problem, by_chunks(problem), init, settings)
     step = max(1, MAX_CELLS // per_x)
     parts = []
     for start in range(0, len(problem.a), step):
         part = problem.rows(start, min(start + step, len(problem.a)))
         first = None if init is None else init[start : start + step]
-        parts.append(iterate(part, stored(part), first, max_iter, tol, scaling))
+        parts.append(iterate(part, stored(part), first, settings))
     f, g, error, iterations = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     shape = problem.shape
     return f.view(*shape, n), g.view(*shape, m), error.view(shape), iterations.view(shape)
 
 
 def stored(problem: Problem) -> Softmins:
-    """With the whole cost matrix in memory."""
+    """Log-sum-exps from a cost matrix [B, N, M] held in memory."""
     kernel = problem.cost_matrix() / -problem.eps[:, None, None]
     log_a, log_b = (weight.log() for weight in problem.weights())
     return Softmins(
@@ -48,7 +48,7 @@ def _logsumexp(exponent: Tensor, log_weight: Tensor, temperature: Tensor | None,
 
 
 def by_chunks(problem: Problem) -> Softmins:
-    """With the costs of some rows in memory at a time, formed anew for each update."""
+    """Log-sum-exps with the costs of some rows in memory at a time, formed again for each update."""
     n, m = problem.size
     step = max(1, MAX_CELLS // (m * len(problem.a)))
     log_a, log_b = (weight.log() for weight in problem.weights())
@@ -77,7 +77,7 @@ def by_chunks(problem: Problem) -> Softmins:
 
 
 def cost_vjp(problem: Problem, given: PlanWeights) -> tuple[Tensor, Tensor | None]:
-    """The gradient of sum Q_ij C_ij, Q held fast, in x [B, N, D] and y [B, M, D]; with cost "given" in C."""
+    """The gradient of sum Q_ij C_ij, Q held fixed, in x [B, N, D] and y [B, M, D]; in C with cost "given"."""
     n, m = problem.size
     step = max(1, MAX_CELLS // (n * m * (len(problem.b) if problem.pairs else 1)))
     grads_x, grads_y = [], []
@@ -138,9 +138,9 @@ def chain(cost: str, x: Tensor, to_y: Tensor, total: Tensor, inverse_norm: Tenso
 
     Args:
         x: prepared points [B, N, D].
-        to_y: Q y [B, N, D], overwritten, and ``total`` Q 1 [B, N]; for the Euclidean distance Q is already
-            divided by it.
-        inverse_norm: of the raw points [B, N, 1], for the cosine.
+        to_y: Q y [B, N, D]; overwritten.
+        total: Q 1 [B, N]. For the Euclidean distance Q is already divided by it.
+        inverse_norm: of the raw points [B, N, 1]; for the cosine only.
     """
     if cost == "dot":
         return to_y.neg_()
@@ -165,8 +165,8 @@ def implicit(
         df + tau_x W dg = tau_x W . (dC - eps db / b),    dg + tau_y V^T df = tau_y V^T . (dC - eps da / a).
 
     The adjoint of this system, reduced to its columns, is symmetric and positive semi-definite; conjugate
-    gradients solve it by products with E alone. Its null space, a constant where both marginals are kept, is
-    never entered: the caller fixes the gauge, so that grad_f and grad_g have the same sum.
+    gradients solve it by products with E alone. They never enter its null space, a constant where both
+    marginals are kept: the caller fixes the gauge, so that grad_f and grad_g have the same sum.
     """
     kernel = problem.kernel(f, g)
     a, b = problem.weights()
@@ -186,11 +186,11 @@ def implicit(
     bare = torch.where(b > 0, 0.0, grad_g)  # a column without weight passes its gradient on, and gets none
     rows = grad_f - tau_y * a * to_rows(bare * per_c)
     rhs = torch.where(b > 0, grad_g, 0.0) - tau_x * b * to_columns(rows * per_r)
-    # What cancels in the right-hand side leaves rounding, which is no equation to solve.
+    # Cancellation leaves rounding in the right-hand side, which is no equation to solve.
     terms = torch.where(b > 0, grad_g, 0.0).abs() + tau_x * b * to_columns((rows * per_r).abs())
     rounding = 8 * torch.finfo(rhs.dtype).eps * terms
     diagonal = b * c
-    if problem.balanced:  # singular: what is left of the gauge must go, or the iteration would chase it
+    if problem.balanced:  # singular: remove what is left of the gauge, or the iteration would chase it
         total = diagonal.sum(1, keepdim=True)
         rhs = rhs - diagonal * rhs.sum(1, keepdim=True) / torch.where(total > 0, total, 1.0)
 
@@ -213,10 +213,11 @@ def conjugate_gradients(
     max_iter: int,
     tol: float,
 ) -> Tensor:
-    """Solve B symmetric systems [B, M], preconditioned by their diagonal; each stops at its own residual.
+    """Solve B symmetric systems [B, M] with a diagonal preconditioner; each stops at its own residual.
 
     Args:
-        rounding: [B, M], errors of the right-hand side: a residual of their size is solved.
+        rounding: [B, M], error of the right-hand side: a residual of that size counts as solved.
+        tol: of the preconditioned residual, relative to that of the right-hand side.
     """
     inverse = torch.where(diagonal > 0, 1 / torch.where(diagonal > 0, diagonal, 1.0), 0.0)
     q, residual = torch.zeros_like(rhs), rhs
@@ -225,7 +226,7 @@ def conjugate_gradients(
     goal = torch.maximum(tol * tol * rho, (rounding.square() * inverse).sum(1, keepdim=True))
     for iteration in range(1, max_iter + 1):
         going = rho > goal
-        if _may_look(going, iteration) and not bool(going.any()):
+        if is_check_due(going, iteration) and not bool(going.any()):
             break
         image = matvec(direction)
         curvature = (direction * image).sum(1, keepdim=True)

@@ -13,18 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ecgot.kernels.compilation import CompileCase, compile_case
 from ecgot.kernels.dispatch import launch
+from ecgot.kernels.ot.checks import COSTS
 from ecgot.kernels.ot.problem import PlanWeights, Problem
 from ecgot.kernels.ot.triton_tiles import (
+    CONVENTIONS,
     COSINE,
-    COSTS,
+    COST_CODES,
     DOT,
     EUCLIDEAN,
     LOG2_E,
     MAX_EXPONENT,
     SQEUCLIDEAN,
     block_size,
-    compile_case,
     cost_tile,
     exchanged,
     fp32_precisions,
@@ -78,11 +80,11 @@ def _sinkhorn_pull_kernel(
     BLOCK_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradient in BLOCK_N points of x and BLOCK_OUT of their coordinates of sum Q_ij C_ij, Q held fast.
+    """The gradient of sum Q_ij C_ij, Q held fixed, in BLOCK_N points of x and BLOCK_OUT of their coordinates.
 
-    Q_ij = exp((f_i + g_j - C_ij) / eps) (scale a_i b_j + left_i b_j + a_i right_j). It is symmetric in its
-    two sides, so the same kernel with the roles exchanged gives the gradient in y. Cloud ``own`` of x meets
-    ``others`` clouds of y: cloud own * other_own + i, in the problem own * pair_own + i * pair_other.
+    Q_ij = exp((f_i + g_j - C_ij) / eps) (scale a_i b_j + left_i b_j + a_i right_j) is symmetric in its two
+    sides, so the same kernel with the roles exchanged gives the gradient in y. Cloud ``own`` of x meets
+    ``others`` clouds of y: cloud own * other_own + i, in problem own * pair_own + i * pair_other.
     """
     own = tl.program_id(0).to(tl.int64)
     x_index = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -105,7 +107,7 @@ def _sinkhorn_pull_kernel(
         f = tl.load(f_ptr + problem * N + x_index, mask=x_index < N, other=0.0) * per_unit
         # Without mass on this side there is no plan; without mass on the other b is 0.
         scale = tl.where(a_mass > 0, tl.load(scale_ptr + problem), 0.0)
-        wanted = scale != 0  # else nothing asks for this problem, and what is NaN in it stays there
+        wanted = scale != 0  # skip problems that get no gradient, so that their NaN stays theirs
         if IMPLICIT:
             wanted = True
         if wanted:
@@ -169,68 +171,39 @@ def _sinkhorn_pull_kernel(
 
 
 def _gradient_configuration(n: int, m: int, d: int, hip: bool = bool(torch.version.hip)) -> dict[str, Any]:
-    """Its products want a smaller tile than the solver's loop."""
+    """Blocks and warps: the products need a smaller tile than the solver's loop."""
     block_n, block_m = min(block_size(n), MAX_GRADIENT_N), min(block_size(m), MAX_GRADIENT_M)
     cells = block_n * block_m
+    warps = 1 if cells <= 16 * 16 else 2 if cells <= 16 * 32 else 4 if cells <= 32 * 32 or hip else 8
     return {
         "BLOCK_N": block_n,
         "BLOCK_M": block_m,
         "BLOCK_D": 16,
         "BLOCK_OUT": min(block_size(d), GRADIENT_WIDTH),
-        "num_warps": 1
-        if cells <= 16 * 16
-        else 2
-        if cells <= 16 * 32
-        else 4
-        if cells <= 32 * 32 or hip
-        else 8,
+        "num_warps": warps,
         "num_stages": 1,
     }
 
 
 def cost_vjp(problem: Problem, given: PlanWeights) -> tuple[Tensor, Tensor]:
-    """Launch the gradients in x [B, N, D] and y [B, M, D] (of pairs [K, M, D])."""
+    """Launch the gradients in x [B, N, D] and y [B, M, D] ([K, M, D] for pairs)."""
     assert problem.y is not None
     count_x, count_y = len(problem.a), len(problem.b)
     shared = launch_arguments(problem)
-    swapped = exchanged(shared)
     f, g, scale = given.f.contiguous(), given.g.contiguous(), given.scale.contiguous()
-    implicit = given.left is not None
     left = given.left.contiguous() if given.left is not None else f
     right = given.right.contiguous() if given.right is not None else g
+    x_side: dict[str, Any]
+    y_side: dict[str, Any]
     if problem.pairs:
         x_side = {"others": count_y, "pair_own": count_y, "pair_other": 1, "other_own": 0}
         y_side = {"others": count_x, "pair_own": 1, "pair_other": count_y, "other_own": 0}
     else:
         x_side = y_side = {"others": 1, "pair_own": 1, "pair_other": 0, "other_own": 1}
-    return (
-        _one_side(
-            problem.x,
-            shared
-            | x_side
-            | {
-                "f_ptr": f,
-                "g_ptr": g,
-                "left_ptr": left,
-                "right_ptr": right,
-                "scale_ptr": scale,
-                "IMPLICIT": implicit,
-            },
-        ),
-        _one_side(
-            problem.y,
-            swapped
-            | y_side
-            | {
-                "f_ptr": g,
-                "g_ptr": f,
-                "left_ptr": right,
-                "right_ptr": left,
-                "scale_ptr": scale,
-                "IMPLICIT": implicit,
-            },
-        ),
-    )
+    same = {"scale_ptr": scale, "IMPLICIT": given.left is not None}
+    x_side = x_side | {"f_ptr": f, "g_ptr": g, "left_ptr": left, "right_ptr": right} | same
+    y_side = y_side | {"f_ptr": g, "g_ptr": f, "left_ptr": right, "right_ptr": left} | same
+    return _one_side(problem.x, shared | x_side), _one_side(problem.y, exchanged(shared) | y_side)
 
 
 def _one_side(points: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -247,15 +220,18 @@ def _one_side(points: Tensor, arguments: dict[str, Any]) -> Tensor:
 # --- what compiles ------------------------------------------------------------------------------------------
 
 
-def compile_cases(hip: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """As :func:`ecgot.kernels.ot.triton_onchip.compile_cases`."""
+def compile_cases(hip: bool) -> Iterator[CompileCase]:
+    """Every launch above, as in :func:`ecgot.kernels.ot.triton_onchip.compile_cases`."""
     sides = [2**power for power in range(4, 9)]
     precisions = fp32_precisions(hip)
     for n, m, d in itertools.product(sides, sides, (16, 32, 64)):
-        for dtype, cost, used in itertools.product(("fp32", "fp16", "bf16"), list(COSTS)[:4], precisions):
-            kind = {"COST": COSTS[cost], "CENTRED": cost in ("sqeuclidean", "euclidean"), "PRECISION": used}
+        configuration = _gradient_configuration(n, m, d, hip)
+        for dtype, cost, used in itertools.product(("fp32", "fp16", "bf16"), COSTS, precisions):
+            kind = {
+                "COST": COST_CODES[cost],
+                "CENTRED": cost in ("sqeuclidean", "euclidean"),
+                "PRECISION": used,
+            }
             for implicit_too in (False, True):
                 flags = kind | {"IMPLICIT": implicit_too}
-                yield compile_case(
-                    _sinkhorn_pull_kernel, dtype, cost, flags, _gradient_configuration(n, m, d, hip)
-                )
+                yield compile_case(_sinkhorn_pull_kernel, dtype, flags, configuration, CONVENTIONS)

@@ -6,14 +6,14 @@
 until the plan P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps) has the row marginals that f asks for within tol.
 
 The trick: the cost tile C [N, M] is built from x and y with matrix products; a pass in the log domain absorbs
-the potentials into K = b exp((f + g - C) / eps), which stays in registers; and from there an iteration is
-multiply-adds alone, f and g moving by the logarithms of u = 1 / (K v) and v = b / (K^T a u). Where v leaves a
-safe range, the tile is built and absorbed anew. Potentials are kept in units of eps / log2(e), so that exp2,
-one instruction, serves. The next u gives the marginal error for free: row i sums to a_i u_i (K v)_i.
+the potentials into K = b exp((f + g - C) / eps), which stays in registers. From there an iteration is only
+multiply-adds: f and g move by the logarithms of u = 1 / (K v) and v = b / (K^T a u). If v leaves a safe range
+the tile is built and absorbed again. Potentials are in units of eps / log2(e), so that exp is exp2, a single
+instruction. The next u gives the marginal error for free: row i sums to a_i u_i (K v)_i.
 
 Bytes moved per problem: forward (N + M) D reads, N + M + 3 writes; the gradient, for each tile of points of
-one side, that tile and the whole other side, twice, and the tile's gradient. No problem looks at another, so
-a result never depends on its batch mates.
+one side, that tile and the whole other side, twice, and the tile's gradient. No problem reads another's data,
+so a result never depends on its batch mates.
 """
 
 import itertools
@@ -26,15 +26,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ecgot.kernels.compilation import CompileCase, compile_case
 from ecgot.kernels.dispatch import launch
-from ecgot.kernels.ot.problem import Problem, Result, start_temperature
+from ecgot.kernels.ot.problem import Problem, Result, SolverSettings, start_temperature
 from ecgot.kernels.ot.triton_tiles import (
-    COSTS,
+    CONVENTIONS,
+    COST_CODES,
     LN_2,
     LOG2_E,
     MAX_EXPONENT,
     block_size,
-    compile_case,
     cost_tile,
     fp32_precisions,
     launch_arguments,
@@ -42,7 +43,7 @@ from ecgot.kernels.ot.triton_tiles import (
     log2,
 )
 
-# Problems whose tile is at most this, and no side of it longer than its MAX_BLOCK, stay in registers.
+# Tiles of at most this many cells, with no side longer than its MAX_BLOCK, stay in registers.
 MAX_TILE = 128 * 128
 MAX_BLOCK_N, MAX_BLOCK_M = 256, 128  # 64 x 256 would need more tensor memory than sm_100 has
 MAX_IMPLICIT_TILE = 64 * 64
@@ -54,7 +55,7 @@ TINY = tl.constexpr(2.0**-126)
 
 @triton.jit
 def _log_sum_exp2(exponent, AXIS: tl.constexpr):
-    """log2 sum exp2(exponent) along AXIS; rows of nothing but -inf give -inf without a NaN."""
+    """log2 sum exp2(exponent) along AXIS; a row that is all -inf gives -inf, not NaN."""
     top = tl.max(exponent, axis=AXIS)
     top = tl.where(top == float("-inf"), 0.0, top)
     return top + tl.log2(tl.sum(tl.exp2(exponent - tl.expand_dims(top, AXIS)), axis=AXIS))
@@ -67,14 +68,14 @@ def _damping(rho, eps):  # rho may be infinite
 
 @triton.jit
 def _column_scaling(t, b, g, tau, BALANCED: tl.constexpr):
-    """v from the column sums t of K (with b in it) under u; K absorbed the potentials g. 1 without weight."""
+    """v from the column sums t of u K, where K has absorbed b and the potentials g; 1 without weight."""
     v = b / t if BALANCED else tl.exp2(-tau * (tl.log2(t / b) - g) - g)
     return tl.where(b > 0, v, 1.0)
 
 
 @triton.jit
 def _row_error(a, f, f_next, tau):
-    """|row marginal - a exp(-f / rho)| of each row; f_next is the update from g."""
+    """|row marginal - a exp(-f / rho)| per row; f_next is the update from g."""
     # Far clouds: the target underflows while the step to it overflows, and 0 * inf would be NaN.
     target = tl.maximum(tl.exp2(-f * (1.0 / tau - 1.0)), TINY)
     step = tl.abs(tl.exp2((f - f_next) / tau) - 1.0)
@@ -82,7 +83,7 @@ def _row_error(a, f, f_next, tau):
 
 
 @triton.jit
-def _outside(scaling, weight):  # -> how many that weigh are out of range
+def _outside(scaling, weight):  # -> how many points with weight are out of range
     out = (scaling > SAFE) | (scaling < UNSAFE)
     return tl.sum((out & (weight > 0)).to(tl.int32), axis=0)
 
@@ -128,7 +129,7 @@ def _sinkhorn_fwd_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """f_ptr is written, g_ptr holds where to start and is overwritten; both in units of the cost."""
+    """f_ptr is written; g_ptr holds the start and is overwritten. Both are in units of the cost."""
     problem = tl.program_id(0).to(tl.int64)
     x_cloud = problem
     y_cloud = problem
@@ -156,12 +157,12 @@ def _sinkhorn_fwd_kernel(
     iteration = 0
     last = max_iter
     error = tl.where(solvable, float("inf"), 0.0)
-    columns = False  # whether an update of g in the log domain is due: annealing, K out of range, or the end
-    judge = False  # whether g then belongs to f, so that there is a plan to judge
+    columns = False  # an update of g in the log domain is due: annealing, K out of range, or the end
+    judge = False  # g is an update from f, so there is a plan whose error counts
     finished = False
     going = solvable
-    # Each pass has one place in this loop and the tile is built anew for each, so that one tile and what a
-    # pass makes of it fit into the registers.
+    # Each pass appears once in this loop and builds its own tile, so that one tile and what the pass makes of
+    # it fit into the registers.
     while going:
         cost, _, _ = cost_tile(
             x_ptr, y_ptr, x_centre_ptr, y_centre_ptr, x_index, y_index, x_valid, y_valid, D, stride_xn,
@@ -173,7 +174,7 @@ def _sinkhorn_fwd_kernel(
             rate = 1.0 / temperature
             lse_y = temperature * _log_sum_exp2((f * rate + log2(a))[:, None] - cost * rate, 0)
             update = -_damping(rho_y, eps * temperature) * lse_y
-            # At the end only points without weight still lack their potential, which moves nothing.
+            # At the end only points without weight still lack a potential, and theirs moves nothing.
             g = tl.where(finished, tl.where(b > 0, g, update), update)
             hot = (temperature > 1.0).to(tl.int32)
             iteration += hot
@@ -193,7 +194,7 @@ def _sinkhorn_fwd_kernel(
             f_next = -_damping(rho_x, eps * temperature) * lse
             if judge:
                 error = tl.sum(_row_error(a, f, f_next, tau_x), axis=0)
-                going = (error > tol) & (iteration < last)  # so that NaN stops as well
+                going = (error > tol) & (iteration < last)  # False for NaN
             if going:
                 f = f_next
                 columns = temperature > 1.0
@@ -330,12 +331,12 @@ def _sinkhorn_implicit_kernel(
     bare = tl.where(b > 0, 0.0, grad_g)  # a column without weight passes its gradient on, and gets none
     inner = (grad_f - tau_y * a * _to_rows(kernel, bare * per_c)) * per_r
     residual = tl.where(b > 0, grad_g, 0.0) - tau_x * b * _to_columns(kernel, inner)
-    # What cancels in the right-hand side leaves rounding, which is no equation to solve.
+    # Cancellation leaves rounding in the right-hand side, which is no equation to solve.
     rounding = tl.where(b > 0, tl.abs(grad_g), 0.0) + tau_x * b * _to_columns(kernel, tl.abs(inner))
     rounding = rounding * ROUNDING
     diagonal = b * c
     preconditioner = _inverse(diagonal)
-    if tau_x * tau_y == 1.0:  # singular: what is left of the gauge must go, or the iteration would chase it
+    if tau_x * tau_y == 1.0:  # singular: remove what is left of the gauge, or the iteration would chase it
         total = tl.sum(diagonal, axis=0)
         residual -= diagonal * (tl.sum(residual, axis=0) / tl.where(total > 0, total, 1.0))
     q = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -366,13 +367,13 @@ def _sinkhorn_implicit_kernel(
 
 
 def fits(n: int, m: int) -> bool:
-    """Whether an n x m problem can stay on chip."""
+    """Whether an n x m problem stays on chip."""
     block_n, block_m = block_size(n), block_size(m)
     return block_n <= MAX_BLOCK_N and block_m <= MAX_BLOCK_M and block_n * block_m <= MAX_TILE
 
 
 def fits_implicit(n: int, m: int) -> bool:
-    """Whether the linear system of implicit gradients can: conjugate gradients need more vectors."""
+    """Whether its linear system of implicit gradients does too: conjugate gradients need more vectors."""
     return fits(n, m) and block_size(n) * block_size(m) <= MAX_IMPLICIT_TILE
 
 
@@ -390,9 +391,9 @@ def _tile_configuration(n: int, m: int, hip: bool = bool(torch.version.hip)) -> 
 
 
 def _warps(block_n: int, block_m: int, hip: bool) -> int:
-    """The fewest whose registers hold the tile: small problems then share a multiprocessor.
+    """The fewest warps whose registers hold the tile, so that small problems share a multiprocessor.
 
-    Found by compiling every tile with 1 to 16. AMD's are twice as wide.
+    Found by compiling every tile with 1 to 16 warps. AMD's are twice as wide.
     """
     cells = block_n * block_m
     if hip:
@@ -402,8 +403,8 @@ def _warps(block_n: int, block_m: int, hip: bool) -> int:
     return 1 if cells <= 16 * 16 else 2 if cells <= 32 * 32 else 8
 
 
-def solve(problem: Problem, init: Tensor | None, max_iter: int, tol: float, scaling: float) -> Result:
-    """Launch the solver; returns f, g, marginal error and iterations."""
+def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> Result:
+    """Launch the solver: f, g, marginal error and iterations."""
     n, m = problem.size
     shape = problem.shape
     empty = problem.eps.new_empty
@@ -414,7 +415,7 @@ def solve(problem: Problem, init: Tensor | None, max_iter: int, tol: float, scal
         else init.clone(memory_format=torch.contiguous_format)
     )
     iterations = empty(shape, dtype=torch.int32)
-    start = start_temperature(problem) if scaling else torch.ones_like(problem.eps)
+    start = start_temperature(problem) if settings.scaling else torch.ones_like(problem.eps)
     launch(
         _sinkhorn_fwd_kernel,
         (math.prod(shape),),
@@ -427,9 +428,9 @@ def solve(problem: Problem, init: Tensor | None, max_iter: int, tol: float, scal
         K=shape[-1],
         rho_x=problem.rho_x,
         rho_y=problem.rho_y,
-        tol=tol,
-        scaling=scaling,
-        max_iter=max_iter,
+        tol=settings.tol,
+        scaling=settings.scaling,
+        max_iter=settings.max_iter,
         PAIRS=problem.pairs,
         BALANCED=problem.balanced,
         **_tile_configuration(n, m),
@@ -467,27 +468,25 @@ def implicit(
 # --- what compiles ------------------------------------------------------------------------------------------
 
 
-def compile_cases(hip: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, signature, constexprs, options) of every launch above; some come twice.
+def compile_cases(hip: bool) -> Iterator[CompileCase]:
+    """Every launch above; some come twice.
 
     hip: as where torch is built for AMD's GPUs, in place of what it is built for.
     """
     sides = [2**power for power in range(4, 9)]
-    precisions = fp32_precisions(hip)
     for n, m in itertools.product(sides, sides):
         if not fits(n, m):
             continue
-        for dtype, cost, used in itertools.product(("fp32", "fp16", "bf16"), COSTS, precisions):
-            for centred in {"sqeuclidean": (True,), "euclidean": (True,)}.get(cost, (False,)):
-                kind = {"COST": COSTS[cost], "CENTRED": centred, "PRECISION": used}
-                for pairs, balanced in itertools.product((False, True), repeat=2):
-                    if pairs and cost == "given":
-                        continue
-                    flags = kind | {"PAIRS": pairs, "BALANCED": balanced}
-                    yield compile_case(
-                        _sinkhorn_fwd_kernel, dtype, cost, flags, _tile_configuration(n, m, hip)
-                    )
-                if fits_implicit(n, m):
-                    yield compile_case(
-                        _sinkhorn_implicit_kernel, dtype, cost, kind, _tile_configuration(n, m, hip)
-                    )
+        tile = _tile_configuration(n, m, hip)
+        for dtype, cost, used in itertools.product(
+            ("fp32", "fp16", "bf16"), COST_CODES, fp32_precisions(hip)
+        ):
+            centred = cost in ("sqeuclidean", "euclidean")
+            kind = {"COST": COST_CODES[cost], "CENTRED": centred, "PRECISION": used}
+            for pairs, balanced in itertools.product((False, True), repeat=2):
+                if pairs and cost == "given":
+                    continue
+                flags = kind | {"PAIRS": pairs, "BALANCED": balanced}
+                yield compile_case(_sinkhorn_fwd_kernel, dtype, flags, tile, CONVENTIONS)
+            if fits_implicit(n, m):
+                yield compile_case(_sinkhorn_implicit_kernel, dtype, kind, tile, CONVENTIONS)

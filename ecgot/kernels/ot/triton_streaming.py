@@ -1,8 +1,8 @@
-"""Sinkhorn updates of clouds of any size in Triton: costs are formed tile by tile and never stored.
+"""Sinkhorn updates for clouds of any size in Triton: costs are formed tile by tile and never stored.
 
     lse_i = T log sum_j b_j exp((g_j - C_ij / eps) / T)
 
-A program makes BLOCK_N rows of it, passing over y once with a running maximum and sum; the columns' update is
+A program computes BLOCK_N rows, passing over y once with a running maximum and sum; the columns' update is
 the same kernel with the roles exchanged. Bytes moved: for each tile of rows, all of y; memory O((N + M) D).
 """
 
@@ -15,14 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ecgot.kernels.compilation import CompileCase, compile_case
 from ecgot.kernels.dispatch import launch
+from ecgot.kernels.ot.checks import COSTS
 from ecgot.kernels.ot.iteration import Softmins
 from ecgot.kernels.ot.problem import Problem
 from ecgot.kernels.ot.triton_tiles import (
-    COSTS,
+    CONVENTIONS,
+    COST_CODES,
     LN_2,
     LOG2_E,
-    compile_case,
     cost_tile,
     exchanged,
     fp32_precisions,
@@ -91,7 +93,7 @@ def _softmin_kernel(
 
 
 def softmins(problem: Problem) -> Softmins:
-    """The updates of both sides."""
+    """The log-sum-exps of both sides, for :func:`ecgot.kernels.ot.iteration.iterate`."""
     shared = launch_arguments(problem)
     swapped = exchanged(shared)
     once = torch.ones_like(problem.eps)
@@ -119,15 +121,9 @@ def softmins(problem: Problem) -> Softmins:
     )
 
 
-def compile_cases(
-    hip: bool,
-) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """As :func:`ecgot.kernels.ot.triton_onchip.compile_cases`."""
-    kinds = itertools.product(("fp32", "fp16", "bf16"), list(COSTS)[:4], fp32_precisions(hip))
-    for dtype, cost, used in kinds:
-        flags = {
-            "COST": COSTS[cost],
-            "CENTRED": cost in ("sqeuclidean", "euclidean"),
-            "PRECISION": used,
-        }
-        yield compile_case(_softmin_kernel, dtype, cost, flags, CONFIGURATION)
+def compile_cases(hip: bool) -> Iterator[CompileCase]:
+    """Every launch above, as in :func:`ecgot.kernels.ot.triton_onchip.compile_cases`."""
+    for dtype, cost, used in itertools.product(("fp32", "fp16", "bf16"), COSTS, fp32_precisions(hip)):
+        centred = cost in ("sqeuclidean", "euclidean")
+        flags = {"COST": COST_CODES[cost], "CENTRED": centred, "PRECISION": used}
+        yield compile_case(_softmin_kernel, dtype, flags, CONFIGURATION, CONVENTIONS)

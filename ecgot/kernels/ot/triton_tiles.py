@@ -1,4 +1,4 @@
-"""What the transport kernels share: tiles of the cost, formed from points, and the arguments of a launch."""
+"""What the transport kernels share: cost tiles formed from points, and the arguments of a launch."""
 
 from typing import Any
 
@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ecgot.kernels.compilation import Conventions
+from ecgot.kernels.ot.checks import COSTS
 from ecgot.kernels.ot.problem import Problem
 
-COSTS = {"sqeuclidean": 0, "euclidean": 1, "cosine": 2, "dot": 3, "given": 4}
+COST_CODES = {cost: code for code, cost in enumerate((*COSTS, "given"))}
 SQEUCLIDEAN = tl.constexpr(0)
 EUCLIDEAN = tl.constexpr(1)
 COSINE = tl.constexpr(2)
@@ -23,7 +25,8 @@ MAX_EXPONENT = tl.constexpr(120.0)  # of exp2: a larger one would overflow, and 
 
 
 @triton.jit
-def load_weights(ptr, index, count):  # -> weight, whether a point exists
+def load_weights(ptr, index, count):
+    """Weights, 0 where no point exists; and where one does."""
     weight = tl.load(ptr + index, mask=index < count, other=-1.0)
     return tl.maximum(weight, 0.0), weight >= 0
 
@@ -41,6 +44,7 @@ def load_chunk(
     CENTRED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Coordinates k to k + BLOCK_D of some points as fp32, centred; 0 past D and where no point exists."""
     column = k + tl.arange(0, BLOCK_D)
     mask = valid[:, None] & (column < D)[None, :]
     rows = points_ptr + index.to(tl.int64) * stride_n  # offsets may pass 2^31
@@ -54,7 +58,7 @@ def load_chunk(
 
 @triton.jit
 def inverse_norm(square):
-    # 0 for a zero vector, NaN where the square overflows: better no answer than a wrong one.
+    """1 / sqrt(square); 0 for a zero vector, NaN on overflow: better no answer than a wrong one."""
     normal = square >= 1.1754943508222875e-38
     inverse = tl.where(normal, 1.0 / tl.sqrt(tl.where(normal, square, 1.0)), square * 0.0)
     return tl.where(square == float("inf"), float("nan"), inverse)
@@ -81,11 +85,12 @@ def cost_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # -> cost [BLOCK_N, BLOCK_M], squared norms of x and y
+):
+    """The cost [BLOCK_N, BLOCK_M], and the squared norms of x [BLOCK_N] and y [BLOCK_M]."""
     x_square = tl.zeros((BLOCK_N,), dtype=tl.float32)
     y_square = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if COST == GIVEN:
-        # Contiguous, so that one problem's offsets fit 32 bits: as 64-bit pointers they alone would spill.
+        # Contiguous, so that offsets within a problem fit 32 bits: 64-bit pointers alone would spill.
         tile = x_ptr + (x_index * stride_xn)[:, None] + (y_index * stride_xd)[None, :]
         cost = tl.load(tile, mask=x_valid[:, None] & y_valid[None, :], other=0.0).to(tl.float32)
     else:
@@ -114,6 +119,7 @@ def cost_tile(
 
 @triton.jit
 def log2(weight):
+    """The logarithm, -inf of 0."""
     return tl.where(weight > 0, tl.log2(tl.where(weight > 0, weight, 1.0)), float("-inf"))
 
 
@@ -121,13 +127,14 @@ def log2(weight):
 
 
 def block_size(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))  # a matrix product wants at least 16
+    """The power of two that holds ``size`` points; a matrix product needs at least 16."""
+    return max(16, triton.next_power_of_2(size))
 
 
 def product_precision(problem: Problem) -> str:
-    """Three TF32 products give fp32's accuracy on NVIDIA's tensor cores; AMD's multiply fp32 as it is.
+    """Triton's ``input_precision``: three TF32 products for fp32 accuracy on NVIDIA, plain fp32 on AMD.
 
-    One TF32 product of fp16 or bf16 points is exact; where a centre is subtracted first, they are no longer.
+    One TF32 product is exact for fp16 and bf16 points, unless a centre is subtracted from them first.
     """
     if torch.version.hip:
         return "ieee"
@@ -136,7 +143,7 @@ def product_precision(problem: Problem) -> str:
 
 
 def launch_arguments(problem: Problem) -> dict[str, Any]:
-    """What all kernels take; x stands in for what is not read."""
+    """The arguments that all kernels take; tensors that a kernel does not read are replaced by others."""
     x = problem.x.contiguous() if problem.y is None else problem.x
     y = x if problem.y is None else problem.y
     names = ("stride_xb", "stride_xn", "stride_xd", "stride_yb", "stride_yn", "stride_yd")
@@ -152,14 +159,14 @@ def launch_arguments(problem: Problem) -> dict[str, Any]:
         "N": problem.size[0],
         "M": problem.size[1],
         "D": 0 if problem.y is None else x.shape[2],
-        "COST": COSTS[problem.cost],
+        "COST": COST_CODES[problem.cost],
         "CENTRED": centred,
         "PRECISION": product_precision(problem),
     } | dict(zip(names, (*x.stride(), *y.stride()), strict=True))
 
 
 def exchanged(shared: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with the roles of the two sides exchanged."""
+    """The same arguments with x and y exchanged."""
     couples = [("x_ptr", "y_ptr"), ("a_ptr", "b_ptr"), ("x_centre_ptr", "y_centre_ptr"), ("N", "M")]
     couples += [(f"stride_x{axis}", f"stride_y{axis}") for axis in "bnd"]
     swapped = dict(shared)
@@ -169,23 +176,13 @@ def exchanged(shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def fp32_precisions(hip: bool) -> tuple[str, ...]:
-    """What ``product_precision`` may answer for fp32 points."""
+    """What ``product_precision`` returns for fp32 points."""
     return ("ieee",) if hip else ("tf32x3", "tf32")
 
 
-def compile_case(
-    kernel: Any, dtype: str, cost: str, flags: dict[str, Any], configuration: dict[str, Any]
-) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]:
-    configuration = dict(configuration)
-    options = {name: configuration.pop(name) for name in ("num_warps", "num_stages")}
-    constants = flags | configuration
-    types = {"iterations_ptr": "*i32"}
-    types |= dict.fromkeys(("x_ptr", "y_ptr", "grad_x_ptr"), f"*{dtype}")
-    types |= dict.fromkeys(("rho_x", "rho_y", "tol", "scaling"), "fp32")
-    types |= dict.fromkeys(constants, "constexpr")
-    signature = {
-        name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names
-    }
-    given = [name.lower() for name, value in flags.items() if value is True]
-    blocks = "x".join(str(value) for name, value in configuration.items() if name in ("BLOCK_N", "BLOCK_M"))
-    return " ".join([blocks, dtype, cost, *given]), kernel, signature, constants, options
+CONVENTIONS = Conventions(
+    in_dtype=frozenset(("x_ptr", "y_ptr", "grad_x_ptr")),
+    types={"iterations_ptr": "*i32"} | dict.fromkeys(("rho_x", "rho_y", "tol", "scaling"), "fp32"),
+    tile=("BLOCK_N", "BLOCK_M"),
+    words={"COST": tuple(COST_CODES).__getitem__},
+)

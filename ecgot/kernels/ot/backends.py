@@ -1,0 +1,99 @@
+"""Which solver serves a problem, decided once for each call.
+
+Solvers are imported when they are first needed: Triton and numba may both be missing.
+"""
+
+import importlib.util
+import math
+
+import torch
+from torch import Tensor
+
+from ecgot.kernels.dispatch import use_triton
+from ecgot.kernels.ot import torch_solver
+from ecgot.kernels.ot.iteration import iterate
+from ecgot.kernels.ot.problem import PlanWeights, Problem, Result, SolverSettings
+
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+# Of the linear system of implicit gradients; fp32 cannot do better than its rounding.
+IMPLICIT_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+MAX_STEPS = 1000  # of conjugate gradients
+MAX_CACHED_CELLS = 2**22  # products x y^T of a batch, 16 MB in fp32
+
+
+def backend(problem: Problem) -> str:
+    """ "triton" (one problem on chip), "triton-streaming", "numba", "torch" or "torch-streaming"."""
+    n, m = problem.size
+    if use_triton(problem.x, problem.y) and problem.dtype == torch.float32:
+        from ecgot.kernels.ot import triton_onchip
+
+        if triton_onchip.fits(n, m):
+            return "triton"
+        if not problem.pairs and problem.cost != "given" and n and m:
+            return "triton-streaming"
+        return "torch"
+    if n * m <= torch_solver.MAX_CELLS or problem.pairs or problem.cost == "given":
+        return "numba" if HAS_NUMBA and problem.x.device.type == "cpu" else "torch"
+    return "torch-streaming"
+
+
+def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tuple[Result, Tensor]:
+    """Potentials, marginal error and iterations; and the cost cache that :func:`cost_vjp` takes.
+
+    Args:
+        init: the potential g [B, M] to start from; zeros if None.
+    """
+    name = backend(problem)
+    cache = cost_cache(problem, name)
+    if problem.empty:
+        shape, (n, m), zeros = problem.shape, problem.size, problem.eps.new_zeros
+        return (zeros(*shape, n), zeros(*shape, m), zeros(shape), zeros(shape, dtype=torch.int32)), cache
+    if name == "numba":
+        from ecgot.kernels.ot import numba_solver
+
+        return numba_solver.solve(problem, init, settings, cache), cache
+    if name == "triton":
+        from ecgot.kernels.ot import triton_onchip
+
+        return triton_onchip.solve(problem, init, settings), cache
+    if name == "triton-streaming":
+        from ecgot.kernels.ot import triton_streaming
+
+        return iterate(problem, triton_streaming.softmins(problem), init, settings), cache
+    return torch_solver.solve(problem, init, settings), cache
+
+
+def cost_cache(problem: Problem, name: str) -> Tensor:
+    """[B, N, M] for the products x y^T, which "numba" keeps for the gradient if small; else empty."""
+    shape = (len(problem.a), *problem.size)
+    small = math.prod(shape) <= MAX_CACHED_CELLS and not problem.pairs and problem.cost != "given"
+    return problem.eps.new_empty(shape if small and name == "numba" else (0,))
+
+
+def cost_vjp(problem: Problem, given: PlanWeights, cache: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradient of sum Q_ij C_ij, Q held fixed, in x and y; in C and None with cost "given"."""
+    if problem.empty:
+        return torch.zeros_like(problem.x), None if problem.y is None else torch.zeros_like(problem.y)
+    name = backend(problem)
+    if name == "numba" and given.left is None:
+        from ecgot.kernels.ot import numba_solver
+
+        return numba_solver.cost_vjp(problem, given, cache)
+    if name in ("triton", "triton-streaming") and problem.cost != "given":
+        from ecgot.kernels.ot import triton_gradient
+
+        return triton_gradient.cost_vjp(problem, given)
+    return torch_solver.cost_vjp(problem, given)
+
+
+def implicit(
+    problem: Problem, f: Tensor, g: Tensor, grad_f: Tensor, grad_g: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`ecgot.kernels.ot.torch_solver.implicit`."""
+    tolerance = IMPLICIT_TOLERANCE[problem.dtype]
+    if backend(problem) == "triton":
+        from ecgot.kernels.ot import triton_onchip
+
+        if triton_onchip.fits_implicit(*problem.size):
+            return triton_onchip.implicit(problem, f, g, grad_f, grad_g, MAX_STEPS, tolerance)
+    return torch_solver.implicit(problem, f, g, grad_f, grad_g, MAX_STEPS, tolerance)

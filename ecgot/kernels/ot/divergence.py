@@ -1,0 +1,79 @@
+"""The Sinkhorn divergence: optimal transport, debiased."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ecgot.kernels.ot import checks
+from ecgot.kernels.ot.outputs import SinkhornDivergenceOutput
+from ecgot.kernels.ot.problem import ABSENT, padded
+from ecgot.kernels.ot.sinkhorn import sinkhorn
+
+
+def sinkhorn_divergence(
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    cost: str = "sqeuclidean",
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    rho: float | None = None,
+    max_iter: int = 1000,
+    tol: float = 1e-4,
+    scaling: float | None = None,
+    precision: str = "fp32",
+) -> SinkhornDivergenceOutput:
+    """The debiased cost OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2: 0 for equal clouds, else positive.
+
+    The arguments are those of :func:`sinkhorn`. With ``rho`` the term eps (mass_a - mass_b)^2 / 2 is added
+    (Séjourné et al. 2019, "Sinkhorn Divergences for Unbalanced Optimal Transport"). All three problems of
+    each pair are solved in one launch.
+
+    >>> import torch
+    >>> x = torch.tensor([[[0.0], [1.0]]])
+    >>> f"{sinkhorn_divergence(x, x + 3, eps=0.1).value.item():.3f}"  # a shift costs its square
+    '9.000'
+    >>> f"{sinkhorn_divergence(x, x, eps=0.1).value.abs().item():.3f}"
+    '0.000'
+    """
+    x, y = checks.check_points(x, y)
+    problems = len(x)
+    eps = checks.check_eps(eps, x, problems)
+    free = checks.check_rho(rho, None, None)[0] < math.inf
+    a = checks.check_weights("a", a, x, x_mask, any_mass=free)
+    b = checks.check_weights("b", b, y, y_mask, any_mass=free)
+    x_mass, y_mass = a.clamp_min(0).sum(1), b.clamp_min(0).sum(1)
+    length = max(x.shape[1], y.shape[1])
+    x, y = padded(x, length), padded(y, length)
+    a, b = padded(a, length, ABSENT), padded(b, length, ABSENT)
+    a, b = torch.cat([a, a, b]), torch.cat([b, a, b])
+    out = sinkhorn(
+        torch.cat([x, x, y]),
+        torch.cat([y, x, y]),
+        eps=eps.repeat(3),
+        cost=cost,
+        a=a.clamp_min(0),
+        b=b.clamp_min(0),
+        x_mask=a >= 0,
+        y_mask=b >= 0,
+        rho=rho,
+        max_iter=max_iter,
+        tol=tol,
+        scaling=scaling,
+        precision=precision,
+    )
+    between, of_x, of_y = out.value.view(3, problems)
+    value = between - of_x / 2 - of_y / 2
+    if free:
+        value = value + eps * (x_mass - y_mass).square() / 2
+    return SinkhornDivergenceOutput(
+        value=value,
+        marginal_error=out.marginal_error.view(3, problems).amax(0),
+        iterations=out.iterations.view(3, problems).amax(0),
+        converged=out.converged.view(3, problems).all(0),
+        backend=out.backend,
+    )

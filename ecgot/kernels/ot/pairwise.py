@@ -1,0 +1,98 @@
+"""Optimal transport between every cloud of one batch and every cloud of another."""
+
+import math
+from typing import Any, Literal, overload
+
+from torch import Tensor
+
+from ecgot.kernels.ot import checks, operators
+from ecgot.kernels.ot.backends import backend
+from ecgot.kernels.ot.centring import common_middle, mean_distances, weighted_mean
+from ecgot.kernels.ot.outputs import SinkhornPairwiseOutput
+from ecgot.kernels.ot.problem import Problem
+
+
+@overload
+def sinkhorn_pairwise(
+    x: Tensor, y: Tensor, *, full_output: Literal[True], **settings: Any
+) -> SinkhornPairwiseOutput: ...
+
+
+@overload
+def sinkhorn_pairwise(
+    x: Tensor, y: Tensor, *, full_output: Literal[False] = ..., **settings: Any
+) -> Tensor: ...
+
+
+def sinkhorn_pairwise(  # type: ignore[misc]  # the overloads leave its settings unnamed
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    cost: str = "sqeuclidean",
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    rho: float | None = None,
+    rho_x: float | None = None,
+    rho_y: float | None = None,
+    max_iter: int = 1000,
+    tol: float = 1e-4,
+    scaling: float | None = None,
+    precision: str = "fp32",
+    full_output: bool = False,
+) -> Tensor | SinkhornPairwiseOutput:
+    """Entropic optimal transport between each of B clouds and each of K others (late interaction).
+
+    Args:
+        x: [B, N, D], with weights ``a`` [B, N] and mask ``x_mask`` [B, N].
+        y: [K, M, D], with weights ``b`` [K, M] and mask ``y_mask`` [K, M].
+        eps: a number.
+        full_output: return a :class:`SinkhornPairwiseOutput`: the values, and how each pair was solved.
+
+    The other arguments are those of :func:`sinkhorn`.
+
+    Returns:
+        The values [B, K] in units of the cost, differentiable once in x, y, a and b. Neither forward nor
+        backward holds a [B, K, N, M] tensor: costs are formed for a few pairs at a time, and again in the
+        backward pass; only the potentials are kept, B K (N + M) numbers. Pairs with an empty cloud have value
+        0. NaN in a cloud makes the values of its pairs NaN, and their gradients if they enter a loss.
+
+    >>> import torch
+    >>> x, y = torch.tensor([[[0.0]], [[1.0]], [[2.0]]]), torch.tensor([[[0.0]], [[3.0]]])
+    >>> sinkhorn_pairwise(x, y, eps=0.1).round(decimals=3)  # single points: their squared distances
+    tensor([[0., 9.],
+            [1., 4.],
+            [4., 1.]])
+    """
+    x, y = checks.check_points(x, y, same_batch=False)
+    checks.check_cost(cost)
+    checks.check_precision(precision)
+    if isinstance(eps, Tensor) and eps.dim():
+        raise ValueError(f"eps: expected a number, got a tensor {tuple(eps.shape)}")
+    rhos = checks.check_rho(rho, rho_x, rho_y)
+    settings = checks.check_settings(max_iter, tol, scaling)
+    free = not all(map(math.isinf, rhos))
+    a = checks.check_weights("a", a, x, x_mask, any_mass=free)
+    b = checks.check_weights("b", b, y, y_mask, any_mass=free)
+    eps_each = checks.check_eps(eps, x, len(x) * len(y))
+    means = x_centre = y_centre = None
+    if cost == "sqeuclidean" and not free:
+        means = weighted_mean(x, a), weighted_mean(y, b)
+        x_centre, y_centre = (mean.detach() for mean in means)
+    elif cost in ("sqeuclidean", "euclidean"):
+        x_centre, y_centre = common_middle(weighted_mean(x, a).detach(), weighted_mean(y, b).detach())
+    problem = Problem(x, y, a, b, x_centre, y_centre, eps_each, cost, *rhos, True, precision)
+    value, _, _, error, iterations = operators.solve(problem, None, settings)
+    if means is not None:
+        value = value + mean_distances(*means, a, b)
+    if not full_output:
+        return value
+    return SinkhornPairwiseOutput(
+        value=value,
+        marginal_error=error,
+        iterations=iterations,
+        converged=(error <= settings.tol) & value.detach().isfinite(),
+        backend=backend(problem),
+    )
