@@ -1,8 +1,10 @@
-"""Tables of RESULTS.md from the folders of runs.
+"""Tables of benchmarks/results/README.md from the folders of runs.
 
     python benchmarks/results.py collect RUNS benchmarks/results/runs    # each run's evaluation.json alone
-    python benchmarks/results.py write benchmarks/results/runs RESULTS.md
-    python benchmarks/results.py check benchmarks/results/runs RESULTS.md    # exit code 1 where they differ
+    python benchmarks/results.py write benchmarks/results/runs benchmarks/results/README.md
+    python benchmarks/results.py check benchmarks/results/runs benchmarks/results/README.md
+
+``check`` exits with 1 where the tables are not those of the evaluations.
 
 A table stands between ``<!-- table KIND GLOB ... -->`` and ``<!-- end -->``; the globs name folders below
 the first argument, in order. A row is named by its folder without the seed at its end ("ot-seed0");
@@ -18,15 +20,20 @@ from typing import Any
 
 GROUPS = ("superclass", "subclass", "form", "rhythm")
 EVALUATION = "evaluation.json"
-TOKEN_SCORES = ("ot", "best_match", "mean_match")  # by which retrieval goes too; else by pooled embeddings
+TOKEN_SCORES = (
+    "ot",
+    "best_match",
+    "mean_match",
+)  # retrieval goes by these too, otherwise by pooled embeddings
 _TABLE = re.compile(r"^(<!-- table (\S+) (.*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 _SEED = re.compile(r"-?seed(\d+)(?=/|$)")
-Cell = tuple[str, float | None]  # as it is shown, and its value
-Row = tuple[str, str, list[Cell]]  # name, seed
+Evaluated = tuple[str, dict[str, Any]]  # a run's folder below the first argument, and its evaluation
+Cell = tuple[str, float | None]  # text and value
+Row = tuple[str, str, list[Cell]]  # name, seed, cells
 
 
 def collect(runs: Path, out: Path) -> None:
-    """Copy every evaluation below ``runs`` to the same place below ``out``, of paths the last part alone."""
+    """Copy every evaluation below ``runs`` to the same place below ``out``; absolute paths in it lose their folders."""
     for path in sorted(runs.rglob(EVALUATION)):
         target = out / path.relative_to(runs)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +50,7 @@ def _without_folders(value: Any) -> Any:
 
 
 def rebuilt(text: str, runs: Path) -> str:
-    """The text with each table made anew."""
+    """The text with every table rebuilt from the evaluations below ``runs``."""
 
     def table(match: re.Match[str]) -> str:
         head, kind, globs, end = match.groups()
@@ -52,8 +59,8 @@ def rebuilt(text: str, runs: Path) -> str:
     return _TABLE.sub(table, text)
 
 
-def _evaluations(runs: Path, globs: Iterable[str]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Folder below ``runs`` and evaluation of each match.
+def _evaluations(runs: Path, globs: Iterable[str]) -> Iterable[Evaluated]:
+    """The folder below ``runs`` and the evaluation of each match.
 
     Raises:
         SystemExit: a glob matches nothing.
@@ -61,37 +68,37 @@ def _evaluations(runs: Path, globs: Iterable[str]) -> Iterable[tuple[str, dict[s
     for glob in globs:
         found = sorted(runs.glob(f"{glob}/{EVALUATION}"))
         if not found:
-            raise SystemExit(f"results: nothing in {runs} is {glob}/{EVALUATION}")
+            raise SystemExit(f"results: expected {glob}/{EVALUATION} in {runs}, got no match")
         for path in found:
             folder = path.parent.relative_to(runs).as_posix()
             yield folder, json.loads(path.read_text(encoding="utf-8"))
 
 
-def _auroc(runs: list[tuple[str, dict[str, Any]]]) -> str:
+def _auroc(runs: list[Evaluated]) -> str:
     """Zero-shot, linear probe and supervised macro AUROC by group of classes."""
     rows = [row for kind in (_zero_shot, _probe, _supervised) for row in kind(runs)]
     return _table(("macro AUROC", "seed", *GROUPS), rows)
 
 
-def _zero_shot_alone(runs: list[tuple[str, dict[str, Any]]]) -> str:
+def _zero_shot_alone(runs: list[Evaluated]) -> str:
     return _table(("macro AUROC", "seed", *GROUPS), list(_zero_shot(runs)))
 
 
-def _zero_shot(runs: list[tuple[str, dict[str, Any]]]) -> Iterable[Row]:
+def _zero_shot(runs: list[Evaluated]) -> Iterable[Row]:
     for folder, run in runs:
         if "zero_shot" in run:
             name, seed = _named(folder)
             yield f"zero-shot, {run['score']} score, {name}", seed, _rankings(run["zero_shot"])
 
 
-def _probe(runs: list[tuple[str, dict[str, Any]]]) -> Iterable[Row]:
+def _probe(runs: list[Evaluated]) -> Iterable[Row]:
     for folder, run in runs:
         if run.get("probe"):
             name, seed = _named(folder)
             yield f"linear probe, {name}", seed, _rankings(run["probe"])
 
 
-def _supervised(runs: list[tuple[str, dict[str, Any]]]) -> Iterable[Row]:
+def _supervised(runs: list[Evaluated]) -> Iterable[Row]:
     for folder, run in runs:
         if run.get("kind") == "supervised":
             how = "fine-tuned" if run["from"] else f"supervised, {run['epochs']} epochs"
@@ -103,7 +110,7 @@ def _rankings(rankings: Mapping[str, Any]) -> list[Cell]:
     return [_interval(rankings.get(group), "macro") for group in GROUPS]
 
 
-def _retrieval(runs: list[tuple[str, dict[str, Any]]]) -> str:
+def _retrieval(runs: list[Evaluated]) -> str:
     """Recall of reports by ECGs and back."""
     names = list(runs[0][1]["retrieval"])
     rows = [
@@ -117,7 +124,7 @@ def _retrieval(runs: list[tuple[str, dict[str, Any]]]) -> str:
     return _table(("recall", "seed", *(name.replace("_", " ") for name in names)), rows)
 
 
-def _reports(runs: list[tuple[str, dict[str, Any]]]) -> str:
+def _reports(runs: list[Evaluated]) -> str:
     """Report metrics by system."""
     names = list(next(iter(runs[0][1]["reports"].values())))
     rows = [
@@ -134,21 +141,21 @@ def _reports(runs: list[tuple[str, dict[str, Any]]]) -> str:
     return _table(("reports", "seed", *(name.replace("_", "-") for name in names)), rows)
 
 
-def _generated(runs: list[tuple[str, dict[str, Any]]]) -> str:
-    """Report metrics of the generated reports alone."""
+def _generated(runs: list[Evaluated]) -> str:
+    """Report metrics of generated reports only."""
     return _reports(
         [(folder, run | {"reports": {"generated": run["reports"]["generated"]}}) for folder, run in runs]
     )
 
 
-def _sentences(runs: list[tuple[str, dict[str, Any]]]) -> str:
-    """What sentence scores are worth."""
+def _sentences(runs: list[Evaluated]) -> str:
+    """How well the probability of a sentence tells whether the reference says it."""
     names = list(runs[0][1]["sentences"])
     rows = [(_named(f)[0], _named(f)[1], [_plain(run["sentences"][n]) for n in names]) for f, run in runs]
     return _table(("sentences", "seed", *(name.replace("_", " ") for name in names)), rows)
 
 
-def _time(runs: list[tuple[str, dict[str, Any]]]) -> str:
+def _time(runs: list[Evaluated]) -> str:
     """Seconds of training by stage."""
     rows = [
         (
@@ -163,7 +170,7 @@ def _time(runs: list[tuple[str, dict[str, Any]]]) -> str:
     return _table(("seconds of training", "seed", "stage 1", "stage 2"), rows)
 
 
-TABLES: dict[str, Callable[[list[tuple[str, dict[str, Any]]]], str]] = {
+TABLES: dict[str, Callable[[list[Evaluated]], str]] = {
     "auroc": _auroc,
     "zero-shot": _zero_shot_alone,
     "retrieval": _retrieval,
@@ -193,7 +200,7 @@ def _plain(value: float | None) -> Cell:
 
 
 def _table(header: tuple[str, ...], rows: list[Row]) -> str:
-    """Rows of one name follow each other, then their mean where there are several."""
+    """Markdown; rows of one name stand together, followed by their mean if there are several."""
     lines = [header, ("---",) * len(header)]
     for name in dict.fromkeys(row[0] for row in rows):
         same = [row for row in rows if row[0] == name]
@@ -217,10 +224,10 @@ def main(arguments: list[str]) -> None:
         collect(first, second)
         return
     text = second.read_text(encoding="utf-8")
-    made = rebuilt(text, first)
+    new = rebuilt(text, first)
     if arguments[0] == "write":
-        second.write_text(made, encoding="utf-8")
-    elif made != text:
+        second.write_text(new, encoding="utf-8")
+    elif new != text:
         raise SystemExit(f"results: the tables of {second} are not those of {first}")
 
 

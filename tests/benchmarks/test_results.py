@@ -1,4 +1,4 @@
-"""RESULTS.md's tables come from the evaluations that stand beside it."""
+"""The tables of benchmarks/results/README.md come from the evaluations beside it."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_the_committed_tables_are_those_of_the_committed_evaluations():
-    main(["check", str(ROOT / "benchmarks/results/runs"), str(ROOT / "RESULTS.md")])
+    main(["check", str(ROOT / "benchmarks/results/runs"), str(ROOT / "benchmarks/results/README.md")])
 
 
 def test_a_table_has_a_row_a_seed_and_their_mean(runs):
@@ -41,7 +41,7 @@ def test_a_table_has_a_row_a_seed_and_their_mean(runs):
 
 
 def test_a_changed_evaluation_is_noticed(runs, tmp_path):
-    results = tmp_path / "RESULTS.md"
+    results = tmp_path / "README.md"
     results.write_text("<!-- table zero-shot recipe/ot-* -->\n<!-- end -->\n")
     main(["write", str(runs), str(results)])
     main(["check", str(runs), str(results)])
