@@ -33,7 +33,7 @@ Row = tuple[str, str, list[Cell]]  # name, seed, cells
 
 
 def collect(runs: Path, out: Path) -> None:
-    """Copy every evaluation below ``runs`` to the same place below ``out``; absolute paths in it lose their folders."""
+    """Copy every evaluation below ``runs`` to the same place below ``out``; paths in it lose folders."""
     for path in sorted(runs.rglob(EVALUATION)):
         target = out / path.relative_to(runs)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -155,21 +155,6 @@ def _sentences(runs: list[Evaluated]) -> str:
     return _table(("sentences", "seed", *(name.replace("_", " ") for name in names)), rows)
 
 
-def _time(runs: list[Evaluated]) -> str:
-    """Seconds of training by stage."""
-    rows = [
-        (
-            *_named(folder),
-            [
-                (f"{run['settings']['training_seconds'].get(stage, 0):.0f}", None)
-                for stage in ("align", "report")
-            ],
-        )
-        for folder, run in runs
-    ]
-    return _table(("seconds of training", "seed", "stage 1", "stage 2"), rows)
-
-
 TABLES: dict[str, Callable[[list[Evaluated]], str]] = {
     "auroc": _auroc,
     "zero-shot": _zero_shot_alone,
@@ -177,7 +162,6 @@ TABLES: dict[str, Callable[[list[Evaluated]], str]] = {
     "reports": _reports,
     "generated": _generated,
     "sentences": _sentences,
-    "time": _time,
 }
 
 
