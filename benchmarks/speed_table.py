@@ -1,4 +1,4 @@
-"""Markdown table of providers side by side, for results/README.md, from what ``pytest benchmarks/ --csv`` wrote.
+"""Markdown table of providers side by side, from what ``pytest benchmarks/ --csv`` wrote.
 
 python benchmarks/speed_table.py benchmarks/results/cpu.csv [BENCHMARK ...]    (sinkhorn and all_pairs)
 """
