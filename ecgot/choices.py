@@ -3,7 +3,7 @@
 This module imports nothing, so that ``ecgot COMMAND --help`` reads them without waiting for torch.
 """
 
-# The two stages of training: align ECGs with reports, then learn to write reports.
+# The stages of training: align ECGs with reports, then learn to write reports.
 STAGES = ("align", "report")
 
 # Similarities of each ECG to each text by their tokens: "ot" is minus the transport cost, "best_match" the
@@ -13,5 +13,6 @@ TOKEN_SIMILARITIES = ("ot", "best_match", "mean_match")
 # How a class is scored by its prompts, see ecgot.inference.zeroshot.class_scores.
 SCORES = ("phrase", "cosine", *TOKEN_SIMILARITIES)
 
-# Beams of the search for a report; 1 is greedy.
-BEAMS = 4
+BEAMS = 4  # of the search for a report; 1 is greedy
+EVALUATION_FOLDS = (9,)
+RESAMPLES = 1000  # of the bootstrap over patients

@@ -1,24 +1,26 @@
 """Macro AUROC of a label group with a bootstrap interval over patients.
 
-Protocol (Strodthoff et al. 2021, "Deep Learning for ECG Analysis: Benchmarks and Insights from PTB-XL"): of
-each group, the records with at least one label in it; the mean over its classes. A class takes part when it
-has both positives and negatives.
+The protocol of Strodthoff et al. 2021, "Deep Learning for ECG Analysis: Benchmarks and Insights from
+PTB-XL": only records with at least one label in the group count, and the result is the mean over its classes.
+Classes without positives or without negatives are left out.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from ecgot.choices import RESAMPLES
 from ecgot.data.ptbxl import Labels
 
 
 @dataclass(frozen=True)
 class AurocResult:
-    """Macro AUROC with its 95 % interval (NaN where no class can be scored), and each class's own.
+    """Macro AUROC of a label group.
 
     Attributes:
-        records: how many records took part.
-        positives, auroc: by class; classes without positives or without negatives are left out.
+        macro, low, high: the mean over classes and its 95 % interval; NaN if no class can be scored.
+        records: how many records count.
+        positives, auroc: by class, for classes with both positives and negatives.
     """
 
     macro: float
@@ -30,16 +32,16 @@ class AurocResult:
 
 
 def macro_auroc(
-    scores: np.ndarray, labels: Labels, patients: np.ndarray, *, resamples: int = 1000, seed: int = 0
+    scores: np.ndarray, labels: Labels, patients: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> AurocResult:
-    """Score a label group.
+    """Macro AUROC of a label group, with a percentile bootstrap interval.
 
     Args:
-        scores: [n, C], larger where a class is more likely; compared within a class only.
+        scores: [n, C], larger where a class is more likely; only compared within a class.
         labels: the group's classes and matrix [n, C].
-        patients: [n], ids; the bootstrap draws patients, as records of one patient resemble each other.
-        resamples: of the bootstrap (percentile interval). In a resample without a rare class, the class has
-            the AUROC that it has in all records.
+        patients: [n], ids. The bootstrap draws patients, since records of one patient resemble each other.
+        resamples: of the bootstrap; 0: no interval.
+        seed: of the bootstrap.
     """
     counted = labels.matrix.any(1)
     scores, truth, patients = scores[counted], labels.matrix[counted], patients[counted]
@@ -48,8 +50,8 @@ def macro_auroc(
         return AurocResult(float("nan"), float("nan"), float("nan"), int(counted.sum()), {}, {})
     weights = np.concatenate([np.ones((1, len(truth))), patient_weights(patients, resamples, seed)])
     areas = np.stack([weighted_auroc(scores[:, c], truth[:, c], weights) for c in scored])
-    # A resample may miss a rare class, which then counts with what it has in all records: left out, it would
-    # move the mean of the resample by how hard a class it is.
+    # A resample may miss a rare class, which then keeps its AUROC over all records. Leaving it out would
+    # shift the mean by how hard that class is.
     drawn = np.where(np.isnan(areas[:, 1:]), areas[:, :1], areas[:, 1:]).mean(axis=0)
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
     return AurocResult(
@@ -63,7 +65,7 @@ def macro_auroc(
 
 
 def patient_weights(patients: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """How often each record is in each bootstrap resample of patients: [resamples, n]."""
+    """How often each record is in each bootstrap resample of patients: [resamples, n], for patients [n]."""
     _, patient = np.unique(patients, return_inverse=True)
     count = int(patient.max()) + 1
     rng = np.random.default_rng(seed)
@@ -72,9 +74,9 @@ def patient_weights(patients: np.ndarray, resamples: int, seed: int) -> np.ndarr
 
 
 def weighted_auroc(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUROC [R] of scores [n] against truth [n] under R sets of record weights [R, n]; ties count half.
+    """AUROC [R] of scores [n] against truth [n] for R sets of record weights [R, n]; ties count half.
 
-    NaN where a set of weights leaves no positive or no negative.
+    NaN where the weights leave no positive or no negative.
     """
     order = np.argsort(scores, kind="stable")
     values, positive, weights = scores[order], truth[order], weights[:, order]

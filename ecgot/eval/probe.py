@@ -1,4 +1,4 @@
-"""The supervised baseline: a logistic regression on the frozen encoder's pooled output."""
+"""The linear probe: a logistic regression on the frozen encoder's pooled output."""
 
 import warnings
 
@@ -13,7 +13,7 @@ def linear_probe(features: np.ndarray, truth: np.ndarray, targets: np.ndarray) -
 
     Args:
         features: [n, D], pooled encoder output of the training records.
-        truth: [n, C], bool. A class that is always or never there gets the same score for every target.
+        truth: [n, C], bool. A class that is never or always present scores 0 for every target.
         targets: [m, D].
     """
     scaler = StandardScaler().fit(features)
@@ -22,7 +22,7 @@ def linear_probe(features: np.ndarray, truth: np.ndarray, targets: np.ndarray) -
     for column in range(truth.shape[1]):
         if truth[:, column].any() and not truth[:, column].all():
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # near the optimum is near enough
+                warnings.simplefilter("ignore", ConvergenceWarning)  # close to the optimum is enough
                 model = LogisticRegression(C=0.01, max_iter=200).fit(features, truth[:, column])
             scores[:, column] = model.predict_proba(targets)[:, 1]
     return scores

@@ -1,4 +1,4 @@
-"""Reports that a system without a language model would write: what generated ones are compared with."""
+"""Reports of systems without a language model, as baselines for generated ones."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,21 +7,25 @@ from typing import TypeVar
 
 import numpy as np
 
-MAX_TYPICAL_CANDIDATES = 60  # distinct reports among which the most typical one is looked for
+MAX_TYPICAL_CANDIDATES = 60  # distinct reports to search for the most typical one
+MIN_REPORTS = 3  # reports by one recorder with the same codes that are enough to pick the typical one
 _Key = TypeVar("_Key")
-_Both = tuple[str, frozenset[str]]  # recorder, codes
-MIN_REPORTS = 3  # reports of a recorder with the same codes, to go by them alone
+_RecorderAndCodes = tuple[str, frozenset[str]]
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """Reports that a system without a language model would write: texts of the training folds.
+    """Reports picked from the training folds for n records.
 
-    most_frequent: the commonest one; nearest: for each of n records that of the nearest training ECG;
-    same_codes: for each of n records the one most like the others among the reports of the same SCP codes;
-    same_codes_and_recorder: and of the same recorder, whose program and readers have their own words; empty
-    where no record names one. The last two know the record's codes, so that they show how far knowing every
-    finding goes, without the words, and with the recorder's.
+    Attributes:
+        most_frequent: the most common report, the same for every record.
+        nearest: for each record the report of the nearest training ECG.
+        same_codes: for each record, of all reports with its SCP codes, the one most like the others.
+        same_codes_and_recorder: the same among reports by its recorder, whose software and readers have their
+            own wording; empty if no record names a recorder.
+
+    The last two are given the record's codes: they show how far knowing every finding goes without the
+    wording, and with the recorder's wording.
     """
 
     most_frequent: str
@@ -32,7 +36,13 @@ class Baselines:
 
 @dataclass(frozen=True)
 class BaselineInputs:
-    """What baselines know of n records: pooled encoder tokens [n, D], SCP codes, recorders ("": unknown)."""
+    """What baselines know about n records.
+
+    Attributes:
+        features: pooled encoder tokens [n, D].
+        codes: n sets of SCP codes.
+        recorders: n names, "" if unknown.
+    """
 
     features: np.ndarray
     codes: Sequence[frozenset[str]]
@@ -42,18 +52,18 @@ class BaselineInputs:
 def baseline_reports(
     train: BaselineInputs, train_reports: Sequence[str], wanted: BaselineInputs
 ) -> Baselines | None:
-    """Baselines for n records; None where no training record has a report.
+    """Baselines for n records; None if no training record has a report.
 
     Args:
         train: m records.
-        train_reports: m, "" where there is none.
-        wanted: n records; neighbours are by cosine of the features.
+        train_reports: their m reports, "" for none.
+        wanted: n records. The nearest ECG is the one whose features have the largest cosine.
     """
     rows = np.array([row for row, text in enumerate(train_reports) if text], dtype=np.int64)
     if not len(rows):
         return None
-    known, targets = _unit(train.features[rows]), _unit(wanted.features)
-    nearest = [int((known @ each).argmax()) for each in targets]
+    train_features, targets = _unit(train.features[rows]), _unit(wanted.features)
+    nearest = [int((train_features @ each).argmax()) for each in targets]
     texts = [train_reports[row] for row in rows]
     same_codes = _same_codes([train.codes[row] for row in rows], texts, wanted.codes)
     return Baselines(
@@ -72,18 +82,22 @@ def baseline_reports(
 
 
 def _same_codes(
-    known: Sequence[frozenset[str]], texts: Sequence[str], wanted: Sequence[frozenset[str]]
+    train_codes: Sequence[frozenset[str]], texts: Sequence[str], wanted: Sequence[frozenset[str]]
 ) -> tuple[str, ...]:
-    by_codes = _grouped(known, texts)
+    by_codes = _grouped(train_codes, texts)
     typical = {codes: _most_typical(_of_codes(by_codes, codes)) for codes in set(wanted)}
     return tuple(typical[codes] for codes in wanted)
 
 
 def _of_recorder(
-    known: Sequence[_Both], texts: Sequence[str], wanted: Sequence[_Both], *, otherwise: Sequence[str]
+    train_keys: Sequence[_RecorderAndCodes],
+    texts: Sequence[str],
+    wanted: Sequence[_RecorderAndCodes],
+    *,
+    otherwise: Sequence[str],
 ) -> tuple[str, ...]:
-    """The most typical report of a recorder and codes; ``otherwise`` where it is unknown or has few."""
-    by_both = _grouped(known, texts)
+    """The most typical report of a recorder with the same codes; ``otherwise`` if it has too few."""
+    by_both = _grouped(train_keys, texts)
     typical = {
         both: _most_typical(by_both[both])
         for both in set(wanted) & by_both.keys()
@@ -100,14 +114,14 @@ def _grouped(keys: Sequence[_Key], texts: Sequence[str]) -> dict[_Key, Counter[s
 
 
 def _of_codes(by_codes: Mapping[frozenset[str], Counter[str]], codes: frozenset[str]) -> Counter[str]:
-    """The reports of records with these codes or, where there are none, of the set that shares most."""
+    """Reports of records with exactly these codes, else with the most similar set (by Jaccard index)."""
     if codes in by_codes:
         return by_codes[codes]
     return by_codes[max(by_codes, key=lambda other: len(other & codes) / max(len(other | codes), 1))]
 
 
 def _most_typical(reports: Counter[str]) -> str:
-    """The report that shares most n-grams of up to four words with all, among the commonest few."""
+    """Among the most common reports, the one that shares most n-grams of up to four words with the rest."""
     counted = [(text, _ngrams(text), count) for text, count in reports.most_common(MAX_TYPICAL_CANDIDATES)]
     shared = {
         text: sum(count * _overlap(ngrams, others) for _, others, count in counted)
@@ -122,7 +136,7 @@ def _ngrams(text: str) -> list[Counter[tuple[str, ...]]]:
 
 
 def _overlap(first: list[Counter[tuple[str, ...]]], second: list[Counter[tuple[str, ...]]]) -> float:
-    """Mean F1 of n-grams over the orders."""
+    """F1 of shared n-grams, the mean over their orders."""
     scores = []
     for one, other in zip(first, second, strict=True):
         total = one.total() + other.total()

@@ -1,4 +1,4 @@
-"""Generated reports against references: metrics, a shuffled control, and how sure each sentence is."""
+"""Generated reports against references: metrics, a shuffled control, and how far to trust each sentence."""
 
 import csv
 import io
@@ -21,12 +21,12 @@ from ecgot.text.glossary import plain_english
 from ecgot.text.statements import sentences
 
 BATCH = 128
-RECORDER_UNKNOWN = "generated_recorder_unknown"
+RECORDER_UNKNOWN = "generated_recorder_unknown"  # the system whose reports name no recorder
 
 
 @dataclass(frozen=True)
 class Example:
-    """A record's reference and generated report; scores: of the generated one's sentences."""
+    """A record's reference and generated report; ``scores`` are those of the generated sentences."""
 
     ecg_id: int
     reference: str
@@ -43,13 +43,13 @@ def write_reports(
     num_beams: int,
     progress: Progress,
 ) -> list[WrittenReport]:
-    """Reports of n encoded ECGs, tokens [n, N, D] and mask [n, N], by n recorders, "" where unknown."""
+    """Reports of n encoded ECGs: tokens [n, N, D], mask [n, N], and n recorders, "" if unknown."""
     device = next(reporter.parameters()).device
     reports: list[WrittenReport] = []
     for rows in torch.arange(len(tokens)).split(BATCH):
         part, valid = tokens[rows].float().to(device), mask[rows].to(device)
-        told = [recorders[row] for row in rows.tolist()]
-        reports += reporter.write(part, valid, recorders=told, num_beams=num_beams)
+        names = [recorders[row] for row in rows.tolist()]
+        reports += reporter.write(part, valid, recorders=names, num_beams=num_beams)
         progress.bar("reports", len(reports), len(tokens))
     return reports
 
@@ -60,26 +60,27 @@ def measure_reports(
     patients: np.ndarray,
     recorders: Sequence[str],
     *,
-    untold: Sequence[WrittenReport] | None = None,
+    recorder_unknown: Sequence[WrittenReport] | None = None,
     baselines: Baselines | None,
     in_plain_english: bool,
     resamples: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Metrics "value", "low" and "high" (95 % bootstrap over patients) by system and metric.
+    """Metrics by system: for each metric its "value" and 95 % interval "low", "high".
 
-    The systems: "generated"; "generated_recorder_unknown", the reports ``untold``; "shuffled", each report
-    against the reference of another patient of the same recorder; those of ``baselines``; and where
-    references are put into plain English, "generated_as_written", against references as they came.
+    The systems are "generated"; "generated_recorder_unknown"; "shuffled", each report against the reference
+    of another patient of the same recorder; the ``baselines``; and, if references are put into plain English,
+    "generated_as_written", the generated reports against the references as they came.
 
     Args:
-        written, references, patients, recorders: of n records; a recorder is "" where it is unknown.
-        untold: n reports of a model that was not told the recorders.
+        written, references, patients, recorders: of n records; a recorder is "" if unknown.
+        recorder_unknown: n reports written without knowing the recorder.
+        resamples: bootstrap resamples of patients.
     """
     plain = [plain_english(text) for text in references] if in_plain_english else list(references)
     texts = [report.text for report in written]
     systems = {"generated": (texts, plain)}
-    if untold is not None:
-        systems[RECORDER_UNKNOWN] = ([report.text for report in untold], plain)
+    if recorder_unknown is not None:
+        systems[RECORDER_UNKNOWN] = ([report.text for report in recorder_unknown], plain)
     if baselines is not None:
         systems["nearest_neighbour"] = (list(baselines.nearest), plain)
         systems["most_frequent"] = ([baselines.most_frequent] * len(plain), plain)
@@ -108,9 +109,13 @@ def _measured(
 
 
 def sentence_confidence(written: Sequence[WrittenReport], references: Sequence[str]) -> dict[str, float]:
-    """What sentence scores are worth: "auroc" for whether the reference says the very sentence, the share of
-    sentences that it says ("said"), and of those with a score of at least SURE and below ("said_sure",
-    "said_unsure")."""
+    """How well sentence scores predict whether the reference contains exactly that sentence.
+
+    Returns:
+        "auroc" of the scores; "said", the share of sentences that the reference contains; "said_sure" and
+        "said_unsure", that share among scores of at least :data:`SURE` and below. Empty if there is no
+        sentence.
+    """
     pairs = [
         (score, text in said_by_reference)
         for report, reference in zip(written, references, strict=True)
@@ -130,12 +135,13 @@ def sentence_confidence(written: Sequence[WrittenReport], references: Sequence[s
 
 
 def shuffled(patients: np.ndarray, recorders: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows, and of each another patient's row of the same recorder, so that what is lost is the ECG's.
+    """Row indices, and for each the row of another patient of the same recorder.
 
-    Unknown ones are as one. A recorder where no such order exists is left out.
+    Recorder wording survives this shuffle, so that what is lost is due to the ECG. Unknown recorders count as
+    one. A recorder whose records cannot be shuffled between patients is left out.
     """
     if len(recorders) != len(patients):
-        raise ValueError(f"recorders: got {len(recorders)} for {len(patients)} patients")
+        raise ValueError(f"recorders: expected {len(patients)}, one for each record, got {len(recorders)}")
     found = [np.empty((2, 0), dtype=np.int64)]
     names = np.array(recorders, dtype=object)
     for name in sorted(set(recorders)):
@@ -148,7 +154,11 @@ def shuffled(patients: np.ndarray, recorders: Sequence[str]) -> tuple[np.ndarray
 
 
 def another_patients(patients: np.ndarray, *, seed: int = 0) -> np.ndarray | None:
-    """For each record a record of another patient, each used once; None where no such order exists."""
+    """A permutation of n records that gives each a record of another patient; None if there is none.
+
+    Args:
+        patients: [n], ids.
+    """
     rng = np.random.default_rng(seed)
     distinct, patient = np.unique(patients, return_inverse=True)
     # Records of one patient side by side, patients and their records in random order.
@@ -156,14 +166,14 @@ def another_patients(patients: np.ndarray, *, seed: int = 0) -> np.ndarray | Non
     largest = int(np.unique(patients, return_counts=True)[1].max())
     if 2 * largest > len(patients):
         return None
-    # Half-way round the circle a patient's block has ended, as it is at most half as long as the circle.
+    # Seen as a circle, no patient's block is longer than half of it, so a half turn always leaves the block.
     other = np.empty(len(patients), dtype=np.int64)
     other[order] = np.roll(order, len(patients) // 2)
     return other
 
 
 def save_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Write a CSV with a line a record; its last column says what the file is not."""
+    """Write a CSV with one line for each record; its last column is the notice."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(("ecg_id", "reference", "generated", "sentence_scores", "notice"))

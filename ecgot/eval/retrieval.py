@@ -20,15 +20,17 @@ def retrieval(
     score: str = "cosine",
     transport: Transport | None = None,
 ) -> dict[str, float]:
-    """Recall at 1, 5 and 10 of each ECG's report among distinct reports, and back.
+    """Recall at 1, 5 and 10: of each ECG's report among distinct reports, and of each report's ECGs.
 
-    A report is found where one of its own ECGs is among the first. Ties and NaN count against the model.
+    A report is found if any of its own ECGs is among the first. Ties and NaN count against the model.
 
     Args:
-        ecg: n records; reports: K distinct texts, each the report of a record.
-        own: [n], the number of each record's report.
-        score: a token similarity, see :data:`ecgot.choices.TOKEN_SIMILARITIES`; any other name is
-            the cosine of the pooled embeddings.
+        ecg: n records.
+        reports: K distinct texts, each the report of at least one record.
+        own: [n], the index of each record's report.
+        score: a token similarity, see :data:`ecgot.choices.TOKEN_SIMILARITIES`; any other name is the cosine
+            of the pooled embeddings.
+        transport: settings of the "ot" similarity; the defaults if omitted.
 
     Returns:
         "ecg_to_report@1", ..., "report_to_ecg@10".

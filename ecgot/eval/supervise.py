@@ -1,4 +1,6 @@
-"""Supervised baselines: what training on the labels would give, measured as zero-shot scores are.
+"""Supervised baselines: classifiers trained on the labels and measured like zero-shot scores.
+
+A run's folder:
 
 config.json             data, encoder and seed, as of every run
 supervised.json         the settings of the training
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ecgot.choices import EVALUATION_FOLDS, RESAMPLES
 from ecgot.data.dataset import EcgDataset
 from ecgot.data.ptbxl import GROUPS, Labels, check_patient_split
 from ecgot.errors import EcgotError
@@ -47,9 +50,9 @@ class SupervisedEvaluation:
     """What a trained classifier reached on held-out folds.
 
     Attributes:
-        start: the run that the encoder comes from, None from scratch.
-        seconds: of the training in all.
-        ranking: by label group.
+        start: the run that the encoder comes from; None if trained from scratch.
+        seconds: of the whole training.
+        results: AUROC by label group.
         settings: data, resamples, and the whole configuration.
     """
 
@@ -61,42 +64,49 @@ class SupervisedEvaluation:
     seconds: float
     folds: tuple[int, ...]
     records: int
-    ranking: dict[str, AurocResult]
+    results: dict[str, AurocResult]
     settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON; ``start`` is called "from", NaN becomes None."""
+        """The evaluation as plain values for JSON, with ``start`` as "from" and ``results`` as "ranking".
+
+        NaN becomes None.
+        """
         values = dataclasses.asdict(self)
-        settings, ranking, start = (values.pop(name) for name in ("settings", "ranking", "start"))
-        for found in ranking.values():
+        settings, results, start = (values.pop(name) for name in ("settings", "results", "start"))
+        for found in results.values():
             found |= {
                 name: None if math.isnan(found[name]) else found[name] for name in ("macro", "low", "high")
             }
-        told = {"kind": STAGE, "encoder": values.pop("encoder"), "from": start} | values
-        return told | {"ranking": ranking, "version": __version__, "settings": settings}
+        first = {"kind": STAGE, "encoder": values.pop("encoder"), "from": start}
+        return first | values | {"ranking": results, "version": __version__, "settings": settings}
 
 
 @dataclass(frozen=True)
 class SupervisedRequest:
-    """What ``supervise`` was asked for; None is left to the folder or to the defaults."""
+    """The arguments of :func:`supervise`; None is left to the folder or to the defaults."""
 
+    root: Path
+    out: Path
     encoder_name: str | None
     start: Run | None
     group: str | None
     epochs: int | None
     seed: int | None
+    folds: tuple[int, ...]
+    resamples: int
 
     def __post_init__(self) -> None:
         if self.start is not None and self.encoder_name is not None:
             raise EcgotError(
-                f"encoder: got {self.encoder_name!r} and a run to start from, accepted is one of them"
+                f"encoder: expected an encoder or a run to start from, got {self.encoder_name!r} and a run"
             )
         if self.group is not None and self.group not in (*GROUPS, ALL):
-            raise EcgotError(f"group: got {self.group!r}, accepted are {', '.join((*GROUPS, ALL))}")
+            raise EcgotError(f"group: expected one of {', '.join((*GROUPS, ALL))}, got {self.group!r}")
         if self.epochs is not None and self.epochs < 1:
-            raise EcgotError(f"epochs: got {self.epochs}, accepted is an integer >= 1")
+            raise EcgotError(f"epochs: expected an integer >= 1, got {self.epochs}")
         if self.seed is not None and self.seed < 0:
-            raise EcgotError(f"seed: got {self.seed}, accepted is an integer >= 0")
+            raise EcgotError(f"seed: expected an integer >= 0, got {self.seed}")
 
 
 def supervise(
@@ -108,44 +118,36 @@ def supervise(
     group: str | None = None,
     epochs: int | None = None,
     seed: int | None = None,
-    folds: Sequence[int] = (9,),
-    resamples: int = 1000,
+    folds: Sequence[int] = EVALUATION_FOLDS,
+    resamples: int = RESAMPLES,
     resume: bool = False,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> SupervisedEvaluation:
-    """Train a classifier into the folder ``out``, and write ``evaluation.json`` there.
+    """Train a classifier into the folder ``out``, evaluate it, and write ``evaluation.json`` there.
 
     Args:
         root: a data set in PTB-XL's layout.
-        encoder_name: trained from scratch by the benchmark's protocol; "resnet1d_wang" where neither this
-            nor ``start`` is given.
+        encoder_name: an encoder to train from scratch by the benchmark's protocol; "resnet1d_wang" if neither
+            this nor ``start`` is given.
         start: a run whose aligned encoder is fine-tuned instead.
-        group: of labels, or "all"; "superclass" from scratch and "all" from a run where omitted.
-        epochs: 50 from scratch and 8 from a run where omitted.
-        seed: 0 where omitted.
-        folds: to evaluate, held out. metrics.jsonl follows them too, but nothing is chosen by them.
-        resamples: of the bootstrap over patients.
-        resume: go on with a training that was interrupted, or evaluate one that is done, in its own settings
-            where they are omitted; after its first epoch ``start`` is not read again.
+        group: a label group, or "all". Default: "superclass" from scratch, "all" from a run.
+        epochs: default 50 from scratch, 8 from a run.
+        seed: default 0.
+        folds: held-out folds to evaluate. metrics.jsonl tracks them during training, but nothing is selected
+            by them.
+        resamples: bootstrap resamples of patients, for the intervals.
+        resume: continue an interrupted training, or evaluate a finished one. Arguments that are omitted keep
+            its own settings; after its first epoch ``start`` is no longer read.
+        cache_dir: of signals; by default :func:`ecgot.files.default_cache_dir`.
 
     Raises:
-        EcgotError: an argument, the data or the folder cannot be used. Nothing of ``out`` is overwritten.
+        EcgotError: an argument, the data or the folder cannot be used. Nothing in ``out`` is overwritten.
     """
-    cache_dir, progress = cache_dir or default_cache_dir(), progress or Progress()
-    request = SupervisedRequest(encoder_name, start, group, epochs, seed)
-    had = (out / "config.json").exists()
-    if had:
-        _check_folder(out, resume=resume)
-    config, settings = _resumed(root, out, request) if had else _configured(root, request)
-    trained_on = set(folds) & set(config.data.train_folds)
-    if trained_on:
-        raise EcgotError(f"folds: fold {min(trained_on)} is trained on, accepted are held-out folds")
-    encoder(config.encoder.name, leads=len(config.data.leads))  # refused before anything is read
-    train = load_folds(config, config.data.train_folds, cache_dir, progress)
-    held_out = load_folds(config, folds, cache_dir, progress)
-    check_patient_split(train.table, held_out.table)
-    train = labelled(train, settings.groups)
+    progress = progress or Progress()
+    request = SupervisedRequest(root, out, encoder_name, start, group, epochs, seed, tuple(folds), resamples)
+    config, settings = _settings(request, resume=resume)
+    train, held_out = _datasets(request, config, settings, cache_dir or default_cache_dir(), progress)
     run = _open(out, config, settings)
     classifier = train_classifier(
         run,
@@ -154,20 +156,46 @@ def supervise(
         validate=lambda kept: _validate(kept, settings, held_out, progress),
         progress=progress,
     )
-    evaluation = _evaluate(run, settings, classifier, held_out, tuple(folds), resamples, progress)
+    evaluation = _evaluate(request, run, settings, classifier, held_out, progress)
     write_text(out / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2) + "\n")
     return evaluation
 
 
-def _resumed(root: Path, out: Path, request: SupervisedRequest) -> tuple[Config, SupervisedConfig]:
-    """What ``out`` is trained with.
+def _settings(request: SupervisedRequest, *, resume: bool) -> tuple[Config, SupervisedConfig]:
+    """Settings of a new training, or of the one that ``out`` holds."""
+    if not (request.out / "config.json").exists():
+        return _new_settings(request)
+    _check_folder(request.out, resume=resume)
+    return _resumed_settings(request)
+
+
+def _datasets(
+    request: SupervisedRequest,
+    config: Config,
+    settings: SupervisedConfig,
+    cache_dir: Path,
+    progress: Progress,
+) -> tuple[EcgDataset, EcgDataset]:
+    """The labelled training records and the held-out ones."""
+    trained_on = set(request.folds) & set(config.data.train_folds)
+    if trained_on:
+        raise EcgotError(f"folds: expected held-out folds, got fold {min(trained_on)}, which is trained on")
+    encoder(config.encoder.name, leads=len(config.data.leads))  # an unknown name fails before data is read
+    train = load_folds(config, config.data.train_folds, cache_dir, progress)
+    held_out = load_folds(config, request.folds, cache_dir, progress)
+    check_patient_split(train.table, held_out.table)
+    return labelled(train, settings.groups), held_out
+
+
+def _resumed_settings(request: SupervisedRequest) -> tuple[Config, SupervisedConfig]:
+    """The settings that ``out`` is trained with.
 
     Raises:
-        EcgotError: what is asked for now differs from it.
+        EcgotError: the request differs from them.
     """
-    saved, trained = Run.open(out).config(), _saved_settings(out)
+    saved, trained = Run.open(request.out).config(), _saved_settings(request.out)
     config, settings = saved, trained
-    data = replace(config.data, root=str(root.resolve()))
+    data = replace(config.data, root=str(request.root.resolve()))
     config = replace(config, data=data, seed=config.seed if request.seed is None else request.seed)
     if request.encoder_name is not None:
         config = replace(config, encoder=EncoderConfig(request.encoder_name))
@@ -183,7 +211,7 @@ def _resumed(root: Path, out: Path, request: SupervisedRequest) -> tuple[Config,
         if getattr(settings, name) != value
     ]
     if changed:
-        raise EcgotError(f"out: {out} was trained with another configuration ({changed[0]})")
+        raise EcgotError(f"out: {request.out} was trained with another configuration ({changed[0]})")
     return saved, trained
 
 
@@ -195,30 +223,32 @@ def _saved_settings(out: Path) -> SupervisedConfig:
         raise EcgotError(f"out: {path} does not hold the settings of a run ({error})") from error
 
 
-def _configured(root: Path, request: SupervisedRequest) -> tuple[Config, SupervisedConfig]:
-    seed, place, start = request.seed or 0, str(root.resolve()), request.start
+def _new_settings(request: SupervisedRequest) -> tuple[Config, SupervisedConfig]:
+    seed, root, start = request.seed or 0, str(request.root.resolve()), request.start
     if start is None:
         config = Config(
             seed=seed,
-            data=DataConfig(root=place),
+            data=DataConfig(root=root),
             encoder=EncoderConfig(request.encoder_name or "resnet1d_wang"),
         )
         return config, benchmark_config(request.group, request.epochs)
     config = start.config()
     if not start.done("align"):
-        raise EcgotError(f"from: stage align of {start.folder} is not trained, accepted is a run where it is")
+        raise EcgotError(
+            f"from: expected a run with a trained stage align, got {start.folder}, where it is not trained"
+        )
     if config.text.train:
         raise EcgotError(
-            f"from: {start.folder} trained its text encoder, accepted is a run with a frozen one"
+            f"from: expected a run with a frozen text encoder, got {start.folder}, which trained its own"
         )
     return (
-        replace(config, seed=seed, data=replace(config.data, root=place, reports_csv="")),
+        replace(config, seed=seed, data=replace(config.data, root=root, reports_csv="")),
         fine_tuning_config(start, request.group, request.epochs),
     )
 
 
 def _check_folder(out: Path, *, resume: bool) -> None:
-    """That ``out``, which holds a run, is a supervised one that may be resumed."""
+    """Refuse ``out``, which holds a run, unless it is a supervised one and may be resumed."""
     if Run(out).begun("align") or Run(out).begun("report"):
         raise EcgotError(f"out: {out} holds a run of ecgot train; name another folder")
     if not resume:
@@ -238,27 +268,21 @@ def _open(out: Path, config: Config, settings: SupervisedConfig) -> Run:
 def _validate(
     classifier: Classifier, settings: SupervisedConfig, dataset: EcgDataset, progress: Progress
 ) -> dict[str, float]:
-    """Macro AUROC by group; of the middle crop alone, as all crops would cost a quarter of the epoch."""
+    """Macro AUROC by group, from the middle crop only: all crops would cost a quarter of the epoch."""
     crop, starts = scoring_crops(settings, dataset)
     middle = [starts[len(starts) // 2]] if dataset.lengths.min() == dataset.signals_uv.shape[2] else [0]
-    rankings = _aurocs(classifier, settings, dataset, middle, crop, 1, progress)
+    scores = class_probabilities(classifier, dataset, middle, crop, progress=progress)
     return {
-        f"validation_auroc_{group}": ranking.macro
-        for group, ranking in rankings.items()
-        if not math.isnan(ranking.macro)
+        f"validation_auroc_{group}": result.macro
+        for group, result in _auroc_by_group(scores, settings, dataset, resamples=1).items()
+        if not math.isnan(result.macro)
     }
 
 
-def _aurocs(
-    classifier: Classifier,
-    settings: SupervisedConfig,
-    dataset: EcgDataset,
-    starts: Sequence[int],
-    crop: int,
-    resamples: int,
-    progress: Progress,
+def _auroc_by_group(
+    scores: np.ndarray, settings: SupervisedConfig, dataset: EcgDataset, *, resamples: int
 ) -> dict[str, AurocResult]:
-    scores = class_probabilities(classifier, dataset, starts, crop, progress=progress)
+    """AUROC by group of scores [n, C] over the classes of all groups."""
     labels: list[Labels] = [dataset.labels(group) for group in settings.groups]
     parts = np.split(scores, np.cumsum([len(each.classes) for each in labels])[:-1], axis=1)
     patients = dataset.table.patient_id
@@ -269,16 +293,16 @@ def _aurocs(
 
 
 def _evaluate(
+    request: SupervisedRequest,
     run: Run,
     settings: SupervisedConfig,
     classifier: Classifier,
     dataset: EcgDataset,
-    folds: tuple[int, ...],
-    resamples: int,
     progress: Progress,
 ) -> SupervisedEvaluation:
     config = run.config()
     crop, starts = scoring_crops(settings, dataset)
+    scores = class_probabilities(classifier, dataset, starts, crop, progress=progress)
     return SupervisedEvaluation(
         encoder=config.encoder.name,
         start=settings.start or None,
@@ -286,12 +310,12 @@ def _evaluate(
         seed=config.seed,
         epochs=settings.epochs,
         seconds=sum(line["seconds"] for line in run.metrics() if line["stage"] == STAGE),
-        folds=folds,
+        folds=request.folds,
         records=len(dataset),
-        ranking=_aurocs(classifier, settings, dataset, starts, crop, resamples, progress),
+        results=_auroc_by_group(scores, settings, dataset, resamples=request.resamples),
         settings={
             "data": config.data.root,
-            "resamples": resamples,
+            "resamples": request.resamples,
             "supervised": dataclasses.asdict(settings),
             "config": dataclasses.asdict(config),
         },

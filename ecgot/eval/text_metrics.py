@@ -1,7 +1,7 @@
-"""Report metrics, each by a well-known library, with its dialect said beside it.
+"""Report metrics, each from a well-known library and with its exact definition ("dialect").
 
-Numbers of different papers differ more by dialect than by model: tokenisation, case, smoothing and what is
-averaged all move them.
+Between papers, numbers differ more by dialect than by model: tokenisation, case, smoothing and averaging all
+change them.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,15 @@ from nltk.translate.meteor_score import single_meteor_score
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
+from ecgot.choices import RESAMPLES
 from ecgot.eval.auroc import patient_weights
 from ecgot.text.labels import label_groups, stated_labels
 
 _BLEU = BLEU(lowercase=True)
-_BLEU.corpus_score(["a"], [["a"]])  # only then does it know that it takes one reference for each report
-# The same counts; it only knows that of a single report some n-grams may be missing.
+_BLEU.corpus_score(["a"], [["a"]])  # its signature holds the number of references only after a first use
+# The same counts, without a warning where a short report has no longer n-grams.
 _ONE_REPORT = BLEU(lowercase=True, effective_order=True)
-_ORDER = 4  # of BLEU's n-grams
+_ORDER = 4  # BLEU's longest n-grams
 _ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 DIALECT = {
     "bleu": f"corpus BLEU by sacrebleu ({_BLEU.get_signature()}); BLEU-n stops at "
@@ -36,12 +37,12 @@ DIALECT = {
 
 @dataclass(frozen=True)
 class ReportStatistics:
-    """What each of n reports adds to the metrics, so that they can be had for any weights of the reports.
+    """Per-report statistics, from which the metrics follow for any weighting of the n reports.
 
     Attributes:
-        bleu: [n, 2 + 2 * 4]: lengths of report and reference, matched and all n-grams of each order.
+        bleu: [n, 2 + 2 * 4]: lengths of report and reference, then matched and all n-grams of each order.
         means: by name, [n]: metrics that are means over reports.
-        labels: by label group, stated classes of reports and references, both [n, C].
+        labels: by label group, the classes stated by reports and by references, both [n, C].
     """
 
     bleu: np.ndarray
@@ -49,7 +50,7 @@ class ReportStatistics:
     labels: dict[str, tuple[np.ndarray, np.ndarray]]
 
     def metrics(self, weights: np.ndarray | None = None) -> dict[str, float]:
-        """The metrics, with each report counted ``weights`` [n] times (whole numbers; once where omitted)."""
+        """The metrics, with each report counted ``weights`` [n] times: whole numbers, 1 if omitted."""
         weights = np.ones(len(self.bleu)) if weights is None else weights
         written, wanted, *counts = (weights @ self.bleu).astype(int).tolist()
         metrics = {}
@@ -70,7 +71,7 @@ class ReportStatistics:
         return metrics
 
     def intervals(
-        self, patients: np.ndarray, *, resamples: int = 1000, seed: int = 0
+        self, patients: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
     ) -> dict[str, tuple[float, float]]:
         """95 % bootstrap interval of each metric over patients [n] (percentiles)."""
         drawn = [self.metrics(weights) for weights in patient_weights(patients, resamples, seed)]
@@ -84,9 +85,13 @@ class ReportStatistics:
 
 
 def report_statistics(hypotheses: Sequence[str], references: Sequence[str]) -> ReportStatistics:
-    """Of n generated reports against their n references."""
-    if len(hypotheses) != len(references) or not references:
-        raise ValueError(f"hypotheses: got {len(hypotheses)} for {len(references)} references")
+    """Statistics of n generated reports against their n references."""
+    if not references:
+        raise ValueError("references: expected at least 1, got none")
+    if len(hypotheses) != len(references):
+        raise ValueError(
+            f"hypotheses: expected {len(references)}, one for each reference, got {len(hypotheses)}"
+        )
     hypotheses = [text.lower() for text in hypotheses]
     references = [text.lower() for text in references]
     pairs = list(zip(hypotheses, references, strict=True))
@@ -106,7 +111,7 @@ def report_metrics(hypotheses: Sequence[str], references: Sequence[str]) -> dict
 
 
 def label_f1(stated: np.ndarray, wanted: np.ndarray, weights: np.ndarray) -> float:
-    """Macro F1 of labels [n, C] with record weights [n]; a class that neither side has takes no part."""
+    """Macro F1 of labels [n, C] with record weights [n]; classes that neither side has are left out."""
     both, either = weights @ (stated & wanted), weights @ stated + weights @ wanted
     some = either > 0
     return float(np.mean(2 * both[some] / either[some])) if some.any() else float("nan")

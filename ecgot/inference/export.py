@@ -1,4 +1,4 @@
-"""A run as one folder that needs no text encoder: what a package or a colleague is given."""
+"""Export a run as one folder that needs no text encoder, to publish or to hand on."""
 
 import json
 import shutil
@@ -29,28 +29,30 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
     """Write the run's configuration, weights, embedded built-in prompts and a model card to a new folder.
 
     Args:
+        run: stage 1 trained, stage 2 optionally.
+        out: must not exist yet.
         trained_on: name, source and licence of the data, for the card.
 
     Raises:
-        EcgotError: the run is not trained, its text encoder was trained with it, its language model has
-            adapters, or ``out`` exists.
+        EcgotError: the run is not trained, it trained its own text encoder, its language model has adapters,
+            or ``out`` exists.
     """
     config = run.config()
     if config.text.train:
         raise EcgotError(
-            "run: its text encoder was trained (text.train=true), accepted are runs with a frozen one"
+            "run: expected one with a frozen text encoder, got one that trained its own (text.train=true)"
         )
     if config.report.lora_rank and run.done("report"):
         raise EcgotError(
-            f"run: it holds adapters without their language model {config.report.language_model!r} "
-            f"(report.lora_rank={config.report.lora_rank}), accepted are runs with all weights"
+            "run: expected one with all its weights, got one with adapters alone, without their language "
+            f"model {config.report.language_model!r} (report.lora_rank={config.report.lora_rank})"
         )
     if out.exists():
-        raise EcgotError(f"out: {out} exists, accepted is a new folder")
+        raise EcgotError(f"out: expected a new folder, got {out}, which exists")
     text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
     model = load_alignment(run, text)
     if run.done("report"):
-        load_reporter(run, model.ecg_width)  # that it can be read
+        load_reporter(run, model.ecg_width)  # fails here if it is damaged
     prompts = embed_prompts(model, text, read_prompts())
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
@@ -69,7 +71,7 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
 
 
 def model_card(run: Run, trained_on: str = UNKNOWN) -> str:
-    """In Markdown; metrics are those of the run's ``evaluation.json``."""
+    """The model card of a run in Markdown, with the metrics of its ``evaluation.json``."""
     config = run.config()
     path = run.folder / "evaluation.json"
     return CARD.read_text(encoding="utf-8").format(
@@ -90,7 +92,7 @@ def model_card(run: Run, trained_on: str = UNKNOWN) -> str:
 
 
 def _texts(data: DataConfig) -> str:
-    """Which texts the model learned from, said where they were put into plain English."""
+    """Which reports the model learned from, if they were put into plain English."""
     if not data.plain_english:
         return ""
     return PLAIN.format(others=OTHERS.format(name=Path(data.reports_csv).name) if data.reports_csv else "")
@@ -109,15 +111,17 @@ def _folds(folds: tuple[int, ...]) -> str:
 
 
 def _metrics(path: Path) -> str:
-    """Tables of an evaluation.
+    """Tables of an ``evaluation.json``.
 
     Raises:
-        EcgotError: it is not one, or another version's.
+        EcgotError: the file is damaged or was written by another version.
     """
     try:
         return _tables(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise EcgotError(f"run: {path} cannot be read ({error!r}); make it anew by ecgot evaluate") from error
+        raise EcgotError(
+            f"run: {path} cannot be read ({error!r}); write it again by ecgot evaluate"
+        ) from error
 
 
 def _tables(evaluation: dict) -> str:
@@ -133,9 +137,9 @@ def _tables(evaluation: dict) -> str:
         "| macro AUROC | zero-shot | linear probe |",
         "| --- | --- | --- |",
     ]
-    for group, ranking in evaluation["zero_shot"].items():
+    for group, result in evaluation["zero_shot"].items():
         probe = evaluation["probe"].get(group)
-        lines.append(f"| {group} | {auroc_text(ranking)} | {auroc_text(probe)} |")
+        lines.append(f"| {group} | {auroc_text(result)} | {auroc_text(probe)} |")
     if evaluation["reports"]:
         names = list(next(iter(evaluation["reports"].values())))
         lines += ["", "| reports | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
@@ -145,7 +149,7 @@ def _tables(evaluation: dict) -> str:
 
 
 def _without_paths(run: Run) -> str:
-    """The configuration, with nothing of the machine that it was trained on."""
+    """The configuration without paths and devices of the machine that trained it."""
     values = json.loads(run.config().to_json())
     values["data"] |= {"root": "", "reports_csv": ""}
     return json.dumps(values | {"device": "auto", "cuda_graph": False}, indent=2) + "\n"

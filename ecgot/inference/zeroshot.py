@@ -1,4 +1,4 @@
-"""Zero-shot detection: whether an ECG's report would say a class's prompts, or how near it lies to them."""
+"""Zero-shot detection: score each class by prompts, texts that a report of that class would contain."""
 
 import json
 import tomllib
@@ -22,17 +22,20 @@ from ecgot.models.text_encoder import TextEncoder
 from ecgot.runs.config import AlignConfig
 
 BUILT_IN = Path(__file__).with_name("prompts.toml")
-SOFTNESS = 2.0  # of the maximum over a class's prompts, in log-odds
+SOFTNESS = 2.0  # temperature of the soft maximum over a class's prompts, in log-odds
 
-Given = TypeVar("Given")
+_Value = TypeVar("_Value")
 Prompts = Mapping[str, Mapping[str, tuple[str, ...]]]  # group -> class -> texts
 
 
 @dataclass(frozen=True)
 class EmbeddedPrompts:
-    """Every distinct prompt's embedding [K, ...], and the rows of each class's prompts by group.
+    """Distinct prompts, each embedded once.
 
-    phrase_scale: of :func:`ecgot.models.losses.phrase_logits`, [].
+    Attributes:
+        embedding: of K prompts, [K, ...].
+        rows: group -> class -> indices of its prompts.
+        phrase_scale: the model's, [], see :func:`ecgot.models.losses.phrase_logits`.
     """
 
     embedding: Embedding
@@ -40,20 +43,20 @@ class EmbeddedPrompts:
     phrase_scale: Tensor
 
     def select(self, classes: Mapping[str, tuple[str, ...]]) -> "EmbeddedPrompts":
-        """Those of the given classes by group, in their order.
+        """Only the given classes of each group, in the given order.
 
         Raises:
-            EcgotError: a class has none.
+            EcgotError: a class has no prompt.
         """
         rows = {group: _select(self.rows, group, names) for group, names in classes.items()}
         return replace(self, rows=rows)
 
 
 def read_prompts(path: Path = BUILT_IN) -> Prompts:
-    """Prompts by group and class from a TOML file like the built-in one.
+    """Prompts by group and class, from a TOML file like the built-in one.
 
     Raises:
-        EcgotError: the file is missing or is not of this form.
+        EcgotError: the file is missing or has another form.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -64,33 +67,36 @@ def read_prompts(path: Path = BUILT_IN) -> Prompts:
     prompts: dict[str, dict[str, tuple[str, ...]]] = {}
     for group, table in tables.items():
         if group not in GROUPS or not isinstance(table, dict):
-            raise EcgotError(f"prompts: {path} holds {group!r}, accepted are tables {', '.join(GROUPS)}")
+            raise EcgotError(f"prompts: expected tables {', '.join(GROUPS)}, got {group!r} in {path}")
         for name, texts in table.items():
             if not (isinstance(texts, list) and texts and all(isinstance(t, str) and t for t in texts)):
-                raise EcgotError(f"prompts: {group}.{name} of {path} is not a list of one or more texts")
+                raise EcgotError(
+                    f"prompts: {path}: {group}.{name}: expected a list of one or more texts, got {texts!r}"
+                )
         prompts[group] = {name: tuple(texts) for name, texts in table.items()}
     if not any(prompts.values()):
-        raise EcgotError(f"prompts: {path} holds no class, accepted are tables of classes and their texts")
+        raise EcgotError(f"prompts: expected tables of classes and their texts, got no class in {path}")
     return prompts
 
 
 def select_prompts(prompts: Prompts, group: str, classes: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The prompts of the given classes.
+    """The prompts of the given classes of a group.
 
     Raises:
-        EcgotError: a class has none.
+        EcgotError: a class has no prompt.
     """
     return _select(prompts, group, classes)
 
 
 def _select(
-    prompts: Mapping[str, Mapping[str, Given]], group: str, classes: tuple[str, ...]
-) -> dict[str, Given]:
+    prompts: Mapping[str, Mapping[str, _Value]], group: str, classes: tuple[str, ...]
+) -> dict[str, _Value]:
     known = prompts.get(group, {})
     unknown = [name for name in classes if name not in known]
     if unknown:
         raise EcgotError(
-            f"prompts: no prompt for {group} class {unknown[0]!r}, there are {', '.join(known) or 'none'}"
+            f"prompts: expected one of {', '.join(known) or '(none)'}, got {group} class {unknown[0]!r}, "
+            "which has no prompt"
         )
     return {name: known[name] for name in classes}
 
@@ -99,7 +105,7 @@ def _select(
 def embed_prompts(
     model: AlignmentModel, text: TextEncoder, prompts: Mapping[str, Mapping[str, tuple[str, ...]]]
 ) -> EmbeddedPrompts:
-    """Embed every distinct prompt once."""
+    """Embed each distinct prompt once."""
     texts = sorted({t for classes in prompts.values() for texts in classes.values() for t in texts})
     number = {t: row for row, t in enumerate(texts)}
     rows = {
@@ -111,7 +117,7 @@ def embed_prompts(
 
 
 def save_prompts(prompts: EmbeddedPrompts, path: Path) -> None:
-    """Write embedded prompts as one safetensors file."""
+    """Write embedded prompts to one safetensors file; tokens as fp16."""
     embedding = prompts.embedding
     assert embedding.prior is not None
     tensors = {
@@ -127,7 +133,7 @@ def save_prompts(prompts: EmbeddedPrompts, path: Path) -> None:
 
 
 def load_prompts(path: Path, device: torch.device) -> EmbeddedPrompts:
-    """What :func:`save_prompts` wrote.
+    """Read embedded prompts that :func:`save_prompts` wrote.
 
     Raises:
         EcgotError: the file is damaged.
@@ -143,17 +149,18 @@ def load_prompts(path: Path, device: torch.device) -> EmbeddedPrompts:
 
 
 def check_score(score: str | None, settings: AlignConfig) -> str:
-    """The score, or where None is given "phrase" if the run has learned phrases, else "cosine".
+    """The score to use; for None "phrase" if the run has learned phrases, else "cosine".
 
     Raises:
-        EcgotError: there is no such score, or the run cannot give it.
+        EcgotError: the score is unknown, or the run does not support it.
     """
     if score is None:
         return "phrase" if settings.phrase_weight else "cosine"
     if score not in SCORES:
-        raise EcgotError(f"score: got {score!r}, accepted are {', '.join(SCORES)}")
+        raise EcgotError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
     if score == "phrase" and not settings.phrase_weight:
-        raise EcgotError("score: got 'phrase', which a run with align.phrase_weight=0 has not learned")
+        others = ", ".join(SCORES[1:])
+        raise EcgotError(f"score: expected one of {others} with align.phrase_weight=0, got 'phrase'")
     return score
 
 
@@ -161,15 +168,16 @@ def check_score(score: str | None, settings: AlignConfig) -> str:
 def class_scores(
     ecg: Embedding, prompts: EmbeddedPrompts, *, score: str = "phrase", transport: Transport | None = None
 ) -> dict[str, Tensor]:
-    """Scores [B, C] of each group.
+    """Scores [B, C] of each group's classes.
 
     Args:
-        ecg: B embedded ECGs. Each is scored alone: nothing is normalised over the batch.
-        score: "phrase", log-odds that a report would say one of the class's prompts (a soft maximum);
-            "cosine", the mean over the prompts of the pooled embeddings' similarity; "ot" (slower),
-            "best_match" and "mean_match" that of the tokens', see
+        ecg: B embedded ECGs. Each is scored on its own; nothing is normalised over the batch.
+        prompts: of the classes.
+        score: "phrase": log-odds that a report would contain one of the class's prompts (a soft maximum over
+            them). "cosine": similarity of the pooled embeddings, the mean over the prompts. "ot" (slower),
+            "best_match", "mean_match": the same with a similarity of tokens, see
             :data:`ecgot.choices.TOKEN_SIMILARITIES`.
-        transport: the run's transport settings; the defaults where omitted.
+        transport: settings of "ot"; the defaults if omitted.
     """
     if score == "phrase":
         texts = prompts.embedding
@@ -181,15 +189,15 @@ def class_scores(
     elif score in TOKEN_SIMILARITIES:
         similarity = token_similarity(score, ecg, prompts.embedding, transport or Transport())
     else:
-        raise EcgotError(f"score: got {score!r}, accepted are {', '.join(SCORES)}")
+        raise EcgotError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
     return _by_class(prompts, lambda rows: similarity[:, rows].mean(1), ecg)
 
 
 def _by_class(
     prompts: EmbeddedPrompts, score: Callable[[list[int]], Tensor], ecg: Embedding
 ) -> dict[str, Tensor]:
-    """Scores [B, C] of each group, given those [B] of a class by the rows of its prompts."""
-    none = ecg.pooled.new_zeros(len(ecg.pooled), 0)  # of a group without classes
+    """Scores [B, C] of each group; ``score`` maps the rows of a class's prompts to its scores [B]."""
+    none = ecg.pooled.new_zeros(len(ecg.pooled), 0)  # for a group without classes
     return {
         group: torch.stack([score(rows) for rows in classes.values()], dim=1) if classes else none
         for group, classes in prompts.rows.items()

@@ -37,17 +37,17 @@ def test_a_resample_draws_patients_whole():
 def test_records_without_a_label_and_classes_without_both_sides_take_no_part():
     matrix = np.array([[1, 0, 1], [0, 1, 1], [0, 1, 1], [0, 0, 0]], dtype=bool)
     scores = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.1, 0.05, 0.0], [1.0, 1.0, 1.0]])
-    ranking = macro_auroc(scores, Labels(("A", "B", "C"), matrix), np.arange(4), resamples=50)
-    assert ranking.records == 3
-    assert ranking.positives == {"A": 1, "B": 2}
-    assert ranking.auroc == {"A": 1.0, "B": 0.5}
-    assert ranking.macro == 0.75
+    result = macro_auroc(scores, Labels(("A", "B", "C"), matrix), np.arange(4), resamples=50)
+    assert result.records == 3
+    assert result.positives == {"A": 1, "B": 2}
+    assert result.auroc == {"A": 1.0, "B": 0.5}
+    assert result.macro == 0.75
 
 
 def test_nothing_to_score_is_nan_and_not_an_error():
-    ranking = macro_auroc(np.zeros((3, 1)), Labels(("A",), np.zeros((3, 1), dtype=bool)), np.arange(3))
-    assert np.isnan(ranking.macro)
-    assert ranking.records == 0
+    result = macro_auroc(np.zeros((3, 1)), Labels(("A",), np.zeros((3, 1), dtype=bool)), np.arange(3))
+    assert np.isnan(result.macro)
+    assert result.records == 0
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
@@ -58,10 +58,10 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         truth = rng.random(200) < 0.4
         scores = rng.normal(size=200) + truth
         labels = Labels(("A", "not A"), np.stack([truth, ~truth], axis=1))
-        ranking = macro_auroc(
+        result = macro_auroc(
             np.stack([scores, -scores], 1), labels, np.arange(200), resamples=200, seed=trial
         )
-        covered += ranking.low <= true_area <= ranking.high
+        covered += result.low <= true_area <= result.high
     assert 0.90 <= covered / trials <= 0.99
 
 
@@ -71,9 +71,9 @@ def test_a_class_that_a_resample_misses_does_not_move_the_interval():
     rare = np.arange(400) == 7
     labels = Labels(("A", "B", "rare"), np.stack([truth, ~truth, rare], axis=1))
     scores = np.stack([truth, ~truth, ~rare], axis=1).astype(float)
-    ranking = macro_auroc(scores, labels, np.arange(400))
-    assert ranking.macro == pytest.approx(2 / 3)
-    assert (ranking.low, ranking.high) == pytest.approx((2 / 3, 2 / 3))
+    result = macro_auroc(scores, labels, np.arange(400))
+    assert result.macro == pytest.approx(2 / 3)
+    assert (result.low, result.high) == pytest.approx((2 / 3, 2 / 3))
 
 
 def test_two_records_a_patient_widen_the_interval():

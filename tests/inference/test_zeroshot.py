@@ -101,7 +101,7 @@ def test_a_run_without_phrases_has_no_phrase_score():
     assert check_score("ot", without) == "ot"
     with pytest.raises(EcgotError, match=r"align\.phrase_weight=0"):
         check_score("phrase", without)
-    with pytest.raises(EcgotError, match="accepted are phrase, cosine, ot"):
+    with pytest.raises(EcgotError, match="expected one of phrase, cosine, ot"):
         check_score("dot", without)
 
 
@@ -149,9 +149,9 @@ def test_from_waveform_to_score_no_batch_mate_matters(tiny_bert, score):
 
 
 def test_an_unknown_score_or_class_is_named(prompts):
-    with pytest.raises(EcgotError, match="accepted are phrase, cosine, ot"):
+    with pytest.raises(EcgotError, match="expected one of phrase, cosine, ot"):
         class_scores(ecgs(1), prompts, score="dot")
-    with pytest.raises(EcgotError, match=r"no prompt for rhythm class 'VT', there are SR"):
+    with pytest.raises(EcgotError, match="prompts: expected one of SR, got rhythm class 'VT'"):
         select_prompts({"rhythm": {"SR": ("sinus rhythm",)}}, "rhythm", ("SR", "VT"))
 
 
@@ -159,11 +159,11 @@ def test_an_unknown_score_or_class_is_named(prompts):
     ("content", "part"),
     [
         ("[rhythm", "not valid TOML"),
-        ("[mood]\nSR = ['a']", "holds 'mood'"),
+        ("[mood]\nSR = ['a']", "got 'mood'"),
         ("[rhythm]\nSR = 'a'", "rhythm.SR"),
         ("[rhythm]\nSR = []", "rhythm.SR"),
-        ("", "holds no class"),
-        ("[rhythm]", "holds no class"),
+        ("", "got no class"),
+        ("[rhythm]", "got no class"),
         (None, "cannot be read"),
     ],
 )
