@@ -95,7 +95,7 @@ def test_an_exported_run_reads_without_a_text_encoder(ecgot, tmp_path, run_dir, 
     assert {path.name for path in out.iterdir()} == names | {"language_model"}
     assert str(few) not in (out / "config.json").read_text()
     assert "not a medical device" in (out / "README.md").read_text()
-    refused(ecgot("export", run_dir, out), "exists, accepted is a new folder")
+    refused(ecgot("export", run_dir, out), "expected a new folder")
     record = next((few / "records100").rglob("*.hea"))
     whole = json.loads(ecgot("report", run_dir, record, "--json")[1])
     _, text, _ = ecgot("classify", out, record, "--prompt", "sinus rhythm", "--prompt", "a", "--json")
@@ -114,8 +114,8 @@ def test_an_exported_run_reads_without_a_text_encoder(ecgot, tmp_path, run_dir, 
         assert found["scores"][group] == pytest.approx(scores, abs=1e-4)
     after = json.loads(ecgot(*results[1], "--out", tmp_path / "evaluation")[1])
     assert (tmp_path / "evaluation" / "evaluation.json").exists()
-    for group, ranking in before["zero_shot"].items():
-        assert after["zero_shot"][group]["auroc"] == pytest.approx(ranking["auroc"], abs=1e-6)
+    for group, result in before["zero_shot"].items():
+        assert after["zero_shot"][group]["auroc"] == pytest.approx(result["auroc"], abs=1e-6)
     refused(ecgot("report", out, record, record), "got 3 paths")
     refused(ecgot("report"), "got 0 paths")
 
