@@ -5,7 +5,7 @@ from ecgot.kernels.conv.conv1d import conv1d
 from ecgot.kernels.conv.conv1d_bottleneck import conv1d_bottleneck
 from ecgot.kernels.conv.conv1d_norm import conv1d_norm
 from ecgot.kernels.conv.join import join, materialize
-from ecgot.kernels.conv.operands import FusedLayer, LazyActivation
+from ecgot.kernels.conv.operands import BatchNorm, FusedLayer, LazyActivation
 from ecgot.kernels.conv.pooling import max_pool1d, mean_pool1d
 from ecgot.kernels.ot.divergence import sinkhorn_divergence
 from ecgot.kernels.ot.loss import SinkhornLoss
@@ -15,6 +15,7 @@ from ecgot.kernels.ot.sinkhorn import sinkhorn, sinkhorn_from_cost
 from ecgot.kernels.ot.varlen import sinkhorn_varlen
 
 __all__ = [
+    "BatchNorm",
     "FusedLayer",
     "LazyActivation",
     "SinkhornDivergenceOutput",

@@ -1,8 +1,8 @@
-"""Where a convolution is made: by this package's kernels, or by torch (on a GPU, the vendor's library).
+"""Who runs a convolution: this package's kernels, or torch (on a GPU, the vendor's library).
 
-The vendor's wide products are hard to beat, and fusion pays where memory is the limit. ``backends.csv``
+The vendor's wide products are hard to beat, and fusion pays off where memory is the limit. ``backends.csv``
 holds what ``benchmarks/conv1d_backends.py`` measured, a line for each pass, layer and dtype; a layer that is
-not in it goes by the rule of :func:`modelled`.
+not in it follows the rule of :func:`modelled`.
 """
 
 import csv
@@ -17,7 +17,7 @@ from ecgot.kernels.dispatch import use_triton
 
 BACKENDS = ("auto", "triton", "torch")
 PASSES = ("forward", "input_gradient", "weight_gradient")
-WIDE = 256  # channels from where products, and not memory, limit most kernel sizes
+WIDE = 256  # channels from which most kernel sizes are limited by products, not by memory
 
 Layer = tuple[str, int, int, int, int, int, int, str]
 
@@ -41,15 +41,20 @@ def conv1d_backends(
     groups: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, str]:
-    """What ``backend="auto"`` takes on a GPU for each pass of a layer: "triton" or "torch".
+    """What ``backend="auto"`` means on a GPU for each pass of a layer: "triton" or "torch".
 
-    Where the forward of :func:`ecgot.kernels.conv1d` is torch's, so is its backward; each pass of
-    :func:`ecgot.kernels.conv1d_norm` goes its own way.
+    Where the forward of :func:`ecgot.kernels.conv1d` is torch's, so is its backward; the passes of
+    :func:`ecgot.kernels.conv1d_norm` are chosen one by one.
 
     Args:
         weight: [C_out, C_in / groups, K], or that shape.
         stride, dilation, groups: as in :func:`ecgot.kernels.conv1d`.
         dtype: of the activations.
+
+    >>> conv1d_backends((48, 48, 5), stride=2, dtype=torch.bfloat16)  # in no published encoder: by the rule
+    {'forward': 'triton', 'input_gradient': 'torch', 'weight_gradient': 'triton'}
+    >>> conv1d_backends((64, 64, 5), dtype=torch.float64)  # the kernels have no fp64
+    {'forward': 'torch', 'input_gradient': 'torch', 'weight_gradient': 'torch'}
     """
     shape = torch.empty(tuple(weight.shape) if isinstance(weight, Tensor) else weight, device="meta")
     geometry = Geometry(stride, 0, dilation, groups)
@@ -57,10 +62,11 @@ def conv1d_backends(
 
 
 def modelled(what: str, c_in: int, c_out: int, k: int, stride: int, groups: int) -> str:
-    """The rule for layers that nobody measured; c_in and c_out of all groups.
+    """The rule for layers that are not in the table; c_in and c_out count the channels of all groups.
 
-    A layer with C channels moves 2 C values and does C^2 k products a sample: from 256 channels on most are
-    limited by the products, where the vendor's library wins; and its strided gradients in x are good.
+    A layer with C channels moves 2 C values and does C^2 k products per sample. From 256 channels on most
+    layers are limited by the products, where the vendor's library wins; its strided gradients in x are good
+    at any width.
     """
     if groups > 1:
         return "triton"

@@ -1,15 +1,20 @@
-"""A residual bottleneck at inference, with the next one's first convolution, as one kernel."""
+"""A residual bottleneck at inference, with the next one's first convolution, as one kernel.
+
+Bottlenecks: He et al. 2016, "Deep Residual Learning for Image Recognition".
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ecgot.kernels.conv.backends import BACKENDS
-from ecgot.kernels.conv.checks import PRECISIONS, check_choice, check_lengths, check_shapes, fits_dtype
+from ecgot.kernels.conv.checks import check_lengths, check_shapes, checked_settings, fits_dtype
 from ecgot.kernels.conv.conv1d import conv1d
 from ecgot.kernels.conv.geometry import Geometry
-from ecgot.kernels.conv.geometry import geometry as checked_geometry
-from ecgot.kernels.conv.operands import FusedLayer
+from ecgot.kernels.conv.operands import FusedLayer, Settings
 from ecgot.kernels.dispatch import use_triton
+
+Layers = tuple[FusedLayer, FusedLayer, FusedLayer | None]  # middle, wide, narrow
 
 
 def conv1d_bottleneck(
@@ -33,66 +38,72 @@ def conv1d_bottleneck(
         middle: weight [M, C, K]; with stride, padding and dilation as in :func:`ecgot.kernels.conv1d`.
         wide: weight [W, M, 1].
         residual: [B, T_out, W].
-        narrow: weight [N, W, 1], of the block after this one; None leaves z out.
+        narrow: weight [N, W, 1], the next block's first convolution; None leaves z out.
         lengths, precision, backend: as in :func:`ecgot.kernels.conv1d`.
 
     Returns:
         y [B, T_out, W] and z [B, T_out, N] (None without ``narrow``), in the dtype of x.
 
     Raises:
-        ValueError, TypeError: one line that names the argument, what came and what is accepted.
+        ValueError, TypeError: one line that names the argument, what is expected and what came.
 
     In Triton the inner activations stay on the chip where M and N are at most 64. Elsewhere, under
-    torch.compile, and where a gradient is asked for, the layers run one by one.
+    torch.compile, and where a gradient is needed, the layers run one by one.
+
+    >>> one, zero = torch.ones(1, 1, 1), torch.zeros(1)
+    >>> middle, wide, narrow = (FusedLayer(factor * one, None, zero) for factor in (2, -3, 10))
+    >>> x = torch.tensor([[[1.0], [-1.0]]])
+    >>> y, z = conv1d_bottleneck(x, middle, wide, torch.full((1, 2, 1), 7.0), narrow)
+    >>> y.flatten(), z.flatten()
+    (tensor([1., 7.]), tensor([10., 70.]))
     """
-    geometry = checked_geometry(stride, padding, dilation, 1)
-    check_choice("precision", precision, PRECISIONS)
-    check_choice("backend", backend, BACKENDS)
-    check_conv1d(x, middle, wide, residual, narrow, geometry)
-    if not _in_one(x, (middle, wide, narrow), residual, backend):
-        return _one_by_one(x, middle, wide, residual, narrow, geometry, lengths, precision, backend)
+    settings = checked_settings(stride, padding, dilation, 1, precision, backend)
+    layers = (middle, wide, narrow)
+    _check(x, layers, residual, settings.geometry)
+    if not _runs_as_one(x, layers, residual, backend):
+        return _one_by_one(x, layers, residual, settings, lengths)
     from ecgot.kernels.conv import triton_bottleneck
 
     lengths = check_lengths(lengths, x)
-    return triton_bottleneck.bottleneck(x, middle, wide, narrow, residual, geometry, lengths, precision)
+    return triton_bottleneck.bottleneck(
+        x, middle, wide, narrow, residual, settings.geometry, lengths, precision
+    )
 
 
-def check_conv1d(
-    x: Tensor,
-    middle: FusedLayer,
-    wide: FusedLayer,
-    residual: Tensor,
-    narrow: FusedLayer | None,
-    geometry: Geometry,
-) -> None:
+def _check(x: Tensor, layers: Layers, residual: Tensor, geometry: Geometry) -> None:
+    middle, wide, narrow = layers
     t_out = check_shapes(x, middle.weight, geometry)
-    expected = {"wide": (wide, middle.weight.shape[0]), "narrow": (narrow, wide.weight.shape[0])}
-    for name, (layer, c_in) in expected.items():
+    inputs = {"wide": (wide, middle.weight.shape[0]), "narrow": (narrow, wide.weight.shape[0])}
+    for name, (layer, c_in) in inputs.items():
         if layer is not None and tuple(layer.weight.shape[1:]) != (c_in, 1):
             got = tuple(layer.weight.shape)
-            raise ValueError(f"{name}.weight: got shape {got}, accepted is [C_out, {c_in}, 1]")
+            raise ValueError(f"{name}.weight: expected [C_out, {c_in}, 1], got shape {got}")
     for name, layer in (("middle", middle), ("wide", wide), ("narrow", narrow)):
-        if layer is None:
-            continue
-        for part, tensor in (("weight", layer.weight), ("scale", layer.scale), ("shift", layer.shift)):
-            if tensor is None:
-                continue
-            if part != "weight" and tensor.shape != layer.weight.shape[:1]:
-                got, accepted = tuple(tensor.shape), (layer.weight.shape[0],)
-                raise ValueError(f"{name}.{part}: got shape {got}, accepted is {accepted}")
-            if not fits_dtype(part, tensor, x):
-                raise TypeError(f"{name}.{part}: got dtype {tensor.dtype}, accepted is that of x, {x.dtype}")
-        if (layer.scale is None) != (middle.scale is None):
-            given = "none" if layer.scale is None else "one"
-            raise ValueError(f"{name}.scale: got {given}, accepted is one for every layer or for none")
+        if layer is not None:
+            _check_layer(name, layer, x)
+            if (layer.scale is None) != (middle.scale is None):
+                given = "none" if layer.scale is None else "one"
+                raise ValueError(f"{name}.scale: expected one for every layer or for none, got {given}")
     shape = (x.shape[0], t_out, wide.weight.shape[0])
     if tuple(residual.shape) != shape:
-        raise ValueError(f"residual: got shape {tuple(residual.shape)}, accepted is {shape}")
+        raise ValueError(f"residual: expected shape {shape}, got {tuple(residual.shape)}")
     if residual.dtype != x.dtype:
-        raise TypeError(f"residual: got dtype {residual.dtype}, accepted is that of x, {x.dtype}")
+        raise TypeError(f"residual: expected the dtype of x, {x.dtype}, got {residual.dtype}")
 
 
-def _in_one(x: Tensor, layers: tuple[FusedLayer | None, ...], residual: Tensor, backend: str) -> bool:
+def _check_layer(name: str, layer: FusedLayer, x: Tensor) -> None:
+    """That a layer's vectors fit its weight, and all three x's dtype."""
+    for part, tensor in (("weight", layer.weight), ("scale", layer.scale), ("shift", layer.shift)):
+        if tensor is None:
+            continue
+        if part != "weight" and tensor.shape != layer.weight.shape[:1]:
+            got, expected = tuple(tensor.shape), (layer.weight.shape[0],)
+            raise ValueError(f"{name}.{part}: expected shape {expected}, got {got}")
+        if not fits_dtype(part, tensor, x):
+            raise TypeError(f"{name}.{part}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
+
+
+def _runs_as_one(x: Tensor, layers: Layers, residual: Tensor, backend: str) -> bool:
     given = [x, residual, *(t for layer in layers if layer is not None for t in layer if t is not None)]
     if backend == "torch" or x.dtype == torch.float64 or not use_triton(*given):
         return False
@@ -101,45 +112,29 @@ def _in_one(x: Tensor, layers: tuple[FusedLayer | None, ...], residual: Tensor, 
     from ecgot.kernels.conv import triton_bottleneck
 
     middle, _, narrow = layers
-    assert middle is not None
     return triton_bottleneck.fits(middle, narrow)
 
 
 def _one_by_one(
-    x: Tensor,
-    middle: FusedLayer,
-    wide: FusedLayer,
-    residual: Tensor,
-    narrow: FusedLayer | None,
-    geometry: Geometry,
-    lengths: Tensor | None,
-    precision: str,
-    backend: str,
+    x: Tensor, layers: Layers, residual: Tensor, settings: Settings, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    def layer(x: Tensor, folded: FusedLayer, residual: Tensor | None = None) -> Tensor:
-        return conv1d(
-            x,
-            folded.weight,
-            scale=folded.scale,
-            shift=folded.shift,
-            residual=residual,
-            activation="relu",
-            precision=precision,
-            backend=backend,
-        )
+    middle, wide, narrow = layers
+    geometry = settings.geometry
+    how: dict[str, Any] = {"activation": "relu", "precision": settings.precision, "backend": settings.backend}
+
+    def pointwise(x: Tensor, layer: FusedLayer, residual: Tensor | None = None) -> Tensor:
+        return conv1d(x, layer.weight, scale=layer.scale, shift=layer.shift, residual=residual, **how)
 
     y = conv1d(
         x,
         middle.weight,
-        scale=middle.scale,
-        shift=middle.shift,
-        activation="relu",
         stride=geometry.stride,
         padding=geometry.paddings,
         dilation=geometry.dilation,
+        scale=middle.scale,
+        shift=middle.shift,
         lengths=lengths,
-        precision=precision,
-        backend=backend,
+        **how,
     )
-    y = layer(y, wide, residual)
-    return y, None if narrow is None else layer(y, narrow)
+    y = pointwise(y, wide, residual)
+    return y, None if narrow is None else pointwise(y, narrow)

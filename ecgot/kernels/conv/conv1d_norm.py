@@ -1,57 +1,57 @@
-"""A convolution and its batch norm as one: statistics in its epilogue, the affine map in whoever reads it.
+"""A convolution and its batch norm as one: statistics in its epilogue, the affine map in whatever reads it.
 
 In training :func:`conv1d_norm` returns a :class:`LazyActivation`, not yet materialized: the convolution's
 output with the mean, scale and shift that normalise it. The next convolution normalises what it reads, a
-join adds a residual, and the backward pass normalises again instead of having kept the result: one tensor is
-saved for each convolution and join, where separate modules save two. In evaluation everything is one kernel.
+join adds a residual, and the backward pass normalises again instead of having saved the result. That is one
+saved tensor for each convolution and join, where separate modules save two. In evaluation all of it is one
+kernel.
+
+Batch norm: Ioffe and Szegedy 2015. Recomputing its output in the backward pass instead of saving it: Bulo et
+al. 2018, "In-Place Activated BatchNorm" (the variant that saves the convolution's output).
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ecgot.kernels.conv.backends import BACKENDS
 from ecgot.kernels.conv.checks import (
-    ACTIVATIONS,
-    PRECISIONS,
     cast_by_autocast,
     check_activation,
     check_choice,
     check_lengths,
     check_norm,
     check_shapes,
+    checked_settings,
 )
 from ecgot.kernels.conv.conv1d import conv1d
-from ecgot.kernels.conv.geometry import Geometry
-from ecgot.kernels.conv.geometry import geometry as checked_geometry
-from ecgot.kernels.conv.join import _within_records, join, materialize
-from ecgot.kernels.conv.operands import LazyActivation, OutputGradient, Recompute
-from ecgot.kernels.conv.operators import forward, gradients, out_lengths
+from ecgot.kernels.conv.join import fill_residual, join, materialize
+from ecgot.kernels.conv.operands import (
+    ACTIVATIONS,
+    BatchNorm,
+    LazyActivation,
+    OutputGradient,
+    Recompute,
+    Settings,
+)
+from ecgot.kernels.conv.operators import forward, gradients
 from ecgot.kernels.dispatch import use_triton
 
 
 def conv1d_norm(
     x: LazyActivation,
     weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    norm: BatchNorm,
     *,
     stride: int = 1,
     padding: int | tuple[int, int] = 0,
     dilation: int = 1,
     groups: int = 1,
-    training: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
     activation: str | None = None,
     residual: LazyActivation | None = None,
     recompute: bool = False,
-    process_group: Any = None,
     precision: str = "fp32",
     backend: str = "auto",
 ) -> LazyActivation:
@@ -60,106 +60,81 @@ def conv1d_norm(
     Args:
         x: [B, T, C_in].
         weight: [C_out, C_in / groups, K].
-        gamma, beta: [C_out], the norm's weight and bias; fp32 also where x is of half precision.
-        running_mean, running_var: [C_out] or None, updated in training as ``torch.nn.functional.batch_norm``
-            does (with the unbiased variance); used where training is False.
+        norm: parameters, running statistics (updated in place in training) and mode, see :class:`BatchNorm`.
         stride, padding, dilation, groups, activation, precision, backend: as in :func:`ecgot.kernels.conv1d`.
-        training: normalise by the batch's statistics, those of samples before the records' ends; also done
-            where there are no running ones.
-        momentum, eps: as in ``torch.nn.functional.batch_norm``.
         residual: [B, T_out, C_out].
-        recompute: keep nothing of the convolution's output for the backward, which convolves once more.
-            It pays for a cheap convolution with a large output, such as a bottleneck's last. With a residual,
-            and not under torch.compile, which decides for itself what to keep.
-        process_group: statistics over its processes, as ``torch.nn.SyncBatchNorm``'s. None: this one's.
+        recompute: save nothing of the convolution's output for the backward pass, which convolves again.
+            Pays off for a cheap convolution with a large output, such as a bottleneck's last. Only with a
+            residual, and ignored under torch.compile, which decides for itself what to save.
 
     Returns:
-        LazyActivation [B, T_out, C_out]; not yet normalised in training, unless there is a residual.
+        [B, T_out, C_out]; in training not yet materialized, unless there is a residual.
 
     Raises:
-        ValueError, TypeError: one line that names the argument, what came and what is accepted.
+        ValueError, TypeError: one line that names the argument, what is expected and what came.
+
+    >>> x = LazyActivation(torch.tensor([[[1.0], [1.0], [3.0], [3.0]]]))  # one record, four samples
+    >>> weight, one, zero = torch.ones(1, 1, 1), torch.ones(1), torch.zeros(1)
+    >>> y = conv1d_norm(x, weight, BatchNorm(one, zero, eps=0.0), activation="relu")
+    >>> y.values.flatten(), y.mean  # the convolution's output, and what will normalise it
+    (tensor([1., 1., 3., 3.]), tensor([2.]))
+    >>> materialize(y).values.flatten()
+    tensor([0., 0., 1., 1.])
     """
     check_activation("x", x)
     values, weight = cast_by_autocast(x.values, weight)
-    if values is not x.values:
-        x = dataclasses.replace(x, values=values)
-    geometry = checked_geometry(stride, padding, dilation, groups)
-    t_out = check_shapes(values, weight, geometry)
+    settings = checked_settings(stride, padding, dilation, groups, precision, backend)
+    t_out = check_shapes(values, weight, settings.geometry)
     check_choice("activation", activation, ACTIVATIONS)
-    check_choice("precision", precision, PRECISIONS)
-    check_choice("backend", backend, BACKENDS)
-    check_norm(weight, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
-    if x.lengths is not None:
-        x = dataclasses.replace(x, lengths=check_lengths(x.lengths, values))
+    check_norm(norm, weight)
+    x = dataclasses.replace(x, values=values, lengths=check_lengths(x.lengths, values))
     if residual is not None:
         check_activation("residual", residual, (values.shape[0], t_out, weight.shape[0]), values)
-        residual = _within_records(residual)
-    lengths = None if x.lengths is None else out_lengths(x.lengths, weight, geometry)
-    if not training and running_mean is not None and running_var is not None:
-        y = _evaluated(
-            x,
-            weight,
-            gamma,
-            beta,
-            running_mean,
-            running_var,
-            eps,
-            geometry,
-            residual,
-            activation,
-            precision,
-            backend,
-        )
-        return LazyActivation(y, lengths=lengths)
-    if training and lengths is None and values.shape[0] * t_out == 1 and process_group is None:
-        raise ValueError("x: got 1 output sample per channel, accepted in training are 2 or more")
-    # In torch the gradient through the statistics is best left to whoever normalises, as batch norm's
-    # backward has it; the kernels add it where they read the gradient anyway.
-    apart = not use_triton(values) and lengths is None and process_group is None
-    recomputation = None
+        residual = fill_residual(residual)
+    if not norm.uses_batch_statistics:
+        return _evaluated(x, weight, norm, settings, residual, activation)
+    alone = x.lengths is None and norm.process_group is None
+    if norm.training and alone and values.shape[0] * t_out == 1:
+        raise ValueError("x: expected 2 or more output samples per channel in training, got 1")
+    # In torch the gradient through the statistics is best left to whatever normalises, as batch norm's
+    # backward does. The kernels add it where they read the gradient anyway.
+    detached = alone and not use_triton(values)
+    cache = None
     if recompute and residual is not None and not torch.compiler.is_compiling():
-        recomputation = Recompute(needed_twice=not apart)
-    y, mean, var = _Convolution.apply(
-        *(x.values, x.mean, x.scale, x.shift, x.rstd, weight, x.activation, x.lengths, lengths),
-        *(geometry, precision, backend, recomputation, apart),
-    )
-    count: Any = y.shape[0] * y.shape[1] if lengths is None else lengths.sum().to(mean.dtype)
-    if process_group is not None:
-        count = torch.as_tensor(count, dtype=mean.dtype, device=mean.device)
-        count, mean, var = _over_processes(count, mean, var, process_group)
-    if training and running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            rest = max(count - 1, 1) if isinstance(count, int) else (count - 1).clamp_min(1)
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (count / rest)).to(running_var.dtype), momentum)
-    if apart:
-        mean, var = mean.detach(), var.detach()
-    rstd = torch.rsqrt(var + eps)
-    vectors = mean, gamma.to(var.dtype) * rstd, beta.to(var.dtype)
-    activated = None if residual is not None else activation
-    signal = LazyActivation(y, *vectors, activated, lengths, rstd if apart else None)
-    return signal if residual is None else join(signal, residual, activation, recomputation)
+        cache = Recompute(needed_twice=not detached)
+    y = _normalised(x, weight, norm, _Call(settings, x.activation, detached, cache))
+    if residual is None:
+        return dataclasses.replace(y, activation=activation)
+    return join(y, residual, activation, cache)
+
+
+class _Call(NamedTuple):
+    """What the autograd function gets beside tensors.
+
+    detached: the statistics' gradient is left to whatever normalises. recompute: None where y is saved.
+    """
+
+    settings: Settings
+    x_activation: str | None
+    detached: bool
+    recompute: Recompute | None
 
 
 def _evaluated(
     x: LazyActivation,
     weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    geometry: Geometry,
+    norm: BatchNorm,
+    settings: Settings,
     residual: LazyActivation | None,
     activation: str | None,
-    precision: str,
-    backend: str,
-) -> Tensor:
-    dtype = weight.dtype
-    kind = torch.promote_types(dtype, torch.float32)
-    scale = gamma.to(kind) * torch.rsqrt(var.to(kind) + eps)
-    x = materialize(x)
-    return conv1d(
+) -> LazyActivation:
+    """With running statistics: a scale and a shift in the convolution's epilogue."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    scale = norm.gamma.to(kind) * torch.rsqrt(norm.running_var.to(kind) + norm.eps)
+    x, geometry = materialize(x), settings.geometry
+    y = conv1d(
         x.values,
         weight,
         stride=geometry.stride,
@@ -167,13 +142,45 @@ def _evaluated(
         dilation=geometry.dilation,
         groups=geometry.groups,
         scale=scale,
-        shift=beta.to(kind) - mean.to(kind) * scale,
-        residual=None if residual is None else materialize(residual).values.to(dtype),
+        shift=norm.beta.to(kind) - norm.running_mean.to(kind) * scale,
+        residual=None if residual is None else materialize(residual).values.to(weight.dtype),
         activation=activation,
         lengths=x.lengths,
-        precision=precision,
-        backend=backend,
+        precision=settings.precision,
+        backend=settings.backend,
     )
+    return LazyActivation(y, lengths=_output_lengths(x, weight, settings))
+
+
+def _normalised(x: LazyActivation, weight: Tensor, norm: BatchNorm, call: _Call) -> LazyActivation:
+    """With the batch's statistics: the convolution's output and what normalises it, without activation."""
+    lengths = _output_lengths(x, weight, call.settings)
+    y, mean, var = _Convolution.apply(call, weight, lengths, *x.tensors())
+    count: Any = y.shape[0] * y.shape[1] if lengths is None else lengths.sum().to(mean.dtype)
+    if norm.process_group is not None:
+        count = torch.as_tensor(count, dtype=mean.dtype, device=mean.device)
+        count, mean, var = _over_processes(count, mean, var, norm.process_group)
+    if norm.training:
+        _update_running(norm, count, mean, var)
+    if call.detached:
+        mean, var = mean.detach(), var.detach()
+    rstd = torch.rsqrt(var + norm.eps)
+    scale, shift = norm.gamma.to(var.dtype) * rstd, norm.beta.to(var.dtype)
+    return LazyActivation(y, mean, scale, shift, None, lengths, rstd if call.detached else None)
+
+
+def _output_lengths(x: LazyActivation, weight: Tensor, settings: Settings) -> Tensor | None:
+    return None if x.lengths is None else settings.geometry.output_length(x.lengths, weight.shape[2])
+
+
+@torch.no_grad()
+def _update_running(norm: BatchNorm, count: Any, mean: Tensor, var: Tensor) -> None:
+    """Move the running statistics towards the batch's, count being its samples."""
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    rest = max(count - 1, 1) if isinstance(count, int) else (count - 1).clamp_min(1)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.lerp_((var * (count / rest)).to(norm.running_var.dtype), norm.momentum)
 
 
 def _over_processes(count: Tensor, mean: Tensor, var: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,70 +193,41 @@ def _over_processes(count: Tensor, mean: Tensor, var: Tensor, group: Any) -> tup
     return total.detach(), merged, squares / total
 
 
-# --- autograd -----------------------------------------------------------------------------------------------
-
-
 class _Convolution(torch.autograd.Function):
     """y, and the mean and variance that describe it. Its gradient through them is c0 + c1 (y - mean)."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        values: Tensor,
-        mean: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        rstd: Tensor | None,
-        weight: Tensor,
-        activation: str | None,
-        x_lengths: Tensor | None,
-        lengths: Tensor | None,
-        geometry: Geometry,
-        precision: str,
-        backend: str,
-        recomputation: Recompute | None,
-        apart: bool,
+        ctx: Any, call: _Call, weight: Tensor, lengths: Tensor | None, *x_tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        def make(
-            values: Tensor, mean: Any, scale: Any, shift: Any, _: Any, weight: Tensor, ends: Any
-        ) -> Tensor:
-            x = LazyActivation(values, mean, scale, shift, activation, ends)
-            return forward(x, weight, geometry, precision=precision, backend=backend)[0]
+        settings, x_activation, detached, recompute = call
 
-        x = LazyActivation(values, mean, scale, shift, activation, x_lengths)
-        y, y_mean, y_var = forward(
-            x, weight, geometry, statistics=True, lengths=lengths, precision=precision, backend=backend
-        )
-        inputs = (values, mean, scale, shift, rstd, weight, x_lengths)
-        if recomputation is not None:
-            recomputation.make, recomputation.inputs = make, inputs
-        ctx.save_for_backward(*inputs, lengths, y_mean, None if apart or recomputation is not None else y)
-        ctx.settings = activation, geometry, precision, backend, recomputation, apart
-        return y, y_mean, y_var
+        def make(weight: Tensor, *x_tensors: Tensor | None) -> Tensor:
+            return forward(LazyActivation.from_tensors(x_tensors, x_activation), weight, settings)[0]
+
+        x = LazyActivation.from_tensors(x_tensors, x_activation)
+        y, mean, var = forward(x, weight, settings, statistics=True, lengths=lengths)
+        if recompute is not None:
+            recompute.make, recompute.inputs = make, (weight, *x_tensors)
+        saved = None if detached or recompute is not None else y
+        ctx.save_for_backward(saved, mean, lengths, weight, *x_tensors)
+        ctx.call = call
+        return y, mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, lengths, y_mean, y = ctx.saved_tensors
-        values, mean, scale, shift, rstd, weight, x_lengths = inputs
-        activation, geometry, precision, backend, recomputation, apart = ctx.settings
-        needs_x, needs_mean, needs_scale, needs_shift, _, needs_weight = ctx.needs_input_grad[:6]
-        grad = grad.contiguous()
-        if apart:
-            whole = OutputGradient(grad)
-        else:
-            y = y if recomputation is None else recomputation.take(inputs)
+        y, mean, lengths, weight, *x_tensors = ctx.saved_tensors
+        settings, x_activation, detached, recompute = ctx.call
+        x = LazyActivation.from_tensors(x_tensors, x_activation)
+        _, needs_weight, _, needs_values, _, needs_scale, needs_shift, *_ = ctx.needs_input_grad
+        needs_x = needs_values or (x.scale is not None and (needs_scale or needs_shift))
+        whole = OutputGradient(grad.contiguous())
+        if not detached:
+            y = y if recompute is None else recompute.take((weight, *x_tensors))
             count = y.shape[0] * y.shape[1] if lengths is None else lengths.sum()
-            whole = OutputGradient(grad, y, y_mean, grad_mean / count, 2 * grad_var / count, lengths)
-        grad_x, grad_shift, grad_scale, grad_weight = gradients(
-            whole,
-            weight,
-            geometry,
-            LazyActivation(values, mean, scale, shift, activation, x_lengths, rstd),
-            needs_x or (scale is not None and (needs_scale or needs_shift)),
-            needs_weight,
-            precision=precision,
-            backend=backend,
+            whole = OutputGradient(whole.g, y, mean, grad_mean / count, 2 * grad_var / count, lengths)
+        grad_values, grad_shift, grad_scale, grad_weight = gradients(
+            whole, weight, settings, x, (needs_x, needs_weight)
         )
-        grad_x_mean = -scale * grad_shift if grad_shift is not None and needs_mean else None
-        return grad_x, grad_x_mean, grad_scale, grad_shift, None, grad_weight, *[None] * 8
+        return None, grad_weight, None, *x.gradients(grad_values, grad_shift, grad_scale)

@@ -1,43 +1,55 @@
-"""A normalised signal and its residual, added and activated: where a residual block's two paths meet."""
+"""A normalised activation and its residual, added and activated: where a residual block's two paths meet.
+
+Residual blocks: He et al. 2016, "Deep Residual Learning for Image Recognition".
+"""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ecgot.kernels.conv.checks import ACTIVATIONS, check_activation, check_choice, check_lengths
-from ecgot.kernels.conv.geometry import valid_samples
-from ecgot.kernels.conv.operands import LazyActivation, Recompute
-from ecgot.kernels.conv.operators import _join_gradient_operator, _join_gradients, _join_operator, _joined
+from ecgot.kernels.conv.checks import check_activation, check_choice, check_lengths
+from ecgot.kernels.conv.geometry import fill_past
+from ecgot.kernels.conv.operands import ACTIVATIONS, LazyActivation, Recompute
+from ecgot.kernels.conv.operators import join_forward, join_gradients
 
 
 def join(
     x: LazyActivation,
     residual: LazyActivation | None,
     activation: str | None = None,
-    recomputation: Recompute | None = None,
+    recompute: Recompute | None = None,
 ) -> LazyActivation:
-    """activation(x + residual), computed: both [B, T, C], x a signal that is not normalised yet.
+    """activation(x + residual), materialized.
+
+    Args:
+        x: [B, T, C], not yet materialized and without an activation of its own.
+        residual: [B, T, C], materialized or not; None for none.
+        activation: None, "relu", "gelu" or "silu".
+        recompute: how to recompute x.values in the backward pass; None to save them.
 
     Raises:
-        ValueError, TypeError: x has been computed or has an activation of its own, or the two do not fit.
+        ValueError, TypeError: x is materialized or has an activation, or the two do not fit.
+
+    >>> one = torch.ones(1)
+    >>> x = LazyActivation(torch.tensor([[[1.0], [5.0]]]), mean=3 * one, scale=0.5 * one, shift=0 * one)
+    >>> join(x, LazyActivation(torch.ones(1, 2, 1)), "relu").values.flatten()
+    tensor([0., 2.])
     """
     check_activation("x", x)
     if x.mean is None or x.activation is not None:
-        raise ValueError("x: accepted is a signal that is not normalised yet, without an activation")
+        got = "a materialized one" if x.mean is None else repr(x.activation)
+        raise ValueError(f"x: expected a LazyActivation with a mean and no activation, got {got}")
     if residual is not None:
         check_activation("residual", residual, tuple(x.values.shape), x.values)
-        residual = _within_records(residual)
+        residual = fill_residual(residual)
     check_choice("activation", activation, ACTIVATIONS)
-    r = LazyActivation(x.values) if residual is None else residual
-    z = _Join.apply(
-        *(x.values, x.mean, x.scale, x.shift, x.rstd),
-        *(None if residual is None else r.values, r.mean, r.scale, r.shift, r.rstd),
-        *(r.activation, activation, recomputation),
-    )
-    return LazyActivation(z, lengths=x.lengths)
+    r_activation = None if residual is None else residual.activation
+    r_tensors = [None] * 6 if residual is None else residual.tensors()
+    call = _Call(residual is not None, r_activation, activation, recompute)
+    return LazyActivation(_Join.apply(call, *x.tensors(), *r_tensors), lengths=x.lengths)
 
 
 def materialize(x: LazyActivation) -> LazyActivation:
@@ -45,65 +57,57 @@ def materialize(x: LazyActivation) -> LazyActivation:
     return x if x.mean is None else join(dataclasses.replace(x, activation=None), None, x.activation)
 
 
-def _within_records(residual: LazyActivation) -> LazyActivation:
-    """0 beyond the records' ends: what lies there may be NaN, which a gradient of 0 would not undo."""
+def fill_residual(residual: LazyActivation) -> LazyActivation:
+    """A residual with 0 past each length: what is there may be NaN, and NaN times a gradient of 0 is NaN."""
     if residual.lengths is None:
         return residual
     residual = materialize(residual)
     lengths = check_lengths(residual.lengths, residual.values)
-    valid = valid_samples(lengths, residual.values.shape[1])
-    assert valid is not None
-    return LazyActivation(torch.where(valid, residual.values, 0.0))
+    return LazyActivation(fill_past(residual.values, lengths))
+
+
+class _Call(NamedTuple):
+    """What the autograd function gets beside tensors."""
+
+    has_residual: bool
+    r_activation: str | None
+    activation: str | None
+    recompute: Recompute | None
 
 
 class _Join(torch.autograd.Function):
-    """activation(normalised y + residual); keeps y, or how to make it, and what the slope needs."""
+    """activation(normalised y + residual); saves y, or how to recompute it, and what the slope needs."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        mean: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        rstd: Tensor | None,
-        r: Tensor | None,
-        r_mean: Tensor | None,
-        r_scale: Tensor | None,
-        r_shift: Tensor | None,
-        r_rstd: Tensor | None,
-        r_activation: str | None,
-        activation: str | None,
-        recomputation: Recompute | None,
-    ) -> Tensor:
-        run = _join_operator if torch.compiler.is_compiling() else _joined
-        z = run(y, mean, scale, shift, r, r_mean, r_scale, r_shift, r_activation, activation)
-        r_needed = r_mean is not None or activation in ("gelu", "silu")
-        ctx.save_for_backward(
-            *(y if recomputation is None else None, mean, scale, shift, rstd),
-            *(r if r_needed else None, r_mean, r_scale, r_shift, r_rstd),
-            z if activation == "relu" else None,
-            *(() if recomputation is None else recomputation.inputs),
-        )
-        ctx.settings = r is not None, r_activation, activation, recomputation
+    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
+        y, *y_rest = tensors[:6]
+        r, *r_rest = tensors[6:]
+        x = LazyActivation.from_tensors((y, *y_rest), None)
+        residual = LazyActivation.from_tensors((r, *r_rest), call.r_activation) if call.has_residual else None
+        z = join_forward(x, residual, call.activation)
+        r_needed = r_rest[0] is not None or call.activation in ("gelu", "silu")
+        saved_y, inputs = (y, ()) if call.recompute is None else (None, call.recompute.inputs)
+        saved_z = z if call.activation == "relu" else None
+        ctx.save_for_backward(saved_z, saved_y, *y_rest, r if r_needed else None, *r_rest, *inputs)
+        ctx.call = call
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, mean, scale, shift, rstd, r, r_mean, r_scale, r_shift, r_rstd, z, *inputs = ctx.saved_tensors
-        has_residual, r_activation, activation, recomputation = ctx.settings
-        if recomputation is not None:
-            y = recomputation.leave(inputs)
-        run = _join_gradient_operator if torch.compiler.is_compiling() else _join_gradients
-        grad_y, grad_r, sums = run(
-            *(grad.contiguous(), z, y, mean, scale, shift, rstd),
-            *(r, r_mean, r_scale, r_shift, r_rstd, r_activation, has_residual, activation),
-        )
-        grads = grad_y, -scale * sums[0] if rstd is None else None, sums[1], sums[0], None
-        if not has_residual:
-            return *grads, *[None] * 8
-        if r_mean is None:
-            return *grads, grad_r, *[None] * 7
-        r_grads = grad_r, -r_scale * sums[2] if r_rstd is None else None, sums[3], sums[2], None
-        return *grads, *r_grads, *[None] * 3
+        call: _Call = ctx.call
+        z, y, *rest = ctx.saved_tensors
+        y_rest, r, r_rest, inputs = rest[:5], rest[5], rest[6:11], rest[11:]
+        if call.recompute is not None:
+            y = call.recompute.compute(inputs)
+        x = LazyActivation.from_tensors((y, *y_rest), None)
+        residual = None
+        if call.has_residual:  # y stands in for values that are not needed
+            residual = LazyActivation.from_tensors((y if r is None else r, *r_rest), call.r_activation)
+        grad_y, grad_r, sums = join_gradients(grad.contiguous(), z, x, residual, call.activation)
+        of_y = x.gradients(grad_y, sums[0], sums[1])
+        if residual is None:
+            return None, *of_y, *[None] * 6
+        if residual.mean is None:
+            return None, *of_y, grad_r, *[None] * 5
+        return None, *of_y, *residual.gradients(grad_r, sums[2], sums[3])

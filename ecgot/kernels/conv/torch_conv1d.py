@@ -1,14 +1,14 @@
 """The functions of ``triton_conv1d`` and ``triton_join`` in torch: for CPUs, fp64, and where the vendor wins.
 
-The trick: [B, T, C] is a channels-last image of height 1, so nothing is copied, and oneDNN's and cuDNN's
-fastest layout is the one that activations lie in anyway.
+The trick: [B, T, C] is a channels-last image of height 1. That is the fastest layout of oneDNN and cuDNN, and
+activations are in it already, so nothing is copied.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecgot.kernels.conv.geometry import Geometry, valid_samples
+from ecgot.kernels.conv.geometry import Geometry, fill_past, length_mask
 from ecgot.kernels.conv.operands import PLAIN, Epilogue, LazyActivation, OutputGradient
 
 
@@ -21,13 +21,17 @@ def convolve(
     statistics: bool = False,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [B, T_out, C_out]; with statistics its mean and biased variance [C_out] over all valid samples.
+
+    lengths [B]: of the output, given where x has lengths.
+    """
     y = convolution(read(x), weight, geometry)
     y = finished(y, epilogue)
     return (y, *moments(y, lengths)) if statistics else (y, None, None)
 
 
 def fused(x: LazyActivation, weight: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
-    """As convolve, with torch's autograd: the scale goes into the weight, so that it costs no pass."""
+    """y [B, T_out, C_out] with torch's autograd; the scale goes into the weight and so costs no pass."""
     scale, bias, shift = epilogue.scale, epilogue.bias, epilogue.shift
     # In half precision the product with the weight would be rounded, and so would an fp32 shift.
     if weight.dtype.itemsize == 2 and (scale is not None or shift is not None):
@@ -50,20 +54,21 @@ def gradients(
     needs_x: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in x.values, its shift and scale (where it is normalised) and the weight."""
+    """Gradients in x.values [B, T, C_in], its shift and scale [C_in] (if normalised), and the weight."""
     if not (needs_x or needs_weight):
         return None, None, None, None
     h = read(x)
     grad_h, grad_weight = _convolution_gradients(_whole(grad), h, weight, geometry, needs_x, needs_weight)
     if grad_h is None:
         return None, None, None, grad_weight
-    grad_h = _masked(grad_h, x.lengths)
+    grad_h = fill_past(grad_h, x.lengths)
     if x.mean is None:
         return grad_h, None, None, grad_weight
     return *normalized_gradients(grad_h, h, x), grad_weight
 
 
 def join(y: LazyActivation, residual: LazyActivation | None, activation: str | None) -> Tensor:
+    """z [B, T, C] = act(normalised y + residual)."""
     z = normalized(y)
     if residual is not None:
         z = z.add_(read(residual))
@@ -73,6 +78,7 @@ def join(y: LazyActivation, residual: LazyActivation | None, activation: str | N
 def join_gradient(
     g: Tensor, z: Tensor | None, y: LazyActivation, residual: LazyActivation | None, activation: str | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of a join from that in z, see :func:`ecgot.kernels.conv.operators.join_gradients`."""
     if activation == "relu":
         g = torch.ops.aten.threshold_backward(g, z, 0)
     elif activation is not None:
@@ -91,8 +97,8 @@ def join_gradient(
 
 
 def read(x: LazyActivation) -> Tensor:
-    """What x stands for, 0 beyond the records' ends."""
-    return _masked(x.values if x.mean is None else activated(normalized(x), x.activation), x.lengths)
+    """x materialized [B, T, C], 0 past each length."""
+    return fill_past(x.values if x.mean is None else activated(normalized(x), x.activation), x.lengths)
 
 
 def normalized(x: LazyActivation) -> Tensor:
@@ -107,19 +113,19 @@ def normalized(x: LazyActivation) -> Tensor:
 
 
 def moments(y: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] over all samples before the records' ends; zeros where there is none."""
+    """Mean and biased variance [C] of y [B, T, C] over the samples inside each length; zeros without any."""
     kind = torch.promote_types(y.dtype, torch.float32)
     if lengths is None and y.shape[0] and y.device.type == "cpu":
-        # Many times faster than var_mean, which walks through memory across the channels.
-        # In fp32 also of half precision, whose statistics it would round.
+        # Many times faster than var_mean, which reads memory across the channels. Half precision is widened
+        # first, or its statistics would be rounded.
         mean, var = torch.batch_norm_update_stats(as_image(y.to(kind)), None, None, 0.0)
         return mean, var
     wide = y.to(kind)
-    valid = valid_samples(lengths, y.shape[1])
-    if valid is None:
+    if lengths is None:
         samples = max(1, y.shape[0] * y.shape[1])
         mean = wide.sum((0, 1)) / samples
         return mean, (wide - mean).square().sum((0, 1)) / samples
+    valid = length_mask(lengths, y.shape[1])[:, :, None]
     count = valid.sum().clamp_min(1)
     mean = torch.where(valid, wide, 0.0).sum((0, 1)) / count
     return mean, torch.where(valid, wide - mean, 0.0).square().sum((0, 1)) / count
@@ -131,6 +137,7 @@ def as_image(x: Tensor) -> Tensor:
 
 
 def as_signal(image: Tensor) -> Tensor:
+    """An image [B, C, 1, T] as [B, T, C]: a view."""
     return image.squeeze(2).permute(0, 2, 1)
 
 
@@ -166,7 +173,7 @@ def finished(y: Tensor, epilogue: Epilogue) -> Tensor:
 
 
 def activated(y: Tensor, activation: str | None) -> Tensor:
-    """act(y), in place where torch can: y is nobody else's."""
+    """act(y), in place where torch can: nothing else holds y."""
     if activation is None:
         return y
     if activation == "silu" and not torch.is_grad_enabled():
@@ -186,13 +193,8 @@ def slope(z: Tensor, activation: str) -> Tensor:
     return (1 + torch.erf(z * 0.7071067811865476)) / 2 + z * density
 
 
-def _masked(x: Tensor, lengths: Tensor | None) -> Tensor:
-    valid = valid_samples(lengths, x.shape[1])
-    return x if valid is None else torch.where(valid, x, 0.0)
-
-
 def _whole(grad: OutputGradient) -> Tensor:
-    """The gradient in y, that through its statistics included."""
+    """The gradient in y [B, T_out, C_out], including what comes through its statistics."""
     g = grad.g
     if grad.y is not None:
         assert grad.mean is not None
@@ -200,13 +202,13 @@ def _whole(grad: OutputGradient) -> Tensor:
         assert grad.c1 is not None
         through = torch.addcmul(grad.c0 - grad.c1 * grad.mean, grad.y.to(grad.c1.dtype), grad.c1)
         g = through.add_(g).to(g.dtype)
-    return _masked(g, grad.lengths)
+    return fill_past(g, grad.lengths)
 
 
 def normalized_gradients(grad: Tensor, h: Tensor | None, x: LazyActivation) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient in h, what x stands for: those in its values, shift and scale. Overwrites grad.
+    """Gradients in x's values [B, T, C], shift and scale [C] from that in h, which is x materialized.
 
-    h itself is read where the activation is ReLU.
+    Overwrites grad. h is read only where the activation is ReLU.
     """
     if x.activation == "relu":
         grad = torch.ops.aten.threshold_backward.grad_input(grad, h, 0, grad_input=grad)
@@ -216,7 +218,7 @@ def normalized_gradients(grad: Tensor, h: Tensor | None, x: LazyActivation) -> t
 
 
 def _affine_gradients(g: Tensor, x: LazyActivation) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient in (values - mean) * scale + shift: those in values, shift and scale."""
+    """Gradients in values, shift and scale from that in (values - mean) * scale + shift."""
     assert x.mean is not None
     assert x.scale is not None
     if g.numel() == 0:
@@ -227,7 +229,7 @@ def _affine_gradients(g: Tensor, x: LazyActivation) -> tuple[Tensor, Tensor, Ten
             *images, x.scale / x.rstd, None, None, x.mean, x.rstd, True, 0.0, [True, True, True]
         )
         return as_signal(grad_x), shift, gamma / x.rstd
-    # A batch norm in evaluation mode is this affine map, and its backward walks through memory once.
+    # A batch norm in evaluation mode is this affine map, and its backward reads memory once.
     grad_x, scale, shift = torch.ops.aten.native_batch_norm_backward(
         *images, x.scale, x.mean, torch.ones_like(x.mean), None, None, False, 0.0, [True, True, True]
     )
@@ -235,7 +237,7 @@ def _affine_gradients(g: Tensor, x: LazyActivation) -> tuple[Tensor, Tensor, Ten
 
 
 def _layout(x: Tensor, weight: Tensor, geometry: Geometry) -> torch.memory_format:
-    """Channels-last, but for wide weights over few samples on a CPU, where oneDNN is slower at it."""
+    """Channels-last, except on a CPU for wide weights over few samples, where oneDNN is slower at it."""
     samples = x.shape[0] * x.shape[1] // geometry.stride
     few = x.device.type == "cpu" and 4 * samples <= min(weight.shape[:2])
     return torch.contiguous_format if few else torch.channels_last
@@ -246,8 +248,8 @@ def _in_layout(image: Tensor, layout: torch.memory_format) -> Tensor:
 
 
 def _pads_outside(weight: Tensor, geometry: Geometry) -> bool:
-    """Whether to write the zeros out: one side has more, or beyond "same" padding, where oneDNN has given
-    wrong weight gradients, garbage and crashes."""
+    """Whether to pad x explicitly: where the two sides differ, and beyond "same" padding, where oneDNN has
+    crashed and has returned garbage and wrong weight gradients."""
     start, end = geometry.paddings
     return start != end or (start > 0 and (geometry.dilation > 1 or start > weight.shape[2] // 2))
 

@@ -2,26 +2,29 @@
 
     m = relu(conv(x)),  y = relu(m wide + residual),  z = relu(y narrow)
 
-The trick: a tile of samples of m stays in registers, as 1x1 convolutions want no neighbours; y, the widest
-tensor of the network, is made in slices of columns that are stored, for the next block's shortcut, and
-multiplied by the next narrow weight while they are there. Only the first convolution has taps.
+The trick: a tile of samples of m stays in registers, as 1x1 convolutions need no neighbours. y, the widest
+tensor of the network, is made in slices of columns; each is stored for the next block's shortcut, and
+multiplied by the next narrow weight while it is on the chip. Only the first convolution has taps.
 
-Bytes moved: x once (its overlap hits the cache), residual and y once, z once; separate kernels write and
-read m as well, and read y again.
+Bytes moved: x once (its overlap hits the cache), residual and y once, z once. Separate kernels also write and
+read m, and read y again.
+
+Bottlenecks: He et al. 2016, "Deep Residual Learning for Image Recognition".
 """
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ecgot.kernels.compilation import CompileCase, compile_case
 from ecgot.kernels.conv.geometry import Geometry
 from ecgot.kernels.conv.operands import FusedLayer
 from ecgot.kernels.conv.triton_tiles import (
+    CONVENTIONS,
     HIP,
     Configuration,
     activate,
@@ -31,7 +34,7 @@ from ecgot.kernels.conv.triton_tiles import (
 )
 from ecgot.kernels.dispatch import launch
 
-MAX_CHANNELS = 64  # channels of m and of z that a program holds
+MAX_CHANNELS = 64  # of m and of z, held by one program
 
 
 @triton.jit
@@ -102,7 +105,7 @@ def _bottleneck_kernel(
         )
         sums += tl.dot(x, w, input_precision=PRECISION)
     sums = _finished(sums, middle_scale_ptr, middle_shift_ptr, m, m < M, HAS_SCALE)
-    middle = activate(sums, 1).to(y_ptr.dtype.element_ty)  # rounded as where it goes to memory
+    middle = activate(sums, 1).to(y_ptr.dtype.element_ty)  # rounded as if it went through memory
     row = batch * T_OUT + t
     narrow = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     for start in range(0, W, BLOCK_W):
@@ -126,7 +129,7 @@ def _bottleneck_kernel(
 
 
 def fits(middle: FusedLayer, narrow: FusedLayer | None) -> bool:
-    """Whether a program's registers hold a tile of m and of z."""
+    """Whether a program's registers hold a tile of m and one of z."""
     return max(layer.weight.shape[0] for layer in (middle, narrow) if layer is not None) <= MAX_CHANNELS
 
 
@@ -195,7 +198,7 @@ def _layer_arguments(name: str, layer: FusedLayer) -> dict[str, Tensor]:
 
 
 def _configuration(dtype: torch.dtype, precision: str, hip: bool = HIP) -> Configuration:
-    """One tile for all: the bottlenecks of ECG practice are 64 channels wide."""
+    """One tile for all: the bottlenecks of published ECG encoders are 64 channels wide."""
     return {
         "BLOCK_T": 64,
         "BLOCK_C": 32,
@@ -208,22 +211,13 @@ def _configuration(dtype: torch.dtype, precision: str, hip: bool = HIP) -> Confi
     }
 
 
-def compile_cases(hip: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, signature, constexprs, options) of every launch above."""
+def compile_cases(hip: bool) -> Iterator[CompileCase]:
+    """Every launch above."""
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    flags = ("MASKED", "HAS_SCALE", "HAS_NARROW")
+    names = ("MASKED", "HAS_SCALE", "HAS_NARROW")
     for name, dtype in dtypes.items():
         precisions = ("fp32", "tf32", "ieee") if dtype == torch.float32 and not hip else ("fp32",)
         for precision, *given in itertools.product(precisions, *[(False, True)] * 3):
-            constants: dict[str, Any] = dict(zip(flags, given, strict=True))
-            constants |= _configuration(dtype, str(precision), hip)
-            options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
-            types = dict.fromkeys(constants, "constexpr")
-            for argument in _bottleneck_kernel.arg_names:
-                vector = argument.endswith(("scale_ptr", "shift_ptr"))
-                pointer = "*i32" if argument.endswith("lengths_ptr") else "*fp32" if vector else f"*{name}"
-                types.setdefault(argument, pointer if argument.endswith("_ptr") else "i32")
-            types = {argument: types[argument] for argument in _bottleneck_kernel.arg_names}
-            tile = "x".join(str(value) for key, value in constants.items() if key.startswith("BLOCK"))
-            said = [flag.lower() for flag, value in zip(flags, given, strict=True) if value]
-            yield " ".join([tile, name, *said]), _bottleneck_kernel, types, constants, options
+            flags = dict(zip(names, given, strict=True))
+            configuration = _configuration(dtype, str(precision), hip)
+            yield compile_case(_bottleneck_kernel, name, flags, configuration, CONVENTIONS)

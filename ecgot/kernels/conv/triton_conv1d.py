@@ -3,17 +3,20 @@
     y[b, t, o] = act(scale[o] * (sum_{k, c} h[b, t * stride - padding + k * dilation, c] w[o, c, k] + bias[o])
                      + shift[o] + residual[b, t, o]),    h = x  or  act((x - mean) * x_scale + x_shift)
 
-The trick: rows of the products are samples, columns are channels, and the sum over taps k and channels c
-reads x as it lies: with channels innermost a tap is the same tile, some rows further on. Nothing is unfolded.
-A batch norm costs no pass over memory: the convolution before it reduces its statistics in the epilogue (a
-tile's n, mean and M2, merged by Chan's rule in a fixed order), and the one after it normalises what it reads,
-padding masked after the affine map. The gradients do the same backwards: what they read of y's gradient is
-g + c0 + c1 (y - mean), which is all that the statistics' own gradients add, and the gradient in x leaves
-multiplied by the activation's slope, its sums for scale and shift reduced on the way. No activation is saved,
-all are recomputed.
+The trick: an implicit matrix product, as in cuDNN (Chetlur et al. 2014, "cuDNN: Efficient Primitives for Deep
+Learning"). Rows are samples, columns are channels, and the sum over taps k and channels c reads x in place:
+with channels innermost a tap is the same tile a few rows further on, so nothing is unfolded.
+
+A batch norm costs no pass over memory. The convolution before it reduces its statistics in the epilogue: n,
+mean and M2 of each tile, merged in a fixed order by the rule of Chan, Golub and LeVeque (1983, "Algorithms
+for Computing the Sample Variance"). The convolution after it normalises what it reads, and masks the padding
+after the affine map. The gradients mirror this: they read y's gradient as g + c0 + c1 (y - mean), where c0
+and c1 are all that the statistics' own gradients add; and before the gradient in x is stored, it is
+multiplied by the activation's slope and its sums for scale and shift are reduced. No activation is saved, all
+are recomputed.
 
 The gradient in x of a strided convolution is one product for each phase of the stride, with that phase's
-taps; the gradient in the weight is split over samples into a fixed number of parts, summed in order. No
+taps. The gradient in the weight is split over samples into a fixed number of parts, summed in order. No
 atomics: the same input gives the same bits.
 
 Bytes moved: forward x once for every tile of output channels (taps hit the cache), w once for every tile of
@@ -31,15 +34,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ecgot.kernels.compilation import CompileCase, compile_case
 from ecgot.kernels.conv.geometry import Geometry
 from ecgot.kernels.conv.operands import PLAIN, Epilogue, LazyActivation, OutputGradient, in_dtype
 from ecgot.kernels.conv.triton_tiles import (
-    ACTIVATIONS,
+    ACTIVATION_CODES,
+    CONVENTIONS,
     HIP,
     Configuration,
     activate,
     affine,
-    compile_case,
     product_precision,
     record_length,
     times_slope,
@@ -47,8 +51,8 @@ from ecgot.kernels.conv.triton_tiles import (
 )
 from ecgot.kernels.dispatch import launch
 
-# Parts of a weight's gradient: enough programs for the largest GPUs, and fixed, so that results do not
-# depend on one.
+# Programs of a weight's gradient: enough for the largest GPUs, and fixed, so that results do not depend on
+# the GPU.
 WEIGHT_PROGRAMS = 512
 MERGED_TILES = tl.constexpr(64)  # of statistics, at a time
 
@@ -69,7 +73,7 @@ def _load_operand(
 def _load_gradient(
     g_pointers, y_pointers, valid, mean_ptr, c0_ptr, c1_ptr, o, o_valid, STATISTICS: tl.constexpr
 ):
-    """A tile [rows, channels] of y's whole gradient, in the dtype of what the products multiply."""
+    """A tile [rows, channels] of y's whole gradient, in the dtype that the products take."""
     g = tl.load(g_pointers, valid, 0.0)
     if STATISTICS:
         y = tl.load(y_pointers, valid, 0.0).to(tl.float32)
@@ -237,8 +241,8 @@ def _merge_statistics_kernel(
         offset = tile.to(tl.int64)[:, None] * C + o[None, :]
         valid = (tile < TILES)[:, None] & o_valid[None, :]
         count = tl.load(count_ptr + tile, tile < TILES, 0.0)
-        apart = tl.load(mean_ptr + offset, valid, 0.0) - mean[None, :]
-        squares += tl.load(m2_ptr + offset, valid, 0.0) + count[:, None] * apart * apart
+        deviation = tl.load(mean_ptr + offset, valid, 0.0) - mean[None, :]
+        squares += tl.load(m2_ptr + offset, valid, 0.0) + count[:, None] * deviation * deviation
     tl.store(merged_mean_ptr + o, mean, o_valid)
     tl.store(merged_var_ptr + o, tl.sum(squares, axis=0) / n, o_valid)
 
@@ -305,7 +309,8 @@ def _conv1d_dgrad_kernel(
         c_valid = local_c < C_IN
     t_valid = t < T
     length_out = record_length(y_lengths_ptr, batch, T_OUT, MASKED)
-    # The first tap that meets this phase; none does where stride and dilation share a factor that it lacks.
+    # The first tap that meets this phase; there is none where stride and dilation share a factor that the
+    # phase lacks.
     first = K
     for candidate in range(TAP_STEP):
         meets = (phase + PADDING - candidate * DILATION) % STRIDE == 0
@@ -316,7 +321,7 @@ def _conv1d_dgrad_kernel(
     for step in range(taps * tiles_o):
         k = first + (step // tiles_o) * TAP_STEP
         source = (t + PADDING - k * DILATION) // STRIDE
-        # Negative numbers divide without rest, so it does not matter how division rounds.
+        # The division leaves no remainder, so it does not matter how it rounds negative numbers.
         inside = t_valid & (t + PADDING >= k * DILATION) & (source < length_out)
         row = (batch * T_OUT + source)[:, None] * channels_out
         if KIND == "depthwise":
@@ -348,8 +353,9 @@ def _conv1d_dgrad_kernel(
         accumulator = tl.where(valid, times_slope(accumulator, value, X_ACTIVATION), 0.0)
         partial = tl.program_id(0).to(tl.int64) * channels_in + c
         tl.store(sum_ptr + partial, tl.sum(accumulator, axis=0), c_valid)
-        apart = x.to(tl.float32) - tl.load(x_mean_ptr + c, c_valid, 0.0)[None, :]
-        tl.store(product_ptr + partial, tl.sum(accumulator * tl.where(valid, apart, 0.0), axis=0), c_valid)
+        deviation = x.to(tl.float32) - tl.load(x_mean_ptr + c, c_valid, 0.0)[None, :]
+        products = tl.sum(accumulator * tl.where(valid, deviation, 0.0), axis=0)
+        tl.store(product_ptr + partial, products, c_valid)
         accumulator *= tl.load(x_scale_ptr + c, c_valid, 0.0)[None, :]
     elif MASKED:
         accumulator = tl.where(valid, accumulator, 0.0)
@@ -487,7 +493,7 @@ def convolve(
         return y.to(x.values.dtype), mean, var
     batch, t, _ = x.values.shape
     c_out, c_in, k = weight.shape
-    t_out = int(geometry.length(t, k))
+    t_out = int(geometry.output_length(t, k))
     y = x.values.new_empty(batch, t_out, c_out)
     kind = _kind(c_in, c_out // geometry.groups)
     configuration = _forward_configuration(
@@ -515,7 +521,7 @@ def convolve(
             # x stands in for a pointer that the kernel will not read.
             **{f"{name}_ptr": x.values if v is None else v.contiguous() for name, v in optional.items()},
             **{f"HAS_{name.upper()}": v is not None for name, v in optional.items()},
-            ACTIVATION=ACTIVATIONS[epilogue.activation],
+            ACTIVATION=ACTIVATION_CODES[epilogue.activation],
             STATISTICS=statistics,
             **_operand_arguments(x),
             **_sizes(x.values, weight, geometry, t_out),
@@ -630,7 +636,7 @@ def _operand_arguments(x: LazyActivation) -> dict[str, Any]:
         "x_shift_ptr": x.shift if norm else x.values,
         "x_lengths_ptr": x.values if x.lengths is None else x.lengths,
         "NORM": norm,
-        "X_ACTIVATION": ACTIVATIONS[x.activation],
+        "X_ACTIVATION": ACTIVATION_CODES[x.activation],
         "MASKED": x.lengths is not None,
     }
 
@@ -676,10 +682,10 @@ def _column_programs(channels: int, groups: int, block: int, kind: str) -> int:
 
 
 def _kind(c_in: int, c_out: int) -> str:
-    """How the kernels walk through taps and channels, of a group with c_in to c_out.
+    """How the kernels go through taps and channels, in a group of c_in to c_out channels.
 
     "dense": a tile of channels at a tap; "narrow": few channels, a tile spans taps; "depthwise": no matrix
-    products, all groups' channels side by side.
+    products, the channels of all groups side by side.
     """
     if c_in == 1 and c_out <= 4:
         return "depthwise"
@@ -742,31 +748,37 @@ def _weight_configuration(
 # --- what compiles ------------------------------------------------------------------------------------------
 
 
-def compile_cases(hip: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, signature, constexprs, options) of every launch above; some come twice.
+def compile_cases(hip: bool) -> Iterator[CompileCase]:
+    """Every launch above; some come twice.
 
     hip: as where torch is built for AMD's GPUs, in place of what it is built for.
     """
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     flags = (False, True)
-    norms = [(False, None), *((True, activation) for activation in ACTIVATIONS)]
+    norms = [(False, None), *((True, activation) for activation in ACTIVATION_CODES)]
     for name, dtype in dtypes.items():
         for (norm, x_activation), masked in itertools.product(norms, flags):
-            signal = {"NORM": norm, "X_ACTIVATION": ACTIVATIONS[x_activation], "MASKED": masked}
+            signal = {"NORM": norm, "X_ACTIVATION": ACTIVATION_CODES[x_activation], "MASKED": masked}
             for configuration in _configurations(_forward_configuration, dtype, hip):
                 for epilogue in _epilogues(norm):
-                    yield compile_case(_conv1d_fwd_kernel, name, signal | epilogue, configuration)
+                    yield compile_case(
+                        _conv1d_fwd_kernel, name, signal | epilogue, configuration, CONVENTIONS
+                    )
             for kernel, made in (
                 (_conv1d_dgrad_kernel, _input_configuration),
                 (_conv1d_wgrad_kernel, _weight_configuration),
             ):
                 for configuration, statistics in itertools.product(_configurations(made, dtype, hip), flags):
-                    yield compile_case(kernel, name, signal | {"STATISTICS": statistics}, configuration)
-    yield compile_case(_merge_statistics_kernel, "fp32", {}, {"BLOCK_O": 16, "num_warps": 4, "num_stages": 1})
+                    yield compile_case(
+                        kernel, name, signal | {"STATISTICS": statistics}, configuration, CONVENTIONS
+                    )
+    yield compile_case(
+        _merge_statistics_kernel, "fp32", {}, {"BLOCK_O": 16, "num_warps": 4, "num_stages": 1}, CONVENTIONS
+    )
 
 
 def _configurations(made: Callable[..., Configuration], dtype: torch.dtype, hip: bool) -> list[Configuration]:
-    """All that ``made`` can answer for a dtype, each once."""
+    """Every configuration that ``made`` can return for a dtype, each once."""
     sizes = [1, 12, *(2**power for power in range(4, 8))]  # larger ones give no others
     found = {}
     for precision in ("fp32", "tf32", "ieee") if dtype == torch.float32 and not hip else ("fp32",):
@@ -778,10 +790,13 @@ def _configurations(made: Callable[..., Configuration], dtype: torch.dtype, hip:
 
 
 def _epilogues(norm: bool) -> Iterator[dict[str, Any]]:
-    """Of a forward launch: statistics come alone, and layers that have them read normalised signals."""
+    """Flags of a forward launch's epilogue.
+
+    Statistics come with no other flag, and so do layers that normalise what they read.
+    """
     names = ("HAS_BIAS", "HAS_SCALE", "HAS_SHIFT", "HAS_RESIDUAL")
     for statistics in (False, True):
         yield dict.fromkeys(names, False) | {"ACTIVATION": 0, "STATISTICS": statistics}
     if not norm:
-        for *given, activation in itertools.product(*[(False, True)] * 4, ACTIVATIONS.values()):
+        for *given, activation in itertools.product(*[(False, True)] * 4, ACTIVATION_CODES.values()):
             yield dict(zip(names, given, strict=True)) | {"ACTIVATION": activation, "STATISTICS": False}

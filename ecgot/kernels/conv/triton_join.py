@@ -1,4 +1,14 @@
-"""The join of a residual block in Triton: act(normalised y + residual), and its gradients."""
+"""The join of a residual block in Triton: act(normalised y + residual), and its gradients.
+
+    z = act((y - mean) * scale + shift + r),    r = residual  or  act((residual - mean) * scale + shift)
+
+The trick: the backward pass recomputes what it needs from y and the residual, and reduces the gradients of
+both norms' vectors tile by tile. The tiles' sums are added in a fixed order: no atomics, the same bits every
+time.
+
+Bytes moved: forward y and the residual once, z once; backward z's gradient, y, and z (ReLU) or the residual
+(GELU, SiLU, or a normalised residual) once, both gradients once.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -9,18 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ecgot.kernels.compilation import CompileCase, compile_case
 from ecgot.kernels.conv.operands import LazyActivation, in_dtype
 from ecgot.kernels.conv.triton_tiles import (
-    ACTIVATIONS,
+    ACTIVATION_CODES,
+    CONVENTIONS,
     activate,
     affine,
-    compile_case,
     times_slope,
     unreadable,
 )
 from ecgot.kernels.dispatch import launch
-
-# --- residual join ------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -105,17 +114,17 @@ def _join_bwd_kernel(
         g = tl.where(valid, times_slope(g, value, ACTIVATION), 0.0)
     tiles = tl.num_programs(0).to(tl.int64)
     partial = tl.program_id(0).to(tl.int64) * C + c
-    apart = tl.where(valid, y - tl.load(y_mean_ptr + c, c_valid, 0.0)[None, :], 0.0)
+    deviation = tl.where(valid, y - tl.load(y_mean_ptr + c, c_valid, 0.0)[None, :], 0.0)
     tl.store(sums_ptr + partial, tl.sum(g, axis=0), c_valid)
-    tl.store(sums_ptr + tiles * C + partial, tl.sum(g * apart, axis=0), c_valid)
+    tl.store(sums_ptr + tiles * C + partial, tl.sum(g * deviation, axis=0), c_valid)
     grad_y = g * tl.load(y_scale_ptr + c, c_valid, 0.0)[None, :]
     tl.store(grad_y_ptr + offset, grad_y.to(grad_y_ptr.dtype.element_ty), valid)
     if HAS_RESIDUAL:
         if R_NORM:
             g = times_slope(g, affine(r, r_mean_ptr, r_scale_ptr, r_shift_ptr, c, c_valid), R_ACTIVATION)
-            apart = tl.where(valid, r - tl.load(r_mean_ptr + c, c_valid, 0.0)[None, :], 0.0)
+            deviation = tl.where(valid, r - tl.load(r_mean_ptr + c, c_valid, 0.0)[None, :], 0.0)
             tl.store(sums_ptr + 2 * tiles * C + partial, tl.sum(g, axis=0), c_valid)
-            tl.store(sums_ptr + 3 * tiles * C + partial, tl.sum(g * apart, axis=0), c_valid)
+            tl.store(sums_ptr + 3 * tiles * C + partial, tl.sum(g * deviation, axis=0), c_valid)
             g *= tl.load(r_scale_ptr + c, c_valid, 0.0)[None, :]
         tl.store(grad_r_ptr + offset, g.to(grad_r_ptr.dtype.element_ty), valid)
 
@@ -137,7 +146,7 @@ def join_gradient(
     """Gradients of a join from z's: in y.values and residual.values [B, T, C], and sums [4, C].
 
     The sums are the gradients in y's shift and scale, and in the residual's, where it is normalised. z is
-    read where the activation is ReLU, the residual where it is normalised or the activation is another.
+    read where the activation is ReLU; the residual where it is normalised, or with another activation.
     """
     if unreadable(g):
         r = None if residual is None else in_dtype(residual, torch.float32)
@@ -187,9 +196,9 @@ def _join_arguments(
         "ROWS": batch * t,
         "C": channels,
         "R_NORM": norm,
-        "R_ACTIVATION": ACTIVATIONS[r.activation],
+        "R_ACTIVATION": ACTIVATION_CODES[r.activation],
         "HAS_RESIDUAL": residual is not None,
-        "ACTIVATION": ACTIVATIONS[activation],
+        "ACTIVATION": ACTIVATION_CODES[activation],
         **JOIN_CONFIGURATION,
     }
 
@@ -200,18 +209,18 @@ JOIN_CONFIGURATION = {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages"
 # --- what compiles ------------------------------------------------------------------------------------------
 
 
-def compile_cases(hip: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """As :func:`ecgot.kernels.conv.triton_conv1d.compile_cases`; the same on every GPU."""
-    norms = [(False, None), *((True, activation) for activation in ACTIVATIONS)]
+def compile_cases(hip: bool) -> Iterator[CompileCase]:
+    """Every launch above, as :func:`ecgot.kernels.conv.triton_conv1d.compile_cases`; alike on every GPU."""
+    norms = [(False, None), *((True, activation) for activation in ACTIVATION_CODES)]
     for name in ("fp32", "fp16", "bf16"):
         for (r_norm, r_activation), activation, residual in itertools.product(
-            norms, ACTIVATIONS, (False, True)
+            norms, ACTIVATION_CODES, (False, True)
         ):
             given = {
                 "R_NORM": r_norm,
-                "R_ACTIVATION": ACTIVATIONS[r_activation],
+                "R_ACTIVATION": ACTIVATION_CODES[r_activation],
                 "HAS_RESIDUAL": residual,
-                "ACTIVATION": ACTIVATIONS[activation],
+                "ACTIVATION": ACTIVATION_CODES[activation],
             }
             for kernel in (_join_fwd_kernel, _join_bwd_kernel):
-                yield compile_case(kernel, name, given, JOIN_CONFIGURATION)
+                yield compile_case(kernel, name, given, JOIN_CONFIGURATION, CONVENTIONS)

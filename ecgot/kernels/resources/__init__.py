@@ -1,1 +1,1 @@
-"""What the Triton kernels need on which GPU, found by compiling them; no GPU is needed."""
+"""What the Triton kernels need on several GPUs, found by compiling them; no GPU is needed."""

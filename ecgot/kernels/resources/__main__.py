@@ -3,10 +3,10 @@
     python -m ecgot.kernels.resources [--all] [--targets sm_90,gfx942] [--kernel SUBSTRING]
                                       [--spills any|inner|none] [--json]
 
-compiles the configurations that the launchers can pick, or a representative part, and prints one line for
-each and target: whether it compiled; registers and spilled bytes of a thread; shared bytes of a program; and
-the exponentials, multiply-adds, matrix products and stack accesses in the inner loop, as
-ecgot.kernels.resources.machine_code finds it. What is unknown, for want of a tool or of a loop, is "-".
+compiles the configurations that the launchers can pick, or a representative part of them (the default), and
+prints one line for each of them and target: whether it compiled; registers and spilled bytes per thread;
+shared bytes per program; and the exponentials, multiply-adds, matrix products and stack accesses in the inner
+loop, as found by ecgot.kernels.resources.machine_code. "-" means unknown: the tool or the loop is missing.
 Exit code 1 if anything does not compile or spills (--spills says which spills count), 2 if an argument is
 wrong.
 """
@@ -27,6 +27,8 @@ from ecgot.kernels.resources.outcome import Outcome, check
 
 
 class _Parser(argparse.ArgumentParser):
+    """Its errors are one line."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"resources: {message}\n")
 
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = []
     if problem is None:
         jobs = [(case, target) for target in targets for case in cases(target, options.all, options.kernel)]
-        problem = None if jobs else f"--kernel: no kernel has {options.kernel!r} in its name"
+        problem = None if jobs else f"--kernel: expected a part of a kernel's name, got {options.kernel!r}"
     if problem:
         print(f"resources: {problem}", file=sys.stderr)
         return 2
@@ -86,13 +88,13 @@ def _run(jobs: Sequence[tuple[Case, str]], printing: bool) -> list[Outcome]:
 def _unusable(targets: Sequence[str]) -> str | None:
     unknown = [target for target in targets if target not in TARGETS]
     if unknown:
-        return f"--targets: got {unknown[0]!r}, accepted are {', '.join(TARGETS)}"
+        return f"--targets: expected some of {', '.join(TARGETS)}, got {unknown[0]!r}"
     if not HAS_TRITON:
         return "triton is not installed"
     from triton import knobs
 
-    if knobs.runtime.interpret:  # not dispatch.INTERPRETED: Triton also takes "true", "yes" and "on"
-        return "TRITON_INTERPRET is set, which leaves nothing to compile; unset it"
+    if knobs.runtime.interpret:  # Triton's own reading of the variable
+        return "TRITON_INTERPRET: expected unset, as interpreted kernels are not compiled"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The configurations that the launchers can pick, and the GPUs that they are compiled for."""
+"""The configurations that the launchers can pick, and the GPUs to compile them for."""
 
 import importlib
 import itertools
@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ecgot.kernels.compilation import CompileCase
+
 
 @dataclass(frozen=True)
 class Target:
     """A GPU as Triton names it.
 
-    shared_bytes: the shared memory that one program may have there.
+    shared_bytes: the most shared memory that one program can have there.
     """
 
     backend: str
@@ -28,7 +30,7 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 227 * 1024),
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
 }
-# Each has compile_cases(hip), built from what its launchers read.
+# Each has compile_cases(hip), made by the functions that its launchers call.
 MODULES = (
     "ecgot.kernels.ot.triton_onchip",
     "ecgot.kernels.ot.triton_gradient",
@@ -41,7 +43,7 @@ MODULES = (
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as one launch would compile it; names and not objects, as it travels between processes."""
+    """A CompileCase by name: it is hashable, and is sent to other processes."""
 
     module: str
     kernel: str
@@ -55,24 +57,31 @@ class Case:
 
 
 def cases(target: str, everything: bool = False, kernel: str = "") -> Iterator[Case]:
-    """The launchers' configurations on a target: all, or the part that ``_representative`` describes.
+    """The launchers' configurations on a target.
 
-    kernel: only kernels with this in their names.
+    Args:
+        target: one of ``TARGETS``.
+        everything: all of them, not only the part that ``_representative`` picks.
+        kernel: only kernels with this in their names.
     """
     kernels: dict[str, dict[Case, None]] = {}  # the inner dictionaries are ordered sets
     for module in MODULES:
         found = importlib.import_module(module).compile_cases(TARGETS[target].backend == "hip")
-        for name, function, *parts in found:
-            if kernel not in function.__name__:
-                continue
-            case = Case(module, function.__name__, name, *(tuple(part.items()) for part in parts))
-            kernels.setdefault(case.kernel, {})[case] = None
+        for each in found:
+            if kernel in each.kernel.__name__:
+                case = _named(module, each)
+                kernels.setdefault(case.kernel, {})[case] = None
     for of_kernel in kernels.values():
         yield from of_kernel if everything else _representative(of_kernel)
 
 
+def _named(module: str, case: CompileCase) -> Case:
+    parts = (tuple(part.items()) for part in (case.signature, case.constants, case.options))
+    return Case(module, case.kernel.__name__, case.name, *parts)
+
+
 def _representative(of_kernel: Iterable[Case]) -> Iterable[Case]:
-    """A part with every tile and, in some tile, every pair of dtype, cost, activation, K and flags."""
+    """A part with every tile, and with every pair of dtype, cost, activation, K and flags in some tile."""
     tiles: dict[tuple[int, ...], list[tuple[Case, list[Any]]]] = {}
     for case in of_kernel:
         tile = tuple(value for name, value in case.constants if name.startswith("BLOCK_"))
@@ -80,7 +89,7 @@ def _representative(of_kernel: Iterable[Case]) -> Iterable[Case]:
         others.append(("dtype", dict(case.signature).get("x_ptr")))
         tiles.setdefault(tile, []).append((case, list(itertools.combinations(others, 2))))
     seen: Counter[Any] = Counter()
-    # The largest tiles choose first, and twice: they are the likeliest to spill or to fail.
+    # The largest tiles choose first, and twice: they are the most likely to spill or to fail.
     order = sorted(tiles, key=math.prod, reverse=True)
     twice = [tile for tile in order if math.prod(tile) == math.prod(order[0])]
     chosen: dict[Case, None] = {}  # an ordered set, as a tile may have but one case
@@ -88,7 +97,7 @@ def _representative(of_kernel: Iterable[Case]) -> Iterable[Case]:
         case, pairs = max(tiles[tile], key=lambda candidate: sum(1 / (1 + seen[p]) for p in candidate[1]))
         seen.update(pairs)
         chosen[case] = None
-    # A kernel with few tiles has not shown every pair by now.
+    # A kernel with few tiles does not have every pair by now.
     rest = [candidate for of_tile in tiles.values() for candidate in of_tile]
     while rest:
         case, pairs = max(rest, key=lambda candidate: sum(not seen[p] for p in candidate[1]))

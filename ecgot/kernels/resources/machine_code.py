@@ -1,12 +1,12 @@
 """Loops in disassembled machine code, and the exponentials and multiply-adds in them.
 
-``parse_sass`` reads what ``cuobjdump -sass`` prints, ``parse_amdgcn`` what LLVM writes for AMD. From there on
-there is one path: basic blocks, dominators, natural loops, counts.
+``parse_sass`` reads what ``cuobjdump -sass`` prints, ``parse_amdgcn`` what LLVM writes for AMD. The rest is
+common to both: basic blocks, dominators, natural loops (Aho et al. 2006, "Compilers", 9.6), counts.
 
-All counts are static: instructions as they stand in the machine code. A loop that the compiler has unrolled
-four times shows four times the work of one pass through the source, and one that it has unrolled away is not
-there. Called subroutines (slow paths of divisions) are not counted, nor is code that only a diverged warp
-reaches.
+All counts are static: instructions in the machine code, not instructions run. A loop that the compiler
+unrolled four times shows four times the work of one pass through the source, and one that it unrolled
+completely does not show. Called subroutines (slow paths of divisions) are not counted, nor is code that only
+a diverged warp reaches.
 """
 
 import itertools
@@ -17,7 +17,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Instruction:
-    """target: index of the instruction that this one may jump to; ends: the next one never follows it."""
+    """One instruction.
+
+    target: index of the instruction that it may jump to. ends: it never falls through to the next one.
+    """
 
     opcode: str
     operands: str
@@ -27,9 +30,9 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Work:
-    """Arithmetic of one thread, but matrix products of a warp or several: these differ in size by target.
+    """Arithmetic of one thread; matrix products of one or several warps, whose size depends on the target.
 
-    stack_accesses: loads and stores of what was spilled.
+    stack_accesses: loads and stores of spilled values.
     """
 
     exponentials: int = 0
@@ -54,7 +57,7 @@ _AMD_MATRIX = re.compile(r"v_(s?mfmac?|s?wmmac?)_")
 
 
 def parse_sass(listing: str) -> list[Instruction]:
-    """Instructions of the only function in a listing of cuobjdump."""
+    """Instructions of the single function in a listing of cuobjdump."""
     found = _SASS.findall(listing)
     at = {int(address, 16): index for index, (address, *_) in enumerate(found)}
     return [_sass_instruction(predicate, opcode, operands, at) for _, predicate, opcode, operands in found]
@@ -64,17 +67,17 @@ def _sass_instruction(predicate: str, opcode: str, operands: str, at: dict[int, 
     base, *modifiers = opcode.split(".")
     if base in _SASS_ENDS:
         return Instruction(opcode, operands, ends=not predicate)
-    # BRA.DIV leads to a copy of a shuffle for warps whose threads have parted. Those of a Triton program are
-    # together there, and the copy, which stands behind the kernel and jumps back, would be counted as well.
+    # BRA.DIV leads to a copy of a shuffle for warps whose threads have diverged. A Triton program's have not,
+    # and the copy, which is placed after the kernel and jumps back, would be counted as well.
     if base not in ("BRA", "JMP") or "DIV" in modifiers:
         return Instruction(opcode, operands)
-    *conditions, address = operands.split(",")  # BRA P6, 0x40 and BRA.U !UP0, 0x40 have a condition, too
+    *conditions, address = operands.split(",")  # BRA P6, 0x40 and BRA.U !UP0, 0x40 have a condition too
     target = at.get(int(address, 16)) if re.fullmatch(r"\s*0x[0-9a-f]+", address) else None
     return Instruction(opcode, operands, target, ends=not predicate and not conditions)
 
 
 def parse_amdgcn(text: str) -> list[Instruction]:
-    """Instructions of the only function in LLVM's assembly for AMD."""
+    """Instructions of the single function in LLVM's assembly for AMD."""
     labels: dict[str, int] = {}
     found: list[tuple[str, str]] = []
     for label, opcode, operands in _AMD_LINE.findall(text):
@@ -94,12 +97,12 @@ def parse_amdgcn(text: str) -> list[Instruction]:
 
 
 def inner_work(instructions: Sequence[Instruction]) -> Work | None:
-    """Of the inner loop; None where no loop computes.
+    """The work in the inner loop; None where no loop computes.
 
-    Inner loops are those that hold no other loop; loops without arithmetic, such as those that wait for a
-    copy, do not count as loops here. Of the inner loops without matrix products it is the one with most
-    multiply-adds and exponentials: a kernel that builds a tile by matrix products and then iterates on it
-    spends its time in the iteration. Where all have matrix products, it is the one with most of them.
+    Inner loops hold no other loop. Loops without arithmetic, such as those that wait for a copy, do not
+    count. Of the inner loops without matrix products, the inner loop is the one with the most multiply-adds
+    and exponentials: a kernel that builds a tile by matrix products and then iterates on it spends its time
+    in the iteration. If all have matrix products, it is the one with the most of them.
     """
     loops = [(loop, work) for loop in _loops(instructions) if (work := count(instructions[i] for i in loop))]
     inner = [work for loop, work in loops if not any(other < loop for other, _ in loops)]
@@ -112,7 +115,7 @@ def _weight(work: Work) -> tuple[int, int]:
 
 
 def count(instructions: Iterable[Instruction]) -> Work:
-    """Exponentials, multiply-adds (two in a packed instruction) and matrix products."""
+    """Exponentials, multiply-adds (two in a packed instruction), matrix products and stack accesses."""
     exponentials = multiply_adds = matrix_products = stack_accesses = 0
     for each in instructions:
         base = each.opcode.partition(".")[0]
@@ -127,22 +130,22 @@ def _multiply_adds(opcode: str, operands: str) -> int:
     amd = _AMD_MULTIPLY_ADD.match(opcode)
     if amd:
         return 2 if amd[1] else 1
-    # HFMA2 R1, -RZ, RZ, 1, 1 multiplies nothing: it is a way to load a constant.
+    # HFMA2 R1, -RZ, RZ, 1, 1 multiplies nothing: it loads a constant.
     loads = opcode == "HFMA2" and re.match(r"\w+, -?RZ, -?RZ,", operands)
     return 0 if loads else _SASS_MULTIPLY_ADDS.get(opcode, 0)
 
 
 def stores_anything(instructions: Sequence[Instruction]) -> bool:
-    """Whether anything is written to global memory; without that, a kernel is an empty shell or a trap."""
+    """Whether anything is written to global memory; a kernel without that is empty or a trap."""
     nvidia = r"STG|ST|RED|REDG|ATOM|ATOMG|UTMASTG|UTMAREDG|UBLKCP|UBLKRED"
     amd = r"(global|flat|buffer)_(store|atomic)\w*"
     return any(re.fullmatch(f"{nvidia}|{amd}", each.opcode.partition(".")[0]) for each in instructions)
 
 
 def spilled_bytes(instructions: Iterable[Instruction]) -> int:
-    """The bytes of all stores of NVIDIA's code to fixed places on the stack, as ``ptxas -v`` counts spills.
+    """Bytes of all stores of NVIDIA's code to fixed places on the stack, as ``ptxas -v`` counts spills.
 
-    Arrays with an index known at run time only are on the stack, too, and are not spilled: other addresses.
+    Arrays whose index is only known at run time are also on the stack, but have other addresses: no spills.
     """
     return sum(
         _STORE_BYTES[found[1] or ""]
@@ -155,18 +158,18 @@ def spilled_bytes(instructions: Iterable[Instruction]) -> int:
 def _loops(instructions: Sequence[Instruction]) -> list[frozenset[int]]:
     """The natural loops, each the indices of its instructions.
 
-    A jump to an earlier address does not make a loop: compilers move unlikely code behind the rest, from
-    where it jumps back. A loop is a jump to an instruction that every way to the jump has passed.
+    A jump to an earlier address does not make a loop: compilers move unlikely code to the end, from where it
+    jumps back. A loop is a jump to an instruction that every path to the jump has passed.
     """
     blocks, following = _blocks(instructions)
     preceding: list[list[int]] = [[] for _ in blocks]
-    # What cannot be reached may jump into a loop all the same, and is not part of it.
+    # Unreachable code may jump into a loop without being part of it.
     reachable = _connected(0, following, set()) if blocks else set()
     for block in reachable:
         for successor in following[block]:
             preceding[successor].append(block)
     dominators = _dominators(preceding)
-    bodies: dict[int, set[int]] = {}  # by the block where the loop begins, as several jumps may lead there
+    bodies: dict[int, set[int]] = {}  # by the block where the loop begins, as several jumps may lead to it
     for block in reachable:
         for head in following[block]:
             if head in dominators[block]:
@@ -175,7 +178,7 @@ def _loops(instructions: Sequence[Instruction]) -> list[frozenset[int]]:
 
 
 def _blocks(instructions: Sequence[Instruction]) -> tuple[list[range], list[list[int]]]:
-    """Runs of instructions without a jump into or out of their middle, and which may follow which."""
+    """Basic blocks and their successors."""
     starts = {0} | {each.target for each in instructions if each.target is not None}
     starts |= {i + 1 for i, each in enumerate(instructions) if each.ends or each.target is not None}
     edges = [*sorted(start for start in starts if start < len(instructions)), len(instructions)]
@@ -191,7 +194,7 @@ def _blocks(instructions: Sequence[Instruction]) -> tuple[list[range], list[list
 
 
 def _connected(block: int, neighbours: Sequence[Sequence[int]], found: set[int]) -> set[int]:
-    """found, block, and what is found from there without passing through found."""
+    """``found``, the block, and all blocks reachable from it without passing through ``found``."""
     waiting = [block]
     while waiting:
         current = waiting.pop()
@@ -202,7 +205,7 @@ def _connected(block: int, neighbours: Sequence[Sequence[int]], found: set[int])
 
 
 def _dominators(preceding: Sequence[Sequence[int]]) -> list[set[int]]:
-    """The blocks that every way from block 0 to a block passes; all of them where there is no way."""
+    """For each block, those on every path to it from block 0; all blocks where there is no path."""
     everything = set(range(len(preceding)))
     dominators = [everything if block else {0} for block in sorted(everything)]
     changed = True

@@ -19,15 +19,16 @@ from ecgot.kernels.resources.machine_code import (
     stores_anything,
 )
 
-TENSOR_MEMORY_COLUMNS = 512  # that one program may have, on the GPUs with tensor memory
+TENSOR_MEMORY_COLUMNS = 512  # the most that one program can have, on GPUs with tensor memory
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """error is None where the case compiled and may be launched; the rest is None where unknown.
+    """What a case needs on a target; numbers that are not known are None.
 
-    registers, spilled_bytes, exponentials and multiply_adds are a thread's, matrix_products a warp's or
-    several warps'. The last four are of the inner loop, and None where there is none.
+    error is None where the case compiled and can be launched. registers, spilled_bytes, exponentials and
+    multiply_adds are per thread, matrix_products per warp or several warps, shared_bytes per program. The
+    last four are those of the inner loop, and None if there is none.
     """
 
     case: str
@@ -54,7 +55,7 @@ def check(case: Case, target: str) -> Outcome:
     try:
         source = ASTSource(kernel, dict(case.signature), constexprs=dict(case.constants))
         compiled = triton.compile(source, target=chip, options=dict(case.options))
-    except Exception as error:  # a compiler fails in many ways, and each is a finding
+    except Exception as error:  # compilers fail in many ways, each of which is a result
         return Outcome(str(case), target, str(error).strip().partition("\n")[0] or repr(error))
     outcome = Outcome(
         str(case), target, _refused(compiled.metadata, target), shared_bytes=compiled.metadata.shared
@@ -66,7 +67,7 @@ def check(case: Case, target: str) -> Outcome:
 
 
 def _refused(metadata: Any, target: str) -> str | None:
-    """Why a compiled kernel would be refused when launched."""
+    """Why launching a compiled kernel would fail."""
     needed, limit = metadata.shared, TARGETS[target].shared_bytes
     if needed > limit:
         return f"needs {needed} bytes of shared memory, {target} has {limit}"
@@ -93,8 +94,8 @@ def _with_machine_code(
 def _amd(text: str) -> tuple[list[Instruction], int, int]:
     """Instructions, registers and spilled bytes.
 
-    Registers include the accumulation registers, which take what the others cannot hold; that is no spill
-    yet. What LLVM counts as spilled has gone to memory, 4 bytes a register. Scalar registers spill into
+    Registers include the accumulation registers, which hold what does not fit into the others; that is not a
+    spill yet. What LLVM counts as spilled went to memory, 4 bytes per register. Scalar registers spill into
     vector registers.
     """
     counts = {name: int(value) for name, value in re.findall(r"\.(vgpr\w*_count):\s+(\d+)", text)}
@@ -102,12 +103,12 @@ def _amd(text: str) -> tuple[list[Instruction], int, int]:
 
 
 def _nvidia(listing: str) -> tuple[list[Instruction], int, int]:
-    """The same of what ``_disassembled`` gives.
+    """Instructions, registers and spilled bytes, from the output of ``_disassembled``.
 
-    The size of the stack would be no measure of spilling: it is rounded up, and its slots are used more than
-    once. ``ptxas -v`` tells the bytes of all spilling stores. But a kernel in Triton's cache has its ptxas
-    behind it, and a second run would take seconds more, and flags that differ between Triton's releases. The
-    stores to the stack in the machine code that is launched have the same sum.
+    The size of the stack does not measure spilling: it is rounded up, and its slots are reused. ``ptxas -v``
+    prints the bytes of all spilling stores, but for a kernel in Triton's cache it would have to run again,
+    which takes seconds and flags that differ between Triton's releases. The stores to the stack in the
+    machine code add up to the same number.
     """
     registers = re.search(r"\bREG:(\d+)", listing)
     assert registers, listing[:200]
@@ -116,7 +117,7 @@ def _nvidia(listing: str) -> tuple[list[Instruction], int, int]:
 
 
 def _disassembled(cubin: bytes) -> str | None:
-    """Resources and instructions, by the cuobjdump that comes with Triton; None without it."""
+    """Resources and instructions, printed by the cuobjdump that comes with Triton; None without it."""
     from triton import knobs
 
     try:

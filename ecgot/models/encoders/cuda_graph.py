@@ -1,7 +1,7 @@
-"""CUDA graphs of encoders: at the lengths of ECG practice a step is bound by its launches, not by its work.
+"""CUDA graphs of encoders: at the usual lengths of ECGs a step is bound by its launches, not by its work.
 
-A captured encoder gives what the encoder gives. Its graph is for batches of one shape without lengths; others
-run as they would anyway.
+A captured encoder gives what the encoder gives. Its graph serves batches of one shape without lengths; other
+batches run without it.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ class CapturedTraining:
         self._shape = torch.Size()
 
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> EncoderOutput:
-        """As the encoder's. Its tensors hold until the next call."""
+        """waveform [B, L, T] in mV, encoded. The tensors are valid until the next call."""
         if lengths is not None or not self.encoder.training:
             return self.encoder(waveform, lengths)
         if self._graphed is None:
@@ -37,7 +37,7 @@ class CapturedTraining:
         return EncoderOutput(tokens, mask, pooled)
 
     def _capture(self, waveform: Tensor) -> None:
-        # Capturing runs the encoder some times, of which the batch norms shall know nothing.
+        # Capturing runs the encoder several times, which must not move the running statistics.
         kept = [(buffer, buffer.clone()) for buffer in self.encoder.buffers()]
         self._graphed = torch.cuda.make_graphed_callables(_Tensors(self.encoder), (waveform.clone(),))
         self._shape = waveform.shape
@@ -47,7 +47,7 @@ class CapturedTraining:
 
 
 class _Tensors(nn.Module):
-    """An encoder that returns a tuple, which is what can be graphed."""
+    """An encoder that returns a tuple, as make_graphed_callables needs."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Tensors(nn.Module):
 
 
 class CapturedInference:
-    """A folded copy of an encoder, as a CUDA graph that is captured at the first batch.
+    """A copy of an encoder with fused norms, as a CUDA graph that is captured at the first batch.
 
     Args:
         encoder: on a CUDA device; its weights as they are now.
@@ -73,7 +73,7 @@ class CapturedInference:
 
     @torch.no_grad()
     def __call__(self, waveform: Tensor, lengths: Tensor | None = None) -> EncoderOutput:
-        """As the encoder's. Its tensors hold until the next call."""
+        """waveform [B, L, T] in mV, encoded. The tensors are valid until the next call."""
         if lengths is not None:
             return self.encoder(waveform, lengths)
         if self._graph is None:
@@ -88,7 +88,7 @@ class CapturedInference:
         self._waveform = waveform.clone()
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # compiles, folds, tunes: nothing of which may be captured
+        with torch.cuda.stream(aside):  # compiles, fuses and tunes, none of which may be captured
             for _ in range(3):
                 self.encoder(self._waveform)
         torch.cuda.current_stream().wait_stream(aside)

@@ -1,4 +1,8 @@
-"""inception1d of the PTB-XL benchmark."""
+"""inception1d of the PTB-XL benchmark, in plain torch and fused.
+
+Source: Strodthoff et al. 2021, "Deep Learning for ECG Analysis: Benchmarks and Insights from PTB-XL", and its
+repository helme/ecg_ptbxl_benchmarking; after InceptionTime (Fawaz et al. 2020).
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,8 +22,6 @@ from ecgot.models.encoders.layers import (
     plain_conv,
 )
 
-# --- inception1d --------------------------------------------------------------------------------------------
-
 
 class PlainInceptionBlock(nn.Module):
     """Convolutions of three lengths and a pooled one side by side, over a bottleneck."""
@@ -32,23 +34,32 @@ class PlainInceptionBlock(nn.Module):
         self.bn_relu = nn.Sequential(nn.BatchNorm1d((len(kernel_sizes) + 1) * filters), nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C_in, T] to [B, 4 filters, T], with three kernel sizes."""
         narrow = self.bottleneck(x)
         return self.bn_relu(torch.cat([*(conv(narrow) for conv in self.convs), self.conv_bottle(x)], dim=1))
 
 
 class PlainInceptionShortcut(nn.Module):
+    """A 1x1 convolution and its norm beside three blocks."""
+
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
         self.conv, self.bn = plain_conv(c_in, c_out, 1), nn.BatchNorm1d(c_out)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [B, C_in, T] of before the blocks, y [B, C_out, T] of after them."""
         return F.relu(y + self.bn(self.conv(x)), inplace=True)
 
 
 class PlainInception1d(nn.Module):
-    """inception1d of the PTB-XL benchmark (after InceptionTime, Fawaz et al. 2020), without its head.
+    """inception1d in plain torch, without its head: blocks at full length, a shortcut over every three.
 
-    depth blocks at the input's length, a shortcut over every three.
+    Args:
+        leads: L.
+        depth: blocks.
+        filters: output channels of each of a block's convolutions.
+        kernel_sizes: of the convolutions side by side in a block.
+        bottleneck: channels that they read.
     """
 
     block: type[nn.Module] = PlainInceptionBlock
@@ -69,6 +80,7 @@ class PlainInception1d(nn.Module):
         self.sk = nn.ModuleList([self.shortcut(c_in, self.width) for c_in in inputs[: depth // 3]])
 
     def forward(self, waveform: Tensor) -> Tensor:
+        """waveform [B, L, T] in mV to tokens [B, T, D]."""
         x = before = waveform
         for index, block in enumerate(self.im):
             x = block(x)
@@ -78,13 +90,16 @@ class PlainInception1d(nn.Module):
 
 
 class InceptionBlock(PlainInceptionBlock):
+    """See :class:`PlainInceptionBlock`."""
+
     def forward(self, x: LazyActivation) -> LazyActivation:  # type: ignore[override]
+        """x [B, T, C_in] to [B, T, 4 filters], with three kernel sizes."""
         narrow = conv_act(x, self.bottleneck)
         branches: list[tuple[LazyActivation, Any]] = [(narrow, conv) for conv in self.convs]
         branches.append((max_pool1d(x, 3, 1, 1), self.conv_bottle[1]))
         norm: Any = self.bn_relu[0]
         share = norm.num_features // len(branches)
-        return _beside(
+        return _concatenated(
             [
                 conv_norm(y, conv, norm, "relu", channels=slice(number * share, (number + 1) * share))
                 for number, (y, conv) in enumerate(branches)
@@ -92,22 +107,21 @@ class InceptionBlock(PlainInceptionBlock):
         )
 
 
-def _beside(signals: list[LazyActivation]) -> LazyActivation:
-    """Signals of the same form, their channels side by side."""
-    beside = lambda name, axis: torch.cat([getattr(x, name) for x in signals], axis)  # noqa: E731
-    values = beside("values", 2)
-    if signals[0].mean is None:
-        return dataclasses.replace(signals[0], values=values)
-    vectors = {
-        name: beside(name, 0)
-        for name in ("mean", "scale", "shift", "rstd")
-        if getattr(signals[0], name) is not None
-    }
-    return dataclasses.replace(signals[0], values=values, **vectors)  # type: ignore[arg-type]
+def _concatenated(branches: list[LazyActivation]) -> LazyActivation:
+    """Activations of the same form, their channels side by side."""
+    first = branches[0]
+    changed = {"values": torch.cat([x.values for x in branches], 2)}
+    for name in ("mean", "scale", "shift", "rstd"):
+        if getattr(first, name) is not None:
+            changed[name] = torch.cat([getattr(x, name) for x in branches])
+    return dataclasses.replace(first, **changed)  # type: ignore[arg-type]
 
 
 class InceptionShortcut(PlainInceptionShortcut):
+    """See :class:`PlainInceptionShortcut`."""
+
     def forward(self, x: LazyActivation, y: LazyActivation) -> LazyActivation:  # type: ignore[override]
+        """x [B, T, C_in] of before the blocks, y [B, T, C_out] of after them."""
         return conv_norm(x, self.conv, self.bn, "relu", residual=y)
 
 

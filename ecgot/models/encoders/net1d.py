@@ -1,4 +1,8 @@
-"""Net1D as ECGFounder has it."""
+"""Net1D as ECGFounder has it, in plain torch and fused.
+
+Source: Li et al. 2024, "An Electrocardiogram Foundation Model Built on over 10 Million Recordings"
+(ECGFounder), and its repository PKUDigitalHealth/ECGFounder; after Hong et al. 2020 (hsd1503/resnet1d).
+"""
 
 from collections.abc import Sequence
 
@@ -7,19 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecgot.kernels import LazyActivation, max_pool1d
+from ecgot.kernels.conv.geometry import fill_past
 from ecgot.models.encoders.layers import EncoderOutput, conv_act, encoder_input, encoder_output
-
-# --- net1d --------------------------------------------------------------------------------------------------
 
 
 class PlainConvSame(nn.Module):
-    """A convolution that makes T samples ceil(T / stride), for even kernels too."""
+    """A convolution of T samples to ceil(T / stride), for even kernels too."""
 
     def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv1d(c_in, c_out, kernel_size, stride, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C_in, T] to [B, C_out, ceil(T / stride)]."""
         (kernel_size,), (stride,) = self.conv.kernel_size, self.conv.stride
         t = x.shape[-1]
         whole = max(0, (-(-t // stride) - 1) * stride + kernel_size - t)
@@ -40,6 +44,7 @@ class PlainNet1dBlock(nn.Module):
         self.se_fc1, self.se_fc2 = nn.Linear(c_out, c_out // 2), nn.Linear(c_out // 2, c_out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C_in, T] to [B, C_out, ceil(T / stride)]."""
         y = self.conv1(x if self.first else F.silu(x))
         y = self.conv3(F.silu(self.conv2(F.silu(y))))
         gate = torch.sigmoid(self.se_fc2(F.silu(self.se_fc1(y.mean(-1)))))
@@ -51,7 +56,7 @@ class PlainNet1dBlock(nn.Module):
 
 
 class PlainNet1d(nn.Module):
-    """Net1D (Hong et al. 2020; hsd1503/resnet1d) as ECGFounder has it (Li et al. 2024): Swish, no batch norm.
+    """ECGFounder's Net1D in plain torch: Swish, and no batch norm.
 
     Args:
         leads: L.
@@ -87,6 +92,7 @@ class PlainNet1d(nn.Module):
             self.stage_list.append(stage)
 
     def forward(self, waveform: Tensor) -> Tensor:
+        """waveform [B, L, T] in mV to tokens [B, N, D]."""
         x = F.silu(self.first_conv(waveform))
         for stage in self.stage_list:
             for block in stage.block_list:  # type: ignore[union-attr]
@@ -95,7 +101,10 @@ class PlainNet1d(nn.Module):
 
 
 class Net1dBlock(PlainNet1dBlock):
+    """See :class:`PlainNet1dBlock`."""
+
     def forward(self, x: LazyActivation) -> LazyActivation:  # type: ignore[override]
+        """x [B, T, C_in] to [B, ceil(T / stride), C_out]."""
         y = x if self.first else LazyActivation(F.silu(x.values), lengths=x.lengths)
         y = _same(_same(y, self.conv1, "silu"), self.conv2, "silu")
         y = _same(y, self.conv3)
@@ -105,13 +114,10 @@ class Net1dBlock(PlainNet1dBlock):
         return LazyActivation(torch.addcmul(identity, y.values, gate[:, None, :]), lengths=y.lengths)
 
     def _pooled(self, x: LazyActivation) -> Tensor:
-        """As published, padded with a 0 at the right end, which takes part in the maximum."""
+        """The shortcut, padded with zeros on the right that take part in the maximum, as published."""
         if self.stride == 1:
             return x.values
-        values = x.values
-        if x.lengths is not None:
-            inside = torch.arange(values.shape[1], device=values.device) < x.lengths[:, None]
-            values = torch.where(inside[:, :, None], values, 0.0)
+        values = fill_past(x.values, x.lengths)
         padded = LazyActivation(F.pad(values, (0, 0, 0, self.stride - 1)))
         return max_pool1d(padded, self.stride, self.stride, 0).values
 
@@ -131,7 +137,7 @@ class Net1d(PlainNet1d):
 
 
 def _same(x: LazyActivation, module: PlainConvSame, activation: str | None = None) -> LazyActivation:
-    """ceil(T / stride) samples; the padding on the left does not depend on the length."""
+    """activation(module(x)). The padding on the left does not depend on the length, unlike the module's."""
     (kernel_size,), (stride,) = module.conv.kernel_size, module.conv.stride
     start = (kernel_size - stride) // 2
     return conv_act(x, module.conv, activation, padding=(start, kernel_size - 1 - start))

@@ -74,15 +74,21 @@ def encoder(name: str, *, leads: int = 12, **options: object) -> Encoder:
 
     Raises:
         EcgotError: the name is unknown.
+
+    >>> import torch
+    >>> model = encoder("resnet1d_tiny")
+    >>> encoded = model(torch.zeros(2, 12, 1000), lengths=torch.tensor([1000, 500]))  # 10 s and 5 s at 100 Hz
+    >>> encoded.tokens.shape, encoded.mask.sum(1), encoded.pooled.shape
+    (torch.Size([2, 32, 128]), tensor([32, 16]), torch.Size([2, 128]))
     """
     made, _, settings = _entry(name)
     return made(leads, **settings | options)
 
 
 def to_channels_last(module: nn.Module) -> None:
-    """Let convolutions' weights lie in memory as a training step on a CPU reads them, which saves copies.
+    """Lay out convolutions' weights as a training step on a CPU reads them, which saves copies.
 
-    For training alone: some tools, such as ``torch.nn.utils.parameters_to_vector``, want contiguous weights.
+    For training only: some tools, such as ``torch.nn.utils.parameters_to_vector``, need contiguous weights.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv1d):
@@ -90,15 +96,20 @@ def to_channels_last(module: nn.Module) -> None:
 
 
 def plain_encoder(name: str, *, leads: int = 12, **options: object) -> nn.Module:
-    """The same in plain torch: waveform [B, L, T] to tokens [B, N, D]. State dicts may be exchanged."""
+    """The same network in plain torch: waveform [B, L, T] to tokens [B, N, D]. Its state dict is the same.
+
+    >>> import torch
+    >>> plain_encoder("resnet1d_tiny")(torch.zeros(2, 12, 1000)).shape
+    torch.Size([2, 32, 128])
+    """
     _, made, settings = _entry(name)
     return made(leads, **settings | options)
 
 
 def published(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published checkpoint's state dict with this package's names, and without its head.
+    """A published checkpoint's state dict with this package's names, without the head.
 
-    The sources: helme/ecg_ptbxl_benchmarking for xresnet1d101, resnet1d_wang and inception1d,
+    Sources: helme/ecg_ptbxl_benchmarking for xresnet1d101, resnet1d_wang and inception1d,
     cheliu-computation/MERL-ICML2024 for merl_resnet18, merl_resnet50 and vit1d_*,
     PKUDigitalHealth/ECGFounder for net1d (whose batch norms take no part).
     """
@@ -116,5 +127,5 @@ def published(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _entry(name: str) -> tuple[Callable[..., Encoder], Callable[..., nn.Module], dict]:
     if name not in ENCODERS:
-        raise EcgotError(f"encoder.name: got {name!r}, accepted are {', '.join(ENCODERS)}")
+        raise EcgotError(f"encoder.name: expected one of {', '.join(ENCODERS)}, got {name!r}")
     return ENCODERS[name]

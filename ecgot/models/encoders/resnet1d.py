@@ -1,4 +1,9 @@
-"""Residual networks: MERL's ResNet18 and 50, the PTB-XL benchmark's resnet1d_wang, and our own."""
+"""Residual networks in plain torch and fused: MERL's ResNet18 and 50, resnet1d_wang, and this package's.
+
+Sources: He et al. 2016, "Deep Residual Learning for Image Recognition"; Liu et al. 2024 (MERL) and its
+repository cheliu-computation/MERL-ICML2024; for resnet1d_wang Wang et al. 2017, as the PTB-XL benchmark has
+it (Strodthoff et al. 2021; helme/ecg_ptbxl_benchmarking).
+"""
 
 from collections.abc import Sequence
 
@@ -35,6 +40,7 @@ class PlainBasicBlock(nn.Module):
         self.shortcut = _shortcut(c_in, c_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C_in, T] to [B, C_out, ceil(T / stride)]."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
 
@@ -51,13 +57,14 @@ class PlainBottleneck(nn.Module):
         self.shortcut = _shortcut(c_in, c_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C_in, T] to [B, C_out, ceil(T / stride)]."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x), inplace=True)
 
 
 class PlainResNet1d(nn.Module):
-    """He et al. 2016 in one dimension, without a pooling after the stem.
+    """A residual network in one dimension, without the pooling after the stem.
 
     Args:
         leads: L, input channels.
@@ -68,8 +75,8 @@ class PlainResNet1d(nn.Module):
         stem_width, stem_kernel_size, stem_stride: of the first convolution; its width is the first stage's
             unless given.
         strides: of each stage's first block; 1 and then 2 unless given.
-        he_init: weights after He et al. 2015 (fan out), and every block starts as its shortcut: its last
-            batch norm's weight is 0. Otherwise torch's defaults, as MERL and the benchmark have it.
+        he_init: weights drawn after He et al. 2015 (fan out), and every block starts as its shortcut, as its
+            last batch norm's weight is 0. Otherwise torch's defaults, as in MERL and the benchmark.
     """
 
     basic: type[nn.Module] = PlainBasicBlock
@@ -110,6 +117,7 @@ class PlainResNet1d(nn.Module):
                     nn.init.zeros_(getattr(module, "bn3" if bottleneck else "bn2").weight)
 
     def forward(self, waveform: Tensor) -> Tensor:
+        """waveform [B, L, T] in mV to tokens [B, N, D]."""
         x = F.relu(self.bn1(self.conv1(waveform)), inplace=True)
         for index in range(self.depth):
             x = getattr(self, f"layer{index + 1}")(x)
@@ -117,7 +125,10 @@ class PlainResNet1d(nn.Module):
 
 
 class BasicBlock(PlainBasicBlock):
+    """See :class:`PlainBasicBlock`."""
+
     def forward(self, x: LazyActivation) -> LazyActivation:  # type: ignore[override]
+        """x [B, T, C_in] to [B, ceil(T / stride), C_out]."""
         residual = x
         if len(self.shortcut):
             x = materialize_shared(x)
@@ -127,22 +138,26 @@ class BasicBlock(PlainBasicBlock):
 
 
 class Bottleneck(PlainBottleneck):
+    """See :class:`PlainBottleneck`; run by :func:`ecgot.models.encoders.layers.bottlenecks`."""
+
     def layers(self) -> tuple[Layer, Layer, Layer]:
+        """Narrow, middle and wide."""
         return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
 
     def shortcut_of(self, x: LazyActivation) -> LazyActivation:
+        """[B, T, C_in] to [B, ceil(T / stride), C_out]."""
         return conv_norm(x, *self.shortcut) if len(self.shortcut) else x
 
 
 class ResNet1d(PlainResNet1d):
-    """Residual network over an ECG; see :class:`PlainResNet1d` for its arguments."""
+    """See :class:`PlainResNet1d`."""
 
     basic, bottleneck = BasicBlock, Bottleneck
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> EncoderOutput:  # type: ignore[override]
         """waveform [B, L, T] in mV, lengths [B] valid samples of each record (all T where omitted).
 
-        A record padded beyond its length gives what the cropped record gives.
+        A padded record gives the same as one cropped to its length.
         """
         x = conv_norm(encoder_input(waveform, lengths, self.leads), self.conv1, self.bn1, "relu")
         blocks = [block for index in range(self.depth) for block in getattr(self, f"layer{index + 1}")]

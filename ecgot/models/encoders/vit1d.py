@@ -1,25 +1,34 @@
-"""A vision transformer over patches of an ECG, as MERL's."""
+"""A vision transformer over patches of an ECG, in plain torch and fused.
+
+Source: Liu et al. 2024, "Zero-Shot ECG Classification with Multimodal Learning and Test-time Clinical
+Knowledge Enhancement" (MERL), and its repository cheliu-computation/MERL-ICML2024; after Dosovitskiy et al.
+2021.
+"""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecgot.errors import EcgotError
+from ecgot.kernels.conv.geometry import length_mask
 from ecgot.models.encoders.layers import EncoderOutput, conv_act, encoder_input, masked_mean
-
-# --- vit1d --------------------------------------------------------------------------------------------------
 
 
 class PlainPreNorm(nn.Module):
+    """A layer norm before a module."""
+
     def __init__(self, width: int, fn: nn.Module) -> None:
         super().__init__()
         self.norm, self.fn = nn.LayerNorm(width), fn
 
     def forward(self, x: Tensor, *mask: Tensor | None) -> Tensor:
+        """x [B, N, D]; a mask goes on to the module."""
         return self.fn(self.norm(x), *mask)
 
 
 class PlainFeedForward(nn.Module):
+    """Two linear layers with GELU between, D to ``hidden`` and back."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         # The published network has dropouts of rate 0 at positions 2 and 4.
@@ -28,6 +37,7 @@ class PlainFeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, D]."""
         return self.net(x)
 
 
@@ -49,25 +59,27 @@ class PlainAttention(nn.Module):
 
 
 class PlainTransformerBlock(nn.Module):
+    """Self-attention and a feed-forward network, each behind a norm and with a shortcut."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attn = PlainPreNorm(width, PlainAttention(width, heads))
         self.ff = PlainPreNorm(width, PlainFeedForward(width, 4 * width))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, N, D], mask [B, N], True where a token may be attended to."""
         x = self.attn(x, mask) + x
         return self.ff(x) + x
 
 
 class PlainViT1d(nn.Module):
-    """The vision transformer of MERL (Liu et al. 2024; cheliu-computation/MERL-ICML2024) over patches of an
-    ECG.
+    """MERL's vision transformer in plain torch.
 
     Args:
         leads: L.
         width, depth, heads: of the transformer; an attention head has 64 dimensions.
         patch_size: samples of a token.
-        seq_len: the longest record, samples; shorter ones take the first of its positions.
+        seq_len: samples of the longest record; shorter ones take the first positions.
     """
 
     def __init__(
@@ -89,6 +101,7 @@ class PlainViT1d(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, waveform: Tensor) -> Tensor:
+        """waveform [B, L, T] in mV to tokens [B, N, D]."""
         x = self.to_patch_embedding(waveform).transpose(1, 2)
         x = x + self.pos_embedding[:, : x.shape[1]]
         for index in range(self.depth):
@@ -97,7 +110,7 @@ class PlainViT1d(nn.Module):
 
 
 class ViT1d(PlainViT1d):
-    """See :class:`PlainViT1d`. Tokens are normed each; pooled is the norm of their mean, as published."""
+    """See :class:`PlainViT1d`. Every token is normed; pooled is the norm of their mean, as published."""
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> EncoderOutput:  # type: ignore[override]
         """waveform [B, L, T] in mV, lengths [B] valid samples of each record (all T where omitted).
@@ -109,14 +122,14 @@ class ViT1d(PlainViT1d):
         longest = self.pos_embedding.shape[1] * self.patch_size
         if not self.patch_size <= waveform.shape[2] <= longest:
             raise EcgotError(
-                f"waveform: got T = {waveform.shape[2]}, accepted are {self.patch_size} to {longest}"
+                f"waveform: expected T of {self.patch_size} to {longest}, got {waveform.shape[2]}"
             )
         patches = conv_act(signal, self.to_patch_embedding)
         x = patches.values
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if patches.lengths is not None:
-            mask = torch.arange(x.shape[1], device=x.device) < patches.lengths[:, None]
-        # A record without a whole patch attends to its padding, so that nothing is NaN; its mask stays empty.
+            mask = length_mask(patches.lengths, x.shape[1])
+        # A record shorter than a patch attends to its padding, so that nothing is NaN; its mask stays empty.
         attended = None if patches.lengths is None else mask | ~mask.any(1, keepdim=True)
         x = x + self.pos_embedding[:, : x.shape[1]]
         for index in range(self.depth):

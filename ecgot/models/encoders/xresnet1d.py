@@ -1,4 +1,9 @@
-"""xresnet1d of the PTB-XL benchmark."""
+"""xresnet1d of the PTB-XL benchmark, in plain torch and fused.
+
+Source: Strodthoff et al. 2021, "Deep Learning for ECG Analysis: Benchmarks and Insights from PTB-XL", and its
+repository helme/ecg_ptbxl_benchmarking; after fastai's xresnet (He et al. 2019, "Bag of Tricks for Image
+Classification with Convolutional Neural Networks").
+"""
 
 from collections.abc import Sequence
 from typing import cast
@@ -17,11 +22,9 @@ from ecgot.models.encoders.layers import (
     plain_conv,
 )
 
-# --- xresnet1d ----------------------------------------------------------------------------------------------
-
 
 class PlainConvLayer(nn.Sequential):
-    """fastai's: convolution, batch norm, and ReLU where asked for."""
+    """fastai's layer: convolution, batch norm, and optionally ReLU."""
 
     def __init__(self, c_in: int, c_out: int, kernel_size: int, stride: int = 1, relu: bool = True) -> None:
         conv = plain_conv(c_in, c_out, kernel_size, stride)
@@ -55,14 +58,18 @@ class PlainXBlock(nn.Module):
             self.idpath.append(PlainConvLayer(c_in, c_out, 1, relu=False))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C_in, T] to [B, C_out, ceil(T / stride)]."""
         return F.relu(self.convs(x) + self.idpath(x), inplace=True)
 
 
 class PlainXResNet1d(nn.Sequential):
-    """xresnet1d of the PTB-XL benchmark (Strodthoff et al. 2021; helme/ecg_ptbxl_benchmarking), without its
-    head.
+    """xresnet1d in plain torch, without its head.
 
-    Every stage has the same width, and a bottleneck a quarter of it.
+    Args:
+        leads: L.
+        blocks: blocks of each stage.
+        width: output channels of every stage; a bottleneck's inner convolution has a quarter.
+        kernel_size: of the stem's and the bottlenecks' convolutions.
     """
 
     block: type[nn.Module] = PlainXBlock
@@ -87,15 +94,20 @@ class PlainXResNet1d(nn.Sequential):
         self.leads, self.width = leads, width
 
     def forward(self, waveform: Tensor) -> Tensor:
+        """waveform [B, L, T] in mV to tokens [B, N, D]."""
         return super().forward(waveform).transpose(1, 2)
 
 
 class XBlock(PlainXBlock):
+    """See :class:`PlainXBlock`; run by :func:`ecgot.models.encoders.layers.bottlenecks`."""
+
     def layers(self) -> tuple[Layer, Layer, Layer]:
+        """Narrow, middle and wide."""
         narrow, middle, wide = cast(list[PlainConvLayer], list(self.convs))
         return narrow.conv_and_norm, middle.conv_and_norm, wide.conv_and_norm
 
     def shortcut_of(self, x: LazyActivation) -> LazyActivation:
+        """[B, T, C_in] to [B, ceil(T / stride), C_out]."""
         for module in self.idpath:
             x = conv_norm(x, *module) if isinstance(module, PlainConvLayer) else mean_pool1d(x)
         return x

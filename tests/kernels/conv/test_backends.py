@@ -36,7 +36,7 @@ def test_what_was_measured_goes_before_the_rule(table: Path) -> None:
 
 def measured(*arguments: str, interpreted: bool) -> subprocess.CompletedProcess:
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "benchmarks/conv1d_backends.py", *arguments]
+    command = [sys.executable, "-m", "benchmarks.conv1d_backends", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 

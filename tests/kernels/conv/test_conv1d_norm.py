@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecgot.kernels import LazyActivation, conv1d_norm, dispatch, join, materialize, max_pool1d, mean_pool1d
+from ecgot.kernels import (
+    BatchNorm,
+    LazyActivation,
+    conv1d_norm,
+    dispatch,
+    join,
+    materialize,
+    max_pool1d,
+    mean_pool1d,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ACTIVATIONS = {None: lambda y: y, "relu": torch.relu, "gelu": F.gelu, "silu": F.silu}
@@ -62,10 +71,8 @@ GEOMETRY = {
 
 def fused(w: Weights, x: Tensor, lengths: Tensor | None, activation: str, training: bool) -> LazyActivation:
     def layer(name: str, x: LazyActivation, activation: str | None = None, **options) -> LazyActivation:
-        parameters = (w.weights[name], w.gammas[name], w.betas[name], *w.statistics(name))
-        return conv1d_norm(
-            x, *parameters, **GEOMETRY[name], activation=activation, training=training, **options
-        )
+        norm = BatchNorm(w.gammas[name], w.betas[name], *w.statistics(name), training=training)
+        return conv1d_norm(x, w.weights[name], norm, **GEOMETRY[name], activation=activation, **options)
 
     y = layer("stem", LazyActivation(x, lengths=lengths), activation)
     y = layer("conv2", layer("conv1", y, activation), activation, residual=y)
@@ -127,8 +134,8 @@ def test_network_equals_torch_record_by_record(activation, training, masked, dty
     for row, y in zip(rows, expected, strict=True):
         torch.testing.assert_close(row.double(), y, atol=tolerance, rtol=tolerance)
     pulls = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(DEVICE) for y in expected]
-    sum((row * cost_vjp.to(dtype)).sum() for row, cost_vjp in zip(rows, pulls, strict=True)).backward()
-    sum((y * cost_vjp).sum() for y, cost_vjp in zip(expected, pulls, strict=True)).backward()
+    sum((row * cotangent.to(dtype)).sum() for row, cotangent in zip(rows, pulls, strict=True)).backward()
+    sum((y * cotangent).sum() for y, cotangent in zip(expected, pulls, strict=True)).backward()
     for (name, got), wanted in zip(ours.named_parameters(), truth.parameters(), strict=True):
         size = wanted.grad.abs().max().item()
         torch.testing.assert_close(
@@ -157,12 +164,12 @@ def test_a_large_mean_costs_no_accuracy():
     for dtype in (torch.float32, torch.float64):
         x_, w_ = x.to(DEVICE, dtype).requires_grad_(), w.to(DEVICE, dtype).requires_grad_()
         gamma = torch.ones(6, device=DEVICE, dtype=dtype, requires_grad=True)
-        z = conv1d_norm(LazyActivation(x_), w_, gamma, torch.zeros_like(gamma), None, None, activation="silu")
-        cost_vjp = torch.linspace(-1, 1, 300, device=DEVICE, dtype=dtype)[:, None]
+        z = conv1d_norm(LazyActivation(x_), w_, BatchNorm(gamma, torch.zeros_like(gamma)), activation="silu")
+        cotangent = torch.linspace(-1, 1, 300, device=DEVICE, dtype=dtype)[:, None]
         results.append(
             (
                 materialize(z).values,
-                *torch.autograd.grad((materialize(z).values * cost_vjp).sum(), (gamma, x_)),
+                *torch.autograd.grad((materialize(z).values * cotangent).sum(), (gamma, x_)),
             )
         )
     for got, wanted in zip(*results, strict=True):
@@ -178,12 +185,12 @@ def test_half_precision_errs_no_more_than_torch():
         (torch.randn(24, 24, 5, generator=generator, dtype=torch.float64) / 11).bfloat16().to(DEVICE)
         for _ in range(2)
     )
-    cost_vjp = torch.randn(4, 90, 24, generator=generator, dtype=torch.float64).bfloat16().to(DEVICE)
+    cotangent = torch.randn(4, 90, 24, generator=generator, dtype=torch.float64).bfloat16().to(DEVICE)
 
     def results(dtype, run):
         leaves = [t.to(dtype).requires_grad_() for t in (x, w1, w2)]
         y = run(*leaves)
-        return y, *torch.autograd.grad(y, leaves, cost_vjp.to(y.dtype))
+        return y, *torch.autograd.grad(y, leaves, cotangent.to(y.dtype))
 
     def modules(x, w1, w2):
         y = F.conv1d(x.transpose(1, 2), w1, padding=2)
@@ -191,9 +198,9 @@ def test_half_precision_errs_no_more_than_torch():
         return y.transpose(1, 2)
 
     def ours(x, w1, w2):
-        one, zero = torch.ones(24, device=DEVICE), torch.zeros(24, device=DEVICE)
-        y = conv1d_norm(LazyActivation(x), w1, one, zero, None, None, padding=2, activation="relu")
-        return conv1d_norm(y, w2, one, zero, None, None, padding=2).values
+        norm = BatchNorm(torch.ones(24, device=DEVICE), torch.zeros(24, device=DEVICE))
+        y = conv1d_norm(LazyActivation(x), w1, norm, padding=2, activation="relu")
+        return conv1d_norm(y, w2, norm, padding=2).values
 
     truth = results(torch.float64, modules)
     for got, torchs, wanted in zip(
@@ -226,7 +233,7 @@ def test_recomputed_outputs_are_not_saved_and_can_be_asked_for_twice():
 
     def run(recompute: bool) -> Tensor:
         z = conv1d_norm(
-            *(LazyActivation(x), w, gamma, torch.zeros_like(gamma), None, None),
+            *(LazyActivation(x), w, BatchNorm(gamma, torch.zeros_like(gamma))),
             activation="relu",
             residual=LazyActivation(residual),
             recompute=recompute,
@@ -253,15 +260,8 @@ def _synchronised(rank: int, folder: str) -> None:
     running = torch.zeros(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     gamma = torch.ones(8, dtype=torch.float64, requires_grad=True)
     group = torch.distributed.group.WORLD
-    z = conv1d_norm(
-        LazyActivation(x[share]),
-        w,
-        gamma,
-        torch.zeros_like(gamma),
-        *running,
-        activation="relu",
-        process_group=group,
-    )
+    norm = BatchNorm(gamma, torch.zeros_like(gamma), *running, process_group=group)
+    z = conv1d_norm(LazyActivation(x[share]), w, norm, activation="relu")
     materialize(z).values.square().sum().backward()
     torch.distributed.all_reduce(w.grad)
     torch.distributed.all_reduce(gamma.grad)
@@ -287,31 +287,34 @@ def test_statistics_over_processes(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gamma": torch.ones(3)}, r"gamma: got shape \(3,\), accepted is \(4,\)"),
-        ({"running_var": torch.ones(5)}, r"running_var: got shape \(5,\), accepted is \(4,\)"),
+        (
+            {"norm": BatchNorm(torch.ones(3), torch.ones(4))},
+            r"norm.gamma: expected shape \(4,\), got \(3,\)",
+        ),
+        (
+            {"norm": BatchNorm(torch.ones(4), torch.ones(4), running_var=torch.ones(5))},
+            r"norm.running_var: expected shape \(4,\), got \(5,\)",
+        ),
         (
             {"x": LazyActivation(torch.ones(1, 1, 2))},
-            "x: got 1 output sample per channel, accepted in training are 2",
+            "x: expected 2 or more output samples per channel in training, got 1",
         ),
         (
             {"residual": LazyActivation(torch.ones(2, 1, 4))},
-            r"residual: got shape \(2, 1, 4\), accepted is \(2, 5, 4\)",
+            r"residual: expected shape \(2, 5, 4\), got \(2, 1, 4\)",
         ),
         (
             {"x": LazyActivation(torch.ones(2, 5, 2), lengths=torch.ones(3, dtype=torch.int32))},
-            r"lengths: got \(3,\)",
+            r"lengths: expected a tensor of shape \(2,\), got shape \(3,\)",
         ),
-        ({"activation": "elu"}, "activation: got 'elu', accepted are None, 'relu', 'gelu' and 'silu'"),
+        ({"activation": "elu"}, "activation: expected None, 'relu', 'gelu' or 'silu', got 'elu'"),
     ],
 )
 def test_bad_input_is_named_in_one_line(change, message):
     arguments = {
         "x": LazyActivation(torch.ones(2, 5, 2)),
         "weight": torch.ones(4, 2, 1),
-        "gamma": torch.ones(4),
-        "beta": torch.ones(4),
-        "running_mean": None,
-        "running_var": None,
+        "norm": BatchNorm(torch.ones(4), torch.ones(4)),
     }
     with pytest.raises(ValueError, match=message):
         conv1d_norm(**arguments | change)
@@ -319,14 +322,19 @@ def test_bad_input_is_named_in_one_line(change, message):
 
 def test_what_cannot_be_joined_is_named():
     y, vectors = torch.randn(2, 9, 5, device=DEVICE), torch.rand(3, 5, device=DEVICE)
-    with pytest.raises(ValueError, match="x: accepted is a signal that is not normalised yet"):
+    with pytest.raises(
+        ValueError, match="x: expected a LazyActivation with a mean and no activation, got a materialized one"
+    ):
         join(LazyActivation(y), None)
-    with pytest.raises(ValueError, match=r"residual: got shape \(2, 8, 5\), accepted is \(2, 9, 5\)"):
+    with pytest.raises(ValueError, match=r"residual: expected shape \(2, 9, 5\), got \(2, 8, 5\)"):
         join(LazyActivation(y, *vectors), LazyActivation(y[:, 1:]))
-    with pytest.raises(TypeError, match="residual: got Tensor, accepted is a LazyActivation"):
+    with pytest.raises(TypeError, match="residual: expected a LazyActivation, got Tensor"):
         join(LazyActivation(y, *vectors), y)
-    with pytest.raises(TypeError, match="gamma: got None"):
-        conv1d_norm(LazyActivation(y), torch.ones(4, 5, 1, device=DEVICE), None, torch.ones(4), None, None)
+    weight = torch.ones(4, 5, 1, device=DEVICE)
+    with pytest.raises(TypeError, match=r"norm\.gamma: expected a torch.Tensor, got None"):
+        conv1d_norm(LazyActivation(y), weight, BatchNorm(None, torch.ones(4)))
+    with pytest.raises(TypeError, match="norm: expected a BatchNorm, got Tensor"):
+        conv1d_norm(LazyActivation(y), weight, torch.ones(4))
 
 
 def test_join_without_activation_or_residual():
@@ -340,8 +348,8 @@ def test_a_shift_that_alone_needs_a_gradient_gets_it():
     draw = lambda *size: torch.randn(size, generator=generator).to(DEVICE)  # noqa: E731
     x, first, second, cotangent = draw(2, 9, 3), draw(4, 3, 3), draw(5, 4, 3), draw(2, 9, 5)
     beta, ones = draw(4).requires_grad_(), torch.ones(5, device=DEVICE)
-    y = conv1d_norm(LazyActivation(x), first, ones[:4], beta, None, None, padding=1, activation="relu")
-    z = materialize(conv1d_norm(y, second, ones, 0 * ones, None, None, padding=1)).values
+    y = conv1d_norm(LazyActivation(x), first, BatchNorm(ones[:4], beta), padding=1, activation="relu")
+    z = materialize(conv1d_norm(y, second, BatchNorm(ones, 0 * ones), padding=1)).values
     (grad,) = torch.autograd.grad((z * cotangent).sum(), beta)
     plain = beta.detach().double().requires_grad_()
     h = F.conv1d(x.double().mT, first.double(), padding=1)
@@ -358,7 +366,7 @@ def test_statistics_of_half_precision_are_not_rounded(dtype):
     mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
     weight = torch.eye(3, device=DEVICE, dtype=dtype)[:, :, None]
     ones = torch.ones(3, device=DEVICE)
-    conv1d_norm(LazyActivation(x), weight, ones, 0 * ones, mean, var, momentum=1.0)
+    conv1d_norm(LazyActivation(x), weight, BatchNorm(ones, 0 * ones, mean, var, momentum=1.0))
     torch.testing.assert_close(mean, x.float().mean((0, 1)), atol=1e-3, rtol=0)
     torch.testing.assert_close(var, x.float().var((0, 1)), atol=1e-2, rtol=1e-2)
 
@@ -387,8 +395,9 @@ def test_a_residual_is_0_beyond_its_records_ends(activation, training):
     for given in (clean, spoiled):
         leaves = [t.clone().requires_grad_() for t in (x, weight, given)]
         z = conv1d_norm(
-            *(LazyActivation(leaves[0], lengths=lengths), leaves[1], ones, 0 * ones, 0 * ones, ones.clone()),
-            training=training,
+            LazyActivation(leaves[0], lengths=lengths),
+            leaves[1],
+            BatchNorm(ones, 0 * ones, 0 * ones, ones.clone(), training=training),
             padding=1,
             residual=LazyActivation(leaves[2], lengths=shorter),
             activation=activation,
@@ -409,7 +418,8 @@ def test_evaluation_in_half_precision_errs_no_more_than_torch(dtype):
     # None of them is a number of half precision.
     gamma, beta = (torch.randn(4, generator=generator).to(DEVICE) for _ in range(2))
     mean, var = (offset + torch.rand(4, generator=generator).to(DEVICE) for offset in (30, 0.5))
-    found = conv1d_norm(LazyActivation(x), weight, gamma, beta, mean, var, training=False).values
+    norm = BatchNorm(gamma, beta, mean, var, training=False)
+    found = conv1d_norm(LazyActivation(x), weight, norm).values
     expected = F.batch_norm(x.double().mT, mean.double(), var.double(), gamma.double(), beta.double()).mT
     theirs = F.batch_norm(x.mT, mean, var, gamma, beta).mT
     assert found.dtype == dtype

@@ -30,18 +30,23 @@ BROKEN = """
 import triton
 import triton.language as tl
 
+from ecgot.kernels.compilation import CompileCase
+
 @triton.jit
 def broken(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), undefined)
 
 def compile_cases(hip):
-    yield "16", broken, {"x_ptr": "*fp32", "BLOCK": "constexpr"}, {"BLOCK": 16}, {"num_warps": 4}
+    signature = {"x_ptr": "*fp32", "BLOCK": "constexpr"}
+    yield CompileCase("16", broken, signature, {"BLOCK": 16}, {"num_warps": 4})
 """
 
 
 LOOPS = """
 import triton
 import triton.language as tl
+
+from ecgot.kernels.compilation import CompileCase
 
 @triton.jit
 def held(x_ptr, steps, N: tl.constexpr, M: tl.constexpr, EXPONENTIALS: tl.constexpr):
@@ -59,7 +64,7 @@ def compile_cases(hip):
     signature = {"x_ptr": "*fp32", "steps": "i32"} | dict.fromkeys(("N", "M", "EXPONENTIALS"), "constexpr")
     for exponentials in (False, True):
         constants = {"N": ROWS, "M": 256, "EXPONENTIALS": exponentials}
-        yield str(exponentials), held, signature, constants, {"num_warps": 4}
+        yield CompileCase(str(exponentials), held, signature, constants, {"num_warps": 4})
 """
 
 # Two loops: matrix products; then an iteration with a wait inside, and, behind the kernel, the copy of a
@@ -309,7 +314,9 @@ def test_a_kernel_that_is_not_there_is_refused(
 ) -> None:
     monkeypatch.setattr(command, "_unusable", lambda targets: None)  # it may refuse to run interpreted
     assert command.main(["--kernel", "nothing"]) == 2
-    assert capsys.readouterr().err == "resources: --kernel: no kernel has 'nothing' in its name\n"
+    assert (
+        capsys.readouterr().err == "resources: --kernel: expected a part of a kernel's name, got 'nothing'\n"
+    )
 
 
 def test_kernels_can_be_chosen_by_name() -> None:
