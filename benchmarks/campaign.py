@@ -26,13 +26,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.conftest import commit
-from ecgot.bench import origin
+from benchmarks.output import ROOT, commit
+from ecgot.bench.origin import origin
 from ecgot.files import write_text
 from ecgot.models.encoders import ENCODERS
 
 PYTHON, DONE, CUT_OFF = sys.executable, "done", "cut off"
-ROOT = Path(__file__).parents[1]
 # Without torch's cache of memory each tensor is an allocation of its own, with bounds that a tool can check.
 SANITIZE = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1")
 # Clocks stay as they are, so that a profile's times compare with a benchmark's.
@@ -163,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     unknown = [name for name in options.steps if name not in STEPS]
     if unknown:
-        parser.error(f"STEP: got {unknown[0]}, accepted are {', '.join(STEPS)}")
+        parser.error(f"STEP: expected one of {', '.join(STEPS)}, got {unknown[0]}")
     names = options.steps or list(STEPS)
     if options.list:
         for name in names:
@@ -180,7 +179,7 @@ def _campaign(names: list[str], out: Path, seconds: float) -> int:
     out.mkdir(parents=True, exist_ok=True)
     record = out / "campaign.json"
     told = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    version, end, failed = commit(ROOT), time.perf_counter() + seconds, False
+    version, end, failed = commit(), time.perf_counter() + seconds, False
     told = {name: each for name, each in told.items() if each["commit"] == version}
     for name in sorted(names, key=lambda name: told.get(name, {}).get("state") == CUT_OFF):
         left = end - time.perf_counter()

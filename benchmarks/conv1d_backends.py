@@ -1,52 +1,67 @@
-"""Measure each encoder's layers by this package's kernels and by the vendor's library, and write the table
-that ``backend="auto"`` follows (:func:`ecgot.kernels.conv1d_backends`).
+"""Time each encoder's layers in this package's kernels and in the vendor's library, and write the table that
+``backend="auto"`` follows (:func:`ecgot.kernels.conv1d_backends`).
 
-    python benchmarks/conv1d_backends.py [--out ecgot/kernels/conv/backends.csv]
+    python -m benchmarks.conv1d_backends [--out ecgot/kernels/conv/backends.csv]
 
-Needs a GPU. A layer is timed as in training: it normalises what it reads and reduces its output's statistics.
+Needs a GPU. A layer is timed as in training: it normalises its input and reduces its output's statistics.
 """
 
 import argparse
-import csv
-import io
-import statistics
+import functools
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ecgot.bench import origin
-from ecgot.files import write_text
+from benchmarks.output import ROOT, write_rows
+from ecgot.bench.origin import origin
+from ecgot.bench.stopwatch import median_us
 from ecgot.kernels import LazyActivation
 from ecgot.kernels.conv.backends import PASSES
 from ecgot.kernels.conv.geometry import Geometry
-from ecgot.kernels.conv.operands import OutputGradient
+from ecgot.kernels.conv.operands import OutputGradient, Settings
 from ecgot.kernels.conv.operators import forward, gradients
 from ecgot.kernels.dispatch import HAS_TRITON, INTERPRETED
 from ecgot.models.encoders import ENCODERS, plain_encoder
 
-TABLE = Path(__file__).parents[1] / "ecgot" / "kernels" / "conv" / "backends.csv"
+TABLE = ROOT / "ecgot" / "kernels" / "conv" / "backends.csv"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ROUNDS = 20
+SHAPE = ("c_in", "c_out", "k", "stride", "dilation", "groups")
 
 
 @dataclass(frozen=True)
 class Layer:
+    """A convolution of an encoder, with the length of its input in samples."""
+
     c_in: int
     c_out: int
     k: int
     stride: int
     dilation: int
     groups: int
-    length: int  # of its input
+    length: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What the table tells layers apart by: the fields named in ``SHAPE``."""
+        return tuple(getattr(self, name) for name in SHAPE)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Records in a batch, where, and how many calls a median is of."""
+
+    batch: int
+    device: torch.device
+    rounds: int
 
 
 def layers(name: str, samples: int) -> Iterator[Layer]:
-    """An encoder's convolutions, as a record of this many samples meets them."""
+    """An encoder's convolutions in the order in which a record of this many samples passes them."""
     found: list[Layer] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
@@ -64,7 +79,9 @@ def layers(name: str, samples: int) -> Iterator[Layer]:
     yield from found
 
 
-def passes(layer: Layer, dtype: torch.dtype, batch: int, device: str) -> dict[str, Callable[[str], object]]:
+def passes(
+    layer: Layer, dtype: torch.dtype, batch: int, device: torch.device
+) -> dict[str, Callable[[str], object]]:
     """Each pass as a function of the backend."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -73,73 +90,46 @@ def passes(layer: Layer, dtype: torch.dtype, batch: int, device: str) -> dict[st
 
     geometry = Geometry(layer.stride, layer.k // 2, layer.dilation, layer.groups)
     c_in, c_out = layer.c_in, layer.c_out
-    vectors = [draw(c_in, dtype=torch.float32) for _ in range(3)]
-    x = LazyActivation(draw(batch, layer.length, c_in), *vectors, "relu")
+    mean, scale, shift = (draw(c_in, dtype=torch.float32) for _ in range(3))
+    x = LazyActivation(draw(batch, layer.length, c_in), mean, scale, shift, "relu")
     weight = draw(c_out, c_in // layer.groups, layer.k)
-    y = draw(batch, int(geometry.length(layer.length, layer.k)), c_out)
+    y = draw(batch, geometry.output_length(layer.length, layer.k), c_out)
     grad = OutputGradient(y, y, *(draw(c_out, dtype=torch.float32) for _ in range(3)))
-    settings = {"precision": "fp32"}
+
+    def settings(backend: str) -> Settings:
+        return Settings(geometry, backend=backend)
 
     def backward(needs_x: bool, backend: str) -> object:
-        return gradients(grad, weight, geometry, x, needs_x, not needs_x, backend=backend, **settings)
+        return gradients(grad, weight, settings(backend), x, (needs_x, not needs_x))
 
     made: list[Callable[[str], object]] = [
-        lambda backend: forward(x, weight, geometry, statistics=True, backend=backend, **settings),
+        lambda backend: forward(x, weight, settings(backend), statistics=True),
         lambda backend: backward(True, backend),
         lambda backend: backward(False, backend),
     ]
     return dict(zip(PASSES, made, strict=True))
 
 
-def median_us(function: Callable[[], object], device: str, rounds: int) -> float:
-    """Wall clock of a call, from an idle device until it is idle again."""
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    times = []
-    for _ in range(rounds + 2):  # two to compile and to tune
-        wait()
-        start = time.perf_counter()
-        function()
-        wait()
-        times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times[2:])
-
-
-def measure(
-    names: list[str], dtypes: list[str], batch: int, samples: int, device: str, rounds: int
-) -> list[dict[str, str]]:
-    # Where a layer comes at several lengths, the longest decides: it takes the most time.
+def measure(found: Iterable[Layer], dtype: str, run: Run) -> Iterator[dict[str, object]]:
+    """Rows of the table, one a pass and shape."""
+    # Where a shape comes at several lengths, the longest decides: it takes the most time.
     longest: dict[tuple[int, ...], Layer] = {}
-    for layer in (layer for name in names for layer in layers(name, samples)):
-        key = layer.c_in, layer.c_out, layer.k, layer.stride, layer.dilation, layer.groups
-        if key not in longest or layer.length > longest[key].length:
-            longest[key] = layer
-    rows = []
-    for dtype in dtypes:
-        for key, layer in sorted(longest.items()):
-            for name, run in passes(layer, DTYPES[dtype], batch, device).items():
-                times = {
-                    backend: median_us(lambda run=run, backend=backend: run(backend), device, rounds)
-                    for backend in ("triton", "torch")
-                }
-                columns = dict(zip(("c_in", "c_out", "k", "stride", "dilation", "groups"), key, strict=True))
-                row = {"pass": name, **columns, "dtype": dtype, "backend": min(times, key=times.__getitem__)}
-                row |= {f"{backend}_us": f"{value:.1f}" for backend, value in times.items()}
-                row |= {"batch": batch, "length": layer.length, **origin()}
-                rows.append({column: str(value) for column, value in row.items()})
-                print(" ".join(rows[-1].values()), file=sys.stderr)
-    return rows
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, table.getvalue())
+    for layer in found:
+        known = longest.setdefault(layer.shape, layer)
+        if layer.length > known.length:
+            longest[layer.shape] = layer
+    for shape, layer in sorted(longest.items()):
+        for name, call in passes(layer, DTYPES[dtype], run.batch, run.device).items():
+            times = {
+                backend: median_us(functools.partial(call, backend), run.device, run.rounds)
+                for backend in ("triton", "torch")
+            }
+            row: dict[str, object] = {"pass": name, **dict(zip(SHAPE, shape, strict=True)), "dtype": dtype}
+            row["backend"] = min(times, key=times.__getitem__)
+            row |= {f"{backend}_us": f"{value:.1f}" for backend, value in times.items()}
+            row |= {"batch": run.batch, "length": layer.length, **origin()}
+            print(" ".join(map(str, row.values())), file=sys.stderr)
+            yield row
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,13 +141,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not HAS_TRITON or (device == "cpu" and not INTERPRETED):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not HAS_TRITON or (device.type == "cpu" and not INTERPRETED):
         print("conv1d_backends: there is no GPU to measure", file=sys.stderr)
         return 2
-    sizes = (options.batch, options.samples, device, options.rounds)
-    rows = measure(options.encoders.split(","), options.dtypes.split(","), *sizes)
-    write_rows(options.out, rows)
+    found = [layer for name in options.encoders.split(",") for layer in layers(name, options.samples)]
+    run = Run(options.batch, device, options.rounds)
+    write_rows(
+        options.out, [row for dtype in options.dtypes.split(",") for row in measure(found, dtype, run)]
+    )
     return 0
 
 

@@ -1,22 +1,23 @@
 """How the time of a solve grows with the batch, the points, the dimension and 1 / eps.
 
-    python benchmarks/growth.py OUT.csv OUT.png [--threads N]
+    python -m benchmarks.growth OUT.csv OUT.png [--threads N]
 
 measures ecgot and its peers around one case, one dimension at a time, and draws the curves.
 """
 
 import argparse
-import csv
 import dataclasses
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ecgot import bench
+from benchmarks.output import stamp, write_rows
+from ecgot.bench.cases import Case
+from ecgot.bench.measure import compare
+from ecgot.bench.providers import GPU_PROVIDERS, PROVIDERS
 
-CENTRE = bench.Case(32, 64, 64, 64, 0.1, 1e-4)
+CENTRE = Case(32, 64, 64, 64, 0.1, 1e-4)
 CURVES: dict[str, list[Any]] = {
     "batch": [1, 4, 16, 64, 256],
     "n": [16, 32, 64, 128, 256, 512],  # M grows with N
@@ -27,6 +28,7 @@ TITLES = {"batch": "B", "n": "N = M", "d": "D", "eps": "1 / eps"}
 
 
 def main() -> None:
+    """Parse the command line, measure, write and draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -37,30 +39,27 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     rows = measure(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    with options.csv.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.csv, rows)
     draw(rows, options.png)
 
 
 def measure(device: torch.device) -> list[dict[str, Any]]:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    stamp = bench.origin() | {"ecgot commit": done.stdout.strip() or "unknown"}
-    rows = []
+    """A row for each provider at each point of each curve."""
+    rows, measured_on = [], stamp()
     for curve, values in CURVES.items():
         for value in values:
             case = dataclasses.replace(CENTRE, **{curve: value} | ({"m": value} if curve == "n" else {}))
-            for found in bench.compare(case, device):
+            for found in compare(case, device):
                 print(
                     f"{found.case}  {found.provider:12} {found.refused or f'{found.median_ms:.2f} ms'}",
                     flush=True,
                 )
-                rows.append({"curve": curve, "at": value} | bench.as_row(found) | stamp)
+                rows.append({"curve": curve, "at": value} | found.as_row() | measured_on)
     return rows
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time against each dimension in logarithmic axes, a curve a provider."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,7 +67,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(CURVES), figsize=(16, 4), sharey=True)
     for axis, curve in zip(axes, CURVES, strict=True):
-        for provider in bench.SOLVERS | bench.GPU_SOLVERS:
+        for provider in PROVIDERS | GPU_PROVIDERS:
             points = [
                 (1 / row["at"] if curve == "eps" else row["at"], row["median_ms"])
                 for row in rows

@@ -1,21 +1,23 @@
-"""Every Triton kernel launched once, alone in a process: what compute-sanitizer and ncu look at.
+"""Launch every Triton kernel once, for compute-sanitizer and ncu to look at.
 
-    compute-sanitizer --tool memcheck python benchmarks/kernel_cases.py
-    ncu --kernel-name regex:_sinkhorn_fwd python benchmarks/kernel_cases.py --large sinkhorn
+    compute-sanitizer --tool memcheck python -m benchmarks.kernel_cases
+    ncu --kernel-name regex:_sinkhorn_fwd python -m benchmarks.kernel_cases --large sinkhorn
 
-Small cases by default, with edges that fill no tile; ``--large`` takes the sizes whose speed matters. Needs a
-GPU, or TRITON_INTERPRET=1. Exits with 1 where a result is not finite.
+By default the cases are small and fill no tile; ``--large`` takes the sizes whose speed matters. Needs a GPU,
+or TRITON_INTERPRET=1. Exits with 1 where a result is not finite.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ecgot.kernels import (
+    BatchNorm,
     FusedLayer,
     LazyActivation,
     conv1d,
@@ -30,9 +32,9 @@ from ecgot.kernels.dispatch import HAS_TRITON, INTERPRETED
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of transport problems (streamed_n: points of one that does not fit on chip) and of a convolution.
+    """Sizes of transport problems and of a convolution.
 
-    dtype: of the convolutions; transport is in fp32.
+    streamed_n: points of a problem that does not fit on chip. dtype: of the convolutions; transport is fp32.
     """
 
     batch: int
@@ -58,7 +60,7 @@ def draw(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def run_sinkhorn(sizes: Sizes) -> Iterator[Tensor]:
     """On chip: values and their gradients, then the plan's, which solve a linear system."""
-    options = {"eps": 0.1, "cost": "cosine", "max_iter": sizes.iterations, "tol": 0.0}
+    options: dict[str, Any] = {"eps": 0.1, "cost": "cosine", "max_iter": sizes.iterations, "tol": 0.0}
     x, y = draw(sizes.batch, sizes.n, sizes.d), draw(sizes.batch, sizes.m, sizes.d)
     yield from torch.autograd.grad(sinkhorn(x, y, **options).value.sum(), (x, y))
     few = slice(0, 32)
@@ -93,7 +95,7 @@ def run_norm(sizes: Sizes) -> Iterator[Tensor]:
     """A convolution with its batch norm in training, joined with a shortcut."""
     x, weight = _layer(sizes)
     gamma, beta = draw(sizes.channels), draw(sizes.channels)
-    signal = conv1d_norm(LazyActivation(x), weight, gamma, beta, None, None, padding=2, backend="triton")
+    signal = conv1d_norm(LazyActivation(x), weight, BatchNorm(gamma, beta), padding=2, backend="triton")
     y = join(signal, LazyActivation(x), "relu").values
     yield from torch.autograd.grad(y.square().mean(), (x, weight, gamma, beta))
 
@@ -128,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in CASES]
     if unknown:
-        parser.error(f"CASE: got {unknown[0]}, accepted are {', '.join(CASES)}")
+        parser.error(f"CASE: expected one of {', '.join(CASES)}, got {unknown[0]}")
     if not HAS_TRITON or (DEVICE == "cpu" and not INTERPRETED):
         print("kernel_cases: there is no GPU, and TRITON_INTERPRET=1 is not set", file=sys.stderr)
         return 2

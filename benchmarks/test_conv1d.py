@@ -8,13 +8,15 @@ into the weight and the shift as bias, beforehand and for nothing: the best that
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.conftest import OURS, Measure
+from benchmarks.conftest import Measure
+from ecgot.bench.providers import OURS
 from ecgot.kernels import conv1d
 from ecgot.models.encoders import plain_encoder
 
@@ -39,7 +41,8 @@ class Shape:
         return f"{self.c_in}to{self.c_out}_k{self.kernel_size}_s{self.stride}_T{self.length}"
 
     @property
-    def geometry(self) -> dict[str, int]:
+    def geometry(self) -> dict[str, Any]:
+        """Stride and padding, as a convolution takes them."""
         return {"stride": self.stride, "padding": self.kernel_size // 2}
 
 
@@ -91,7 +94,7 @@ def layer(request: pytest.FixtureRequest, device: torch.device) -> Layer:
     tensors["weight"] /= math.sqrt(shape.c_in * shape.kernel_size)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     truth = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
-    linear = _linear_fp64(**truth, **shape.geometry)
+    linear = _linear_fp64(*truth.values(), **shape.geometry)
     cotangent = torch.randn(linear.shape, generator=generator).to(device)
     cotangent = cotangent.masked_fill(linear.abs() < NEAR_ZERO, 0.0)
     output = linear.relu()
@@ -140,8 +143,8 @@ def _forward(provider: str, layer: Layer) -> Callable[[], Tensor]:
     x, weight, scale, shift = layer.tensors.values()
     x, geometry = _in_layout(provider, x), layer.shape.geometry
     if provider == "torch_folded":
-        fuse_norms = weight * scale[:, None, None]
-        return lambda: F.conv1d(x, fuse_norms, shift, **geometry).relu_()
+        fused = weight * scale[:, None, None]
+        return lambda: F.conv1d(x, fused, shift, **geometry).relu_()
     function = _ecgot if provider == OURS else _torch
     return lambda: function(x, weight, scale, shift, **geometry)
 

@@ -10,9 +10,9 @@ On a GPU all are in bf16, B = 256, at 10 s of 100 Hz and of 500 Hz; on a CPU in 
 
 import copy
 import functools
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.conftest import OURS, Errors, Measure
+from benchmarks.conftest import Compare, Errors, Measure, Work
+from ecgot.bench.providers import OURS
 from ecgot.models.encoders import (
     ENCODERS,
     CapturedInference,
@@ -53,8 +54,8 @@ class Case:
     tokens: Tensor
     grads: list[Tensor]
     tolerance: tuple[float, float]
-    gflop: float
-    gbyte: float | None
+    work: Work  # of a forward pass
+    training_work: Work
 
     def __str__(self) -> str:
         return f"{self.name} B={BATCH} L={self.waveform.shape[2]} {str(DTYPE).removeprefix('torch.')}"
@@ -77,7 +78,9 @@ def case(request: pytest.FixtureRequest, device: torch.device) -> Case:
     cotangent = torch.randn(BATCH, *tokens.shape[1:], device=device)
     loss = (truth.train()(few) * cotangent[:4]).sum()
     grads = list(torch.autograd.grad(loss, list(truth.parameters())))
-    work = _gflop(twin, waveform), None if name.startswith("vit") else _gbyte(twin, waveform)
+    gflop = _gflop(twin, waveform)
+    # A backward does the work of two forwards; its bytes are not counted.
+    work = Work(gflop, None if name.startswith("vit") else _gbyte(twin, waveform)), Work(3 * gflop)
     made = Case(name, twin, waveform, cotangent, tokens, grads, (0.0, 0.0), *work)
     own = _inference_error(made, _eager(made)), _gradient_error(made, _eager(made))
     made.tolerance = max(OUTPUT_TOLERANCE, 2 * own[0]), max(GRADIENT_TOLERANCE, 2 * own[1])
@@ -104,7 +107,8 @@ class AsImage(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = _image_modules(model).to(memory_format=torch.channels_last)
+        self.model = _image_modules(model)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, waveform: Tensor) -> Tensor:
         image = waveform[:, :, None, :].to(memory_format=torch.channels_last)
@@ -115,13 +119,14 @@ def _image_modules(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, _image_modules(child))
     if isinstance(module, nn.Conv1d):
-        (k,), (stride,), (padding,) = module.kernel_size, module.stride, module.padding
+        (k,), (stride,), padding = module.kernel_size, module.stride, module.padding[0]
+        assert isinstance(padding, int)
         image = nn.Conv2d(
             module.in_channels,
             module.out_channels,
             (1, k),
             (1, stride),
-            (0, padding),  # type: ignore[arg-type]
+            (0, padding),
             groups=module.groups,
             bias=module.bias is not None,
         )
@@ -132,18 +137,20 @@ def _image_modules(module: nn.Module) -> nn.Module:
         norm.load_state_dict(module.state_dict())
         return norm
     if isinstance(module, nn.MaxPool1d):
-        window = module.kernel_size, module.stride, module.padding
-        return nn.MaxPool2d(*((1, size) if i < 2 else (0, size) for i, size in enumerate(window)))  # type: ignore[misc]
+        window: Any = (1, module.kernel_size), (1, module.stride), (0, module.padding)
+        return nn.MaxPool2d(*window)
     if isinstance(module, nn.AvgPool1d):
         return nn.AvgPool2d((1, 2), (1, 2), ceil_mode=True)
     return module
 
 
-def compiled(model: nn.Module, **options: str) -> nn.Module:
-    """For the very shapes it meets, whatever was compiled before it: else a class's code is compiled for few
-    shapes alone, and from the second one on for any size."""
+def compiled(model: nn.Module, **options: Any) -> nn.Module:
+    """The model compiled for exactly the shapes it meets.
+
+    Without the reset torch would compile a class for only a few shapes, from the second on for any size.
+    """
     torch.compiler.reset()
-    return typing.cast(nn.Module, torch.compile(model, dynamic=False, **options))
+    return cast(nn.Module, torch.compile(model, dynamic=False, **options))
 
 
 def _providers(case: Case) -> list[str]:
@@ -182,7 +189,7 @@ def _training(provider: str, case: Case) -> tuple[Encode, list[nn.Parameter]]:
 # --- benchmarks ---------------------------------------------------------------------------------------------
 
 
-def test_encoder_inference(case: Case, compare: Callable[..., None]) -> None:
+def test_encoder_inference(case: Case, compare: Compare) -> None:
     def make(provider: str) -> tuple[Run, Errors]:
         errors = {"tokens": (_inference_error(case, _inference(provider, case)), case.tolerance[0])}
         encode = _inference(provider, case)
@@ -194,10 +201,10 @@ def test_encoder_inference(case: Case, compare: Callable[..., None]) -> None:
         return run, errors
 
     makers = {provider: functools.partial(make, provider) for provider in _providers(case)}
-    compare(makers, case=str(case), gflop=case.gflop, gbyte=case.gbyte)
+    compare(makers, case=str(case), work=case.work)
 
 
-def test_encoder_training(case: Case, compare: Callable[..., None]) -> None:
+def test_encoder_training(case: Case, compare: Compare) -> None:
     def make(provider: str) -> tuple[Run, Errors]:
         errors = {"gradient": (_gradient_error(case, *_training(provider, case)), case.tolerance[1])}
         encode, parameters = _training(provider, case)
@@ -210,15 +217,14 @@ def test_encoder_training(case: Case, compare: Callable[..., None]) -> None:
         return run, errors
 
     makers = {provider: functools.partial(make, provider) for provider in _providers(case)}
-    # A backward does the work of two forwards; its bytes are not counted.
-    compare(makers, case=str(case), gflop=3 * case.gflop)
+    compare(makers, case=str(case), work=case.training_work)
 
 
 def test_peak_copy(device: torch.device, measure: Measure) -> None:
     size = 2**30 if GPU else 2**28
     source = torch.empty(size // 4, device=device)
     target = torch.empty_like(source)
-    measure(lambda: target.copy_(source), provider="torch", case="copy", gbyte=2 * size / 1e9)
+    measure(lambda: target.copy_(source), provider="torch", case="copy", work=Work(gbyte=2 * size / 1e9))
 
 
 def test_peak_convolution(device: torch.device, measure: Measure) -> None:
@@ -227,13 +233,13 @@ def test_peak_convolution(device: torch.device, measure: Measure) -> None:
     weight = torch.randn(256, 256, 1, 5, device=device, dtype=DTYPE).to(memory_format=torch.channels_last)
     gflop = 2 * BATCH * 250 * 5 * 256**2 / 1e9
     case = f"256 to 256 channels, k 5, {DTYPE}"
-    measure(lambda: F.conv2d(x, weight, padding=(0, 2)), provider="torch", case=case, gflop=gflop)
+    measure(lambda: F.conv2d(x, weight, padding=(0, 2)), provider="torch", case=case, work=Work(gflop))
 
 
 def test_peak_product(device: torch.device, measure: Measure) -> None:
     side = 8192 if GPU else 1024
     a = torch.randn(side, side, device=device, dtype=DTYPE)
-    measure(lambda: a @ a, provider="torch", case=f"matrices {DTYPE}", gflop=2 * side**3 / 1e9)
+    measure(lambda: a @ a, provider="torch", case=f"matrices {DTYPE}", work=Work(2 * side**3 / 1e9))
 
 
 # --- errors and work ----------------------------------------------------------------------------------------

@@ -5,13 +5,15 @@ channels-last and compiled ("conv2d_compiled"); the loss is ecgot's for all.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.conftest import OURS, Measure
+from benchmarks.conftest import Measure
 from benchmarks.test_encoders import AsImage, compiled
+from ecgot.bench.providers import OURS
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import EncoderOutput, encoder, masked_mean, plain_encoder
 from ecgot.models.losses import AlignmentLoss, SaidPhrases
@@ -46,7 +48,7 @@ class Stock(nn.Module):
 @pytest.mark.parametrize("token_weight", [0.0, 1.0])
 def test_training_step(token_weight: float, provider: str, device: torch.device, measure: Measure) -> None:
     name = "resnet1d_small"
-    made = encoder(name, leads=LEADS) if provider == OURS else Stock(provider, name)
+    made: Any = encoder(name, leads=LEADS) if provider == OURS else Stock(provider, name)
     model = AlignmentModel(made, TEXT_WIDTH).to(device).train()
     terms = _terms(model, AlignmentLoss(token_weight=token_weight, phrase_weight=PHRASE_WEIGHT), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
