@@ -5,16 +5,17 @@ import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from ecgot.cli.main import cli
 from ecgot.data.synth import write_dataset
+from ecgot.version import __version__
 
 ROOT = Path(__file__).parents[1]
 README_LINES = 120
@@ -27,15 +28,11 @@ PATH = re.compile(r"`((?:ecgot|tests|benchmarks|docs|examples)/[\w./-]*|[A-Z][A-
 
 
 def documents() -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = [ROOT / line for line in listed.stdout.splitlines()]
-    return [path for path in found if path.exists()]
+    folders = ("docs", "examples", "benchmarks", "ecgot", "tests")
+    return [
+        *ROOT.glob("*.md"),
+        *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.md"))),
+    ]
 
 
 def name(path: Path) -> str:
@@ -91,6 +88,13 @@ def test_paths_in_backticks_exist(path: Path) -> None:
 
 def test_the_readme_is_one_page() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= README_LINES
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    required = {"cff-version", "message", "title", "authors"}
+    assert required <= citation.keys()
+    assert citation["version"] == __version__
 
 
 def test_the_picture_is_small() -> None:
