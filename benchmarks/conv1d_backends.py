@@ -133,6 +133,7 @@ def measure(found: Iterable[Layer], dtype: str, run: Run) -> Iterator[dict[str, 
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Write the table; 2 where there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("--encoders", default=",".join(ENCODERS))

@@ -55,6 +55,7 @@ GENERATOR = torch.Generator()
 
 
 def draw(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal values that require gradients."""
     return torch.randn(size, generator=GENERATOR).to(DEVICE, dtype).requires_grad_()
 
 
@@ -69,12 +70,14 @@ def run_sinkhorn(sizes: Sizes) -> Iterator[Tensor]:
 
 
 def run_streaming(sizes: Sizes) -> Iterator[Tensor]:
+    """A problem too large for the chip: the value and its gradients."""
     x, y = draw(1, sizes.streamed_n, sizes.d), draw(1, sizes.streamed_n, sizes.d)
     value = sinkhorn(x, y, eps=0.1, cost="cosine", max_iter=min(sizes.iterations, 20), tol=0.0).value
     yield from torch.autograd.grad(value.sum(), (x, y))
 
 
 def run_pairs(sizes: Sizes) -> Iterator[Tensor]:
+    """Every cloud of one batch with every one of another: values and their gradients."""
     x, y = draw(sizes.batch, 33, sizes.d), draw(sizes.batch, 20, sizes.d)
     value = sinkhorn_pairwise(x, y, eps=0.1, cost="cosine", max_iter=min(sizes.iterations, 20), tol=0.0)
     yield from torch.autograd.grad(value.sum(), (x, y))
@@ -86,6 +89,7 @@ def _layer(sizes: Sizes) -> tuple[Tensor, Tensor]:
 
 
 def run_convolution(sizes: Sizes) -> Iterator[Tensor]:
+    """A convolution with its activation: gradients in input and weight."""
     x, weight = _layer(sizes)
     y = conv1d(x, weight, padding=2, activation="relu", backend="triton")
     yield from torch.autograd.grad(y.square().mean(), (x, weight))
@@ -102,6 +106,7 @@ def run_norm(sizes: Sizes) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def run_bottleneck(sizes: Sizes) -> Iterator[Tensor]:
+    """The fused block of three convolutions, at inference."""
     c, dtype = min(sizes.channels, 64), sizes.dtype
     layers = [
         FusedLayer(draw(*shape, dtype=dtype), None, draw(shape[0]))
@@ -124,6 +129,7 @@ CASES: dict[str, Callable[[Sizes], Iterator[Tensor]]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the named cases; 1 where a result is not finite, 2 where no kernel can run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--large", action="store_true", help="the sizes whose speed matters")

@@ -1,6 +1,6 @@
 """Report metrics of the records that name their recorder and of those that do not, as a Markdown table.
 
-python benchmarks/reports_by_recorder.py PTBXL RUN [RUN ...]    # runs that ecgot evaluate has read
+python -m benchmarks.reports_by_recorder PTBXL RUN [RUN ...]    # runs that ecgot evaluate has read
 """
 
 import csv

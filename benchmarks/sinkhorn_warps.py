@@ -53,6 +53,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Iterator[dict[
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Write the table; 2 where there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--batch", type=int, default=256)

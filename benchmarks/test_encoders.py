@@ -111,6 +111,7 @@ class AsImage(nn.Module):
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, waveform: Tensor) -> Tensor:
+        """waveform [B, L, T] to tokens [B, N, D]."""
         image = waveform[:, :, None, :].to(memory_format=torch.channels_last)
         return self.model(image).squeeze(1).mT  # the twin swaps dimensions 1 and 2: [B, 1, C, T]
 

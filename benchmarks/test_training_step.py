@@ -39,6 +39,7 @@ class Stock(nn.Module):
         self.encode = plain if provider == "torch" else compiled(plain)
 
     def forward(self, waveform: Tensor, _lengths: Tensor | None = None) -> EncoderOutput:
+        """waveform [B, L, T] to tokens, their mask (all valid) and their mean."""
         tokens = self.encode(waveform)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return EncoderOutput(tokens, mask, tokens.mean(1))
