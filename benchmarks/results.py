@@ -1,8 +1,8 @@
 """Tables of benchmarks/results/README.md from the folders of runs.
 
-    python benchmarks/results.py collect RUNS benchmarks/results/runs    # each run's evaluation.json alone
-    python benchmarks/results.py write benchmarks/results/runs benchmarks/results/README.md
-    python benchmarks/results.py check benchmarks/results/runs benchmarks/results/README.md
+    python -m benchmarks.results collect RUNS benchmarks/results/runs    # each run's evaluation.json alone
+    python -m benchmarks.results write benchmarks/results/runs benchmarks/results/README.md
+    python -m benchmarks.results check benchmarks/results/runs benchmarks/results/README.md
 
 ``check`` exits with 1 where the tables are not those of the evaluations.
 
