@@ -99,10 +99,8 @@ def _representative(of_kernel: Iterable[Case]) -> Iterable[Case]:
         chosen[case] = None
     # A kernel with few tiles does not have every pair by now.
     rest = [candidate for of_tile in tiles.values() for candidate in of_tile]
-    while rest:
+    while rest := [candidate for candidate in rest if not all(seen[p] for p in candidate[1])]:
         case, pairs = max(rest, key=lambda candidate: sum(not seen[p] for p in candidate[1]))
-        if all(seen[p] for p in pairs):
-            break
         seen.update(pairs)
         chosen[case] = None
     return chosen

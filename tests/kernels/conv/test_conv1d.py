@@ -119,8 +119,12 @@ def check_against_oracle(tensors, geometry, activation, tolerance):
         )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
+# Every shape with one activation, and every activation with one shape of each kind: narrow, dense and depthwise.
+@pytest.mark.parametrize(
+    ("shape", "activation"),
+    [(shape, "relu") for shape in SHAPES]
+    + [(SHAPES[index], activation) for index in (2, 6, 9) for activation in (None, "gelu", "silu")],
+)
 def test_equals_fp64_oracle(shape, activation, poisoned_empty):
     tensors, geometry = layer(shape)
     check_against_oracle(tensors, geometry, activation, TOLERANCE[torch.float32])
@@ -219,7 +223,7 @@ def test_error_is_at_most_twice_that_of_torch(dtype, seed):
     generator = torch.Generator().manual_seed(200 + seed)
     draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
     groups = (1, 1, 4, 12)[seed]
-    shape = (2, draw(60, 150), 12 * draw(1, 4), 196 if seed == 0 else 12 * draw(1, 4), draw(1, 9))
+    shape = (2, draw(30, 70), 12 * draw(1, 4), 196 if seed == 0 else 12 * draw(1, 4), draw(1, 9))
     shape = (*shape, draw(1, 3), draw(0, 4), 1, groups)
     tensors, geometry = layer(shape, optional=(), dtype=dtype, seed=seed)
     leaves = [t.requires_grad_() for t in tensors.values()]
@@ -237,7 +241,7 @@ def test_error_is_at_most_twice_that_of_torch(dtype, seed):
 
 
 def test_the_same_input_gives_the_same_bits():
-    tensors, geometry = layer((3, 300, 12, 33, 5, 2, 2, 1), optional=())
+    tensors, geometry = layer((2, 300, 12, 33, 5, 2, 2, 1), optional=())
     leaves = [t.requires_grad_() for t in tensors.values()]
     y = conv1d(*leaves, **geometry)
     first, second = (torch.autograd.grad(y.square().sum(), leaves, retain_graph=True) for _ in range(2))

@@ -1,11 +1,11 @@
 """The kernels compile for every target without a GPU; failures, spills and the work in loops are seen."""
 
+import functools
 import itertools
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,23 +26,9 @@ from ecgot.kernels.resources.outcome import Outcome, _refused
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
-BROKEN = """
-import triton
-import triton.language as tl
-
-from ecgot.kernels.compilation import CompileCase
-
-@triton.jit
-def broken(x_ptr, BLOCK: tl.constexpr):
-    tl.store(x_ptr + tl.arange(0, BLOCK), undefined)
-
-def compile_cases(hip):
-    signature = {"x_ptr": "*fp32", "BLOCK": "constexpr"}
-    yield CompileCase("16", broken, signature, {"BLOCK": 16}, {"num_warps": 4})
-"""
-
-
-LOOPS = """
+# Iterations over a tile that fits into registers, with and without exponentials; over one that does not fit;
+# and a kernel that does not compile.
+KERNELS = """
 import triton
 import triton.language as tl
 
@@ -60,11 +46,18 @@ def held(x_ptr, steps, N: tl.constexpr, M: tl.constexpr, EXPONENTIALS: tl.conste
             tile = tl.exp2(tile)
     tl.store(x_ptr + at, total)
 
+@triton.jit
+def broken(x_ptr, BLOCK: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, BLOCK), undefined)
+
 def compile_cases(hip):
     signature = {"x_ptr": "*fp32", "steps": "i32"} | dict.fromkeys(("N", "M", "EXPONENTIALS"), "constexpr")
-    for exponentials in (False, True):
-        constants = {"N": ROWS, "M": 256, "EXPONENTIALS": exponentials}
-        yield CompileCase(str(exponentials), held, signature, constants, {"num_warps": 4})
+    for name, rows, exponentials in (
+        ("plain", 16, False), ("exponentials", 16, True), ("spilling", 256 if hip else 64, False)
+    ):
+        constants = {"N": rows, "M": 256, "EXPONENTIALS": exponentials}
+        yield CompileCase(name, held, signature, constants, {"num_warps": 4})
+    yield CompileCase("16", broken, {"x_ptr": "*fp32", "BLOCK": "constexpr"}, {"BLOCK": 16}, {"num_warps": 4})
 """
 
 # Two loops: matrix products; then an iteration with a wait inside, and, behind the kernel, the copy of a
@@ -143,6 +136,12 @@ amdhsa.kernels:
 """
 
 
+@functools.cache
+def listed(target: str, everything: bool = False) -> list[cases.Case]:
+    """All kernels' cases, which several tests look at."""
+    return list(cases.cases(target, everything))
+
+
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Run code where Triton compiles, whatever this process does."""
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -151,7 +150,13 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("target", cases.TARGETS)
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, marks=pytest.mark.slow if target in ("sm_80", "sm_100") else [])
+        for target in cases.TARGETS
+    ],
+)
 def test_one_case_of_each_kernel_compiles(target: str) -> None:
     code = f"""
 import dataclasses, json
@@ -232,69 +237,106 @@ def test_code_that_stores_nothing_is_seen() -> None:
     assert not stores_anything(parse_amdgcn(AMDGCN.replace("global_store", "global_load")))
 
 
-@pytest.mark.parametrize(("rows", "target"), [(64, "sm_90"), (256, "gfx942")])
-def test_a_kernel_that_spills_is_reported(tmp_path: Path, rows: int, target: str) -> None:
-    outcomes = loops(tmp_path, rows, target, expected=1)
-    assert any(outcome["spilled_bytes"] > 0 for outcome in outcomes)
-    assert all(outcome["error"] is None for outcome in outcomes)
-
-
-def test_exponentials_and_multiply_adds_are_counted(tmp_path: Path) -> None:
-    outcomes = iter(loops(tmp_path, 16, ",".join(cases.TARGETS), expected=0))
-    for target, without, with_them in zip(cases.TARGETS.values(), outcomes, outcomes, strict=False):
-        elements = 16 * 256 // (4 * target.warp_size)
-        assert without["spilled_bytes"] == with_them["spilled_bytes"] == 0
-        assert without["exponentials"] == without["matrix_products"] == 0
-        # Compilers unroll: one iteration of the code may be several of the source.
-        for found in (without["multiply_adds"] / 2, with_them["exponentials"]):
-            assert found >= elements
-            assert found % elements == 0
-    assert next(outcomes, None) is None
-
-
-def loops(folder: Path, rows: int, target: str, expected: int) -> list[dict]:
-    """Outcomes of LOOPS, whose exit code is as expected: first without exponentials, then with them."""
-    (folder / "loop_kernels.py").write_text(LOOPS.replace("ROWS", str(rows)))
-    code = f"""
-import sys
-from ecgot.kernels.resources import __main__ as command
-from ecgot.kernels.resources import cases
-cases.MODULES = ("loop_kernels",)
-sys.exit(command.main(["--targets", {target!r}, "--all", "--json"]))
-"""
-    # In this process's place: the workers must import the module, too.
-    done = run(code, PYTHONPATH=os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
-    assert done.returncode == expected, done.stdout + done.stderr
-    return json.loads(done.stdout)
-
-
-def test_a_kernel_that_does_not_compile_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "broken_kernel.py").write_text(BROKEN)
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict]:
+    """Outcomes of KERNELS by target and case, from one run of the command for all targets."""
+    folder = tmp_path_factory.mktemp("kernels")
+    (folder / "some_kernels.py").write_text(KERNELS)
     code = """
 import sys
 from ecgot.kernels.resources import __main__ as command
 from ecgot.kernels.resources import cases
-cases.MODULES = ("broken_kernel",)
-sys.exit(command.main(["--targets", "sm_90,gfx942"]))
+cases.MODULES = ("some_kernels",)
+sys.exit(command.main(["--all", "--json"]))
 """
-    done = run(code, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    assert done.returncode == 1, done.stderr
-    *failures, summary = done.stdout.splitlines()
-    assert [line.split()[:4] for line in failures] == [
-        ["FAILED", target, "broken", "16:"] for target in ("sm_90", "gfx942")
-    ]
-    assert summary == "2 compilations, 2 failed, 0 spilling, 0 in inner loops"
+    # In this process's place: the workers must import the module, too.
+    done = run(code, PYTHONPATH=os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+    assert done.returncode == 1, done.stdout + done.stderr
+    return {(outcome["target"], outcome["case"]): outcome for outcome in json.loads(done.stdout)}
 
 
-@pytest.mark.parametrize("value", ["1", "true"])  # Triton takes both
-def test_interpreted_kernels_are_refused(value: str) -> None:
-    done = run(
-        "import sys; from ecgot.kernels.resources.__main__ import main; sys.exit(main([]))",
-        TRITON_INTERPRET=value,
-    )
+@pytest.mark.parametrize("target", cases.TARGETS)
+def test_a_kernel_that_spills_is_reported(outcomes: dict, target: str) -> None:
+    assert outcomes[target, "held spilling"]["spilled_bytes"] > 0
+    assert outcomes[target, "held spilling"]["error"] is None
+
+
+@pytest.mark.parametrize("target", cases.TARGETS)
+def test_exponentials_and_multiply_adds_are_counted(outcomes: dict, target: str) -> None:
+    without, with_them = outcomes[target, "held plain"], outcomes[target, "held exponentials"]
+    elements = 16 * 256 // (4 * cases.TARGETS[target].warp_size)
+    assert without["error"] is with_them["error"] is None
+    assert without["spilled_bytes"] == with_them["spilled_bytes"] == 0
+    assert without["exponentials"] == without["matrix_products"] == 0
+    # Compilers unroll: one iteration of the code may be several of the source.
+    for found in (without["multiply_adds"] / 2, with_them["exponentials"]):
+        assert found >= elements
+        assert found % elements == 0
+
+
+def test_a_kernel_that_does_not_compile_is_reported(outcomes: dict) -> None:
+    assert len(outcomes) == 4 * len(cases.TARGETS)
+    for target in cases.TARGETS:
+        found = Outcome(**outcomes[target, "broken 16"])
+        assert found.error is not None
+        assert command._line(found).split()[:4] == ["FAILED", target, "broken", "16:"]
+
+
+class InProcess:
+    """A pool of no processes."""
+
+    def __init__(self, *_arguments: object, **_options: object) -> None:
+        self.map = map
+
+    def __enter__(self) -> "InProcess":
+        return self
+
+    def __exit__(self, *_error: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("found", "spills", "code", "summary"),
+    [
+        ({}, "any", 0, "0 failed, 0 spilling, 0 in inner loops"),
+        ({"error": "no"}, "none", 1, "1 failed, 0 spilling, 0 in inner loops"),
+        ({"spilled_bytes": 4}, "any", 1, "0 failed, 1 spilling, 0 in inner loops"),
+        ({"spilled_bytes": 4}, "inner", 0, "0 failed, 1 spilling, 0 in inner loops"),
+        ({"spilled_bytes": 4, "stack_accesses": 1}, "inner", 1, "0 failed, 1 spilling, 1 in inner loops"),
+        ({"spilled_bytes": 4, "stack_accesses": 1}, "none", 0, "0 failed, 1 spilling, 1 in inner loops"),
+    ],
+)
+def test_the_exit_code_says_what_was_found(
+    found: dict,
+    spills: str,
+    code: int,
+    summary: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def check(case: str, target: str) -> Outcome:
+        return Outcome(case, target, **{"error": None, **(found if case == "one" else {})})
+
+    monkeypatch.setattr(command, "_unusable", lambda targets: None)
+    monkeypatch.setattr(command, "cases", lambda *options: ["one", "other"])
+    monkeypatch.setattr(command, "check", check)
+    monkeypatch.setattr(command, "ProcessPoolExecutor", InProcess)
+    assert command.main(["--targets", "sm_90", "--spills", spills]) == code
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines == [command._line(check(case, "sm_90")) for case in ("one", "other")]
+    assert last == f"2 compilations, {summary}"
+
+
+def test_interpreted_kernels_are_refused() -> None:
+    code = """
+import os, sys
+from ecgot.kernels.resources.__main__ import main
+codes = [main([])]
+os.environ["TRITON_INTERPRET"] = "true"  # Triton takes both
+sys.exit(main([]) if codes == [2] else 1)
+"""
+    done = run(code, TRITON_INTERPRET="1")
     assert done.returncode == 2
-    assert "TRITON_INTERPRET" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert [line.split(":")[1] for line in done.stderr.splitlines()] == [" TRITON_INTERPRET"] * 2
 
 
 def test_an_unknown_target_is_refused(capsys: pytest.CaptureFixture) -> None:
@@ -351,7 +393,7 @@ def test_a_full_check_holds_every_tile_that_fits() -> None:
 
     tiles = {
         (dict(c.constants)["BLOCK_N"], dict(c.constants)["BLOCK_M"])
-        for c in cases.cases("sm_90", everything=True)
+        for c in listed("sm_90", everything=True)
         if c.kernel == "_sinkhorn_fwd_kernel"
     }
     wanted = {
@@ -370,7 +412,7 @@ def test_the_default_part_holds_every_tile_and_every_pair_of_values(target: str)
 
 
 def test_the_default_part_holds_every_cost_and_the_largest_tiles() -> None:
-    solver = [dict(c.constants) for c in cases.cases("sm_90") if c.kernel == "_sinkhorn_fwd_kernel"]
+    solver = [dict(c.constants) for c in listed("sm_90") if c.kernel == "_sinkhorn_fwd_kernel"]
     assert {(128, 128), (256, 64)} <= {(c["BLOCK_N"], c["BLOCK_M"]) for c in solver}
     assert {c["COST"] for c in solver} == set(range(5))
     assert {(c["PAIRS"], c["BALANCED"]) for c in solver} == {
@@ -382,7 +424,7 @@ def test_the_precision_is_that_of_the_target() -> None:
     found = {
         (target, dict(case.signature)["x_ptr"], dict(case.constants)["PRECISION"])
         for target in ("sm_90", "gfx942")
-        for case in cases.cases(target)
+        for case in listed(target)
         if case.kernel == "_conv1d_fwd_kernel"
     }
     halves = {(target, half, "ieee") for target in ("sm_90", "gfx942") for half in ("*fp16", "*bf16")}
@@ -392,7 +434,7 @@ def test_the_precision_is_that_of_the_target() -> None:
 def _tiles_and_pairs(target: str, everything: bool) -> set[tuple]:
     """Every tile of every kernel, and every pair of its other values."""
     found: set[tuple] = set()
-    for case in cases.cases(target, everything):
+    for case in listed(target, everything):
         values = dict(case.constants) | {"dtype": dict(case.signature).get("x_ptr")}
         blocks = [name for name in values if name.startswith("BLOCK_")]
         found.add((case.kernel, *(values.pop(name) for name in blocks)))
