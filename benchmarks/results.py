@@ -201,6 +201,7 @@ def _mean(values: list[float | None]) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    """Run ``collect``, ``write`` or ``check`` with its two paths."""
     if len(arguments) != 3 or arguments[0] not in ("collect", "write", "check"):
         raise SystemExit(__doc__)
     first, second = Path(arguments[1]), Path(arguments[2])
