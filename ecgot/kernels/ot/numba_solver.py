@@ -1,7 +1,7 @@
-"""The CPU path: matrix products by torch, iterations by the compiled loops of ``_numba_loops``.
+"""The CPU path: matrix products by torch, iterations by the compiled loops of ``numba_loops``.
 
-Costs are formed for a few problems at a time, so that they stay in cache, and again for the gradient. Pairs
-are formed from the points that exist alone, all texts of a batch in one matrix product.
+Costs are formed for a few problems at a time, so that they stay in cache, and again for the gradient. For
+pairs only points that exist enter, with all clouds y of a batch in one matrix product.
 """
 
 import math
@@ -81,13 +81,7 @@ def cost_vjp(problem: Problem, given: PlanWeights, cost_cache: Tensor) -> tuple[
     """As :func:`ecgot.kernels.ot.torch_solver.cost_vjp`, of the plan alone (no ``left`` and ``right``)."""
     clouds = _Clouds(problem)
     n, m = problem.size
-    eps = problem.eps[:, None]
-    pairs = len(problem.b) if problem.pairs else 1
-    f, g = (
-        t.reshape(len(eps), t.shape[-1]) / eps for t in (clouds.x.compact(given.f), clouds.y.compact(given.g))
-    )
-    f += clouds.x_terms.repeat_interleave(pairs, 0)
-    g += clouds.y_terms.repeat(len(f) // len(clouds.y_terms), 1)
+    f, g = clouds.potentials(given.f, given.g)
     scale = torch.where(clouds.usable, given.scale.reshape(-1), 0.0)
     if problem.cost == "euclidean":
         scale = scale / problem.eps  # the loop divides by a distance in units of eps
@@ -98,12 +92,12 @@ def cost_vjp(problem: Problem, given: PlanWeights, cost_cache: Tensor) -> tuple[
     whole = problem.eps.new_empty(problem.x.shape) if given_cost else None
 
     def task(begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Fills its rows of to_y and row_sums; returns what it adds to Q^T x and to the sums of columns."""
-        # Of problems (no pairs) each has columns of its own; those of pairs are shared by all tasks.
+        """Fills its rows of to_y and row_sums; returns its share of Q^T x and of the column sums."""
+        # Single problems each have columns of their own; those of pairs are shared by all tasks.
         own = slice(None) if problem.pairs else slice(begin, end)
         to_x, column_sums = torch.zeros_like(y[own]), y.new_zeros(y[own].shape[:-1])
         for first, last, s, at in clouds.chunks(begin, end, cost_cache=cost_cache):
-            # Of one problem each the whole block is written, as all of it goes into the products below.
+            # Of single problems the whole block is written, as all of it enters the products below.
             rows, columns = (
                 (at["rows"], at["columns"]) if problem.pairs else (at["row"] * 0 + n, at["row"] * 0 + m)
             )
@@ -122,11 +116,8 @@ def cost_vjp(problem: Problem, given: PlanWeights, cost_cache: Tensor) -> tuple[
                     torch.sum(s, 1, out=row_sums[some])
                     column_sums += s.sum(0)
             else:
-                q, some, mine = (
-                    s.view(last - first, n, m),
-                    slice(first, last),
-                    slice(first - begin, last - begin),
-                )
+                q = s.view(last - first, n, m)
+                some, mine = slice(first, last), slice(first - begin, last - begin)
                 torch.bmm(q, y[some], out=to_y[some])
                 torch.bmm(q.mT, x[some], out=to_x[mine])
                 if sums_wanted:
@@ -136,11 +127,7 @@ def cost_vjp(problem: Problem, given: PlanWeights, cost_cache: Tensor) -> tuple[
 
     parts = _in_threads(len(problem.a), task)
     if whole is not None:
-        if clouds.x.order is not None:
-            whole = torch.zeros_like(whole).scatter(1, clouds.x.order[:, :, None].expand_as(whole), whole)
-        if clouds.y.order is not None:
-            whole = torch.zeros_like(whole).scatter(2, clouds.y.order[:, None, :].expand_as(whole), whole)
-        return whole.to(problem.x.dtype), None
+        return clouds.spread(whole).to(problem.x.dtype), None
     assert problem.y is not None
     if problem.pairs:
         to_x, column_sums = (sum(tensors[1:], tensors[0]) for tensors in zip(*parts, strict=True))
@@ -259,6 +246,23 @@ class _Clouds:
             self.x_terms, self.y_terms = (-side.square / eps[:, None] for side in (self.x, self.y))
         elif problem.cost == "cosine":
             self.x_terms = self.x_terms - 1 / eps[:, None]
+
+    def potentials(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """What the loops take, one row a problem: in units of eps, with the terms that S leaves out."""
+        eps = self.problem.eps[:, None]
+        pairs = len(self.problem.b) if self.problem.pairs else 1
+        f, g = (t.reshape(len(eps), t.shape[-1]) / eps for t in (self.x.compact(f), self.y.compact(g)))
+        f += self.x_terms.repeat_interleave(pairs, 0)
+        g += self.y_terms.repeat(len(f) // len(self.y_terms), 1)
+        return f, g
+
+    def spread(self, matrix: Tensor) -> Tensor:
+        """[B, N, M] with rows and columns back where the points stand, 0 elsewhere."""
+        if self.x.order is not None:
+            matrix = torch.zeros_like(matrix).scatter(1, self.x.order[:, :, None].expand_as(matrix), matrix)
+        if self.y.order is not None:
+            matrix = torch.zeros_like(matrix).scatter(2, self.y.order[:, None, :].expand_as(matrix), matrix)
+        return matrix
 
     def chunks(
         self, begin: int, end: int, *, out: Tensor | None = None, cost_cache: Tensor | None = None

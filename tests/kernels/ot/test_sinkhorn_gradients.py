@@ -67,7 +67,7 @@ def test_plan_potentials_and_transport_cost(masked, rho, shift):
         out = sinkhorn(**given(x, y + shift, la, lb), eps=0.3 + shift)
         return out.plan(), out.f, out.g, out.transport_cost()
 
-    assert torch.autograd.gradcheck(outputs, leaves, eps=1e-5, atol=1e-5, rtol=1e-4)
+    assert torch.autograd.gradcheck(outputs, leaves, eps=1e-5, atol=1e-5, rtol=1e-4, fast_mode=shift > 0)
 
 
 @fp64
