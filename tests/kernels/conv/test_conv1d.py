@@ -119,7 +119,7 @@ def check_against_oracle(tensors, geometry, activation, tolerance):
         )
 
 
-# Every shape with one activation, and every activation with one shape of each kind: narrow, dense and depthwise.
+# Every shape with one activation; every activation with one shape each that is narrow, dense and depthwise.
 @pytest.mark.parametrize(
     ("shape", "activation"),
     [(shape, "relu") for shape in SHAPES]
