@@ -34,14 +34,14 @@ def measure(options: argparse.Namespace, device: torch.device) -> Iterator[dict[
     """A row for each size and number of warps: microseconds, or why it does not run."""
     for n, m in SIDES:
         x, y = (unit_vectors(options.batch, count, options.d, device, count) for count in (n, m))
-        chosen = triton_onchip._tile_configuration(n, m)
+        chosen = triton_onchip.tile_configuration(n, m)
 
         def solve(x: Tensor = x, y: Tensor = y) -> object:
             return sinkhorn(x, y, eps=0.1, max_iter=options.iterations, tol=0.0)
 
         for warps in WARPS:
             configuration = chosen | {"num_warps": warps}
-            with mock.patch.object(triton_onchip, "_tile_configuration", return_value=configuration):
+            with mock.patch.object(triton_onchip, "tile_configuration", return_value=configuration):
                 try:
                     took = f"{median_us(solve, device, options.rounds, queued_seconds):.1f}"
                 except Exception as failure:  # such as more registers or shared memory than there are

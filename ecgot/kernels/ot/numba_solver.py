@@ -54,7 +54,7 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings, cost_
                 tau_x[first:last], tau_y[first:last], f, at["f"], g, at["g"], start[first:last],
                 settings.scaling, settings.tol, settings.max_iter, error[first:last], iterations[first:last],
             )  # fmt: skip
-            _run(loops.solve_blocks, last - first, s, arguments)
+            run_loop(loops.solve_blocks, last - first, s, arguments)
 
     _in_threads(len(problem.a), task)
     eps = problem.eps[:, None]
@@ -105,7 +105,7 @@ def cost_vjp(problem: Problem, given: PlanWeights, cost_cache: Tensor) -> tuple[
                 at["row"], rows, at["column"], columns, clouds.x.weights, at["a"], clouds.y.weights,
                 at["b"], f, at["f"], g, at["g"], scale[first:last], problem.cost == "euclidean",
             )  # fmt: skip
-            _run(loops.vjp_blocks, last - first, s, arguments)
+            run_loop(loops.vjp_blocks, last - first, s, arguments)
             if whole is not None:
                 whole[first:last] = s.view(last - first, n, m)
             elif problem.pairs:
@@ -342,7 +342,7 @@ class _Clouds:
             }  # fmt: skip
 
 
-def _run(loop: Callable[..., None], count: int, matrix: Tensor, arguments: tuple[Any, ...]) -> None:
+def run_loop(loop: Callable[..., None], count: int, matrix: Tensor, arguments: tuple[Any, ...]) -> None:
     """loop(matrix, *arguments, 0, count)."""
     s = matrix.numpy()
     real = s.dtype.type  # a Python float would make the loops count in fp64

@@ -377,7 +377,7 @@ def fits_implicit(n: int, m: int) -> bool:
     return fits(n, m) and block_size(n) * block_size(m) <= MAX_IMPLICIT_TILE
 
 
-def _tile_configuration(n: int, m: int, hip: bool = bool(torch.version.hip)) -> dict[str, Any]:
+def tile_configuration(n: int, m: int, hip: bool = bool(torch.version.hip)) -> dict[str, Any]:
     """Blocks and warps of a kernel that holds a whole n x m problem."""
     block_n, block_m = block_size(n), block_size(m)
     return {
@@ -433,7 +433,7 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> Re
         max_iter=settings.max_iter,
         PAIRS=problem.pairs,
         BALANCED=problem.balanced,
-        **_tile_configuration(n, m),
+        **tile_configuration(n, m),
     )
     return f, g, error, iterations
 
@@ -460,7 +460,7 @@ def implicit(
             rho_y=problem.rho_y,
             tol=tol,
             max_iter=max_iter,
-            **_tile_configuration(*problem.size),
+            **tile_configuration(*problem.size),
         )
     return left, right, grad_a, grad_b
 
@@ -477,7 +477,7 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
     for n, m in itertools.product(sides, sides):
         if not fits(n, m):
             continue
-        tile = _tile_configuration(n, m, hip)
+        tile = tile_configuration(n, m, hip)
         for dtype, cost, used in itertools.product(
             ("fp32", "fp16", "bf16"), COST_CODES, fp32_precisions(hip)
         ):

@@ -387,10 +387,10 @@ def test_pairs_keep_their_memory(monkeypatch):
     monkeypatch.setattr(numba_solver, "CHUNK_CELLS", 2000)
     x, y = torch.randn(20, 10, 4), torch.randn(15, 8, 4)
     seen = []
-    run = numba_solver._run
+    run = numba_solver.run_loop
     monkeypatch.setattr(
         numba_solver,
-        "_run",
+        "run_loop",
         lambda loop, count, s, rest: seen.append(s.numel()) or run(loop, count, s, rest),
     )
     sinkhorn_pairwise(x.requires_grad_(), y, eps=0.5).sum().backward()
