@@ -1,10 +1,8 @@
-"""A data set's signals on disk, under the hash of the files that they come from."""
+"""The signal cache: a data set's signals in one array on disk, under a hash of the files they come from."""
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import numpy as np
 from ecgot.data.ptbxl import PtbXlTable
 from ecgot.data.record import fit_length, read_record
 from ecgot.errors import EcgotError
+from ecgot.files import atomic_folder
 
 FORMAT = 2  # of the cache; raise it when the contents change for the same files
 UV_PER_MV = 1000.0
@@ -29,10 +28,28 @@ class SkippedRecord:
     reason: str
 
 
-def content_key(
-    root: Path, table: PtbXlTable, fs_hz: float, shape: tuple[int, int], leads: Sequence[str]
-) -> str:
-    """A hash over the bytes of every header and signal file, and over what is made of them."""
+@dataclass(frozen=True)
+class SignalFormat:
+    """What every record of a data set is brought to.
+
+    Attributes:
+        fs_hz: sampling rate.
+        leads: L names, in order.
+        samples: T, valid or zero.
+    """
+
+    fs_hz: float
+    leads: tuple[str, ...]
+    samples: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, T) of a record."""
+        return len(self.leads), self.samples
+
+
+def content_key(root: Path, table: PtbXlTable, form: SignalFormat) -> str:
+    """A hash of every header and signal file below ``root``, and of the format that they are brought to."""
 
     def digest(path: str) -> bytes:
         header = root / f"{path}.hea"
@@ -49,7 +66,9 @@ def content_key(
                 content.update(b"missing")
         return content.digest()
 
-    key = hashlib.blake2b(json.dumps([FORMAT, fs_hz, shape, list(leads)]).encode(), digest_size=16)
+    key = hashlib.blake2b(
+        json.dumps([FORMAT, form.fs_hz, form.shape, list(form.leads)]).encode(), digest_size=16
+    )
     with ThreadPoolExecutor(2) as pool:
         for part in pool.map(digest, table.record_paths):
             key.update(part)
@@ -63,7 +82,7 @@ def _signal_files(header: str) -> list[str]:
 
 
 def read_meta(folder: Path) -> dict | None:
-    """The cache's description, if the cache is whole."""
+    """The cache's description; None if there is no cache or it is damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         signals = np.load(folder / "signals.npy", mmap_mode="r")
@@ -76,56 +95,64 @@ def build(
     folder: Path,
     root: Path,
     table: PtbXlTable,
-    fs_hz: float,
-    shape: tuple[int, int],
-    leads: Sequence[str],
+    form: SignalFormat,
     max_bad_share: float,
     progress: Callable[[int, int], None] | None,
 ) -> dict:
-    """Read every record into ``folder``, by way of a temporary one, so that half a cache is never seen."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        signals = np.lib.format.open_memmap(
-            temporary / "signals.npy", mode="w+", dtype=np.int16, shape=(len(table), *shape)
-        )
-        lengths, skipped, repaired, flat = [0] * len(table), [], {}, {}
-        for row, path in enumerate(table.record_paths):
-            try:
-                record = read_record(root / path, leads=leads, fs_hz=fs_hz)
-            except EcgotError as error:
-                skipped.append(SkippedRecord(path, str(error)))
-                check_share(skipped, len(table), max_bad_share)
-            else:
-                signal, lengths[row] = fit_length(record.signal_mv, shape[1])
-                signals[row] = np.clip(np.rint(signal * UV_PER_MV), INT16.min, INT16.max).astype(np.int16)
-                if record.repaired_samples:
-                    repaired[path] = sum(record.repaired_samples.values())
-                if record.flat_leads:
-                    flat[path] = list(record.flat_leads)
-            if progress is not None:
-                progress(row + 1, len(table))
-        signals.flush()
-        del signals  # Windows renames no folder with an open file
-        meta = {
-            "shape": [len(table), *shape],
-            "lengths": lengths,
-            "skipped": [vars(entry) for entry in skipped],
-            "repaired": repaired,
-            "flat": flat,
-        }
-        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        if read_meta(folder) is None:  # else another process was faster, with the same content
+    """Read every record below ``root`` into the cache ``folder`` and return its description.
+
+    Raises:
+        EcgotError: more than ``max_bad_share`` of the records cannot be read.
+    """
+    with atomic_folder(folder, first_wins=True) as made:
+        meta = _fill(made, root, table, form, max_bad_share, progress)
+        (made / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        if read_meta(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)  # damaged, where it exists
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return meta
 
 
+def _fill(
+    folder: Path,
+    root: Path,
+    table: PtbXlTable,
+    form: SignalFormat,
+    max_bad_share: float,
+    progress: Callable[[int, int], None] | None,
+) -> dict:
+    """Write signals.npy [n, L, T] int16 in microvolts."""
+    shape = (len(table), *form.shape)
+    signals = np.lib.format.open_memmap(folder / "signals.npy", mode="w+", dtype=np.int16, shape=shape)
+    lengths, skipped, repaired, flat = [0] * len(table), [], {}, {}
+    for row, path in enumerate(table.record_paths):
+        try:
+            record = read_record(root / path, leads=form.leads, fs_hz=form.fs_hz)
+        except EcgotError as error:
+            skipped.append(SkippedRecord(path, str(error)))
+            check_share(skipped, len(table), max_bad_share)
+        else:
+            signal, lengths[row] = fit_length(record.signal_mv, form.samples)
+            signals[row] = np.clip(np.rint(signal * UV_PER_MV), INT16.min, INT16.max).astype(np.int16)
+            if record.repaired_samples:
+                repaired[path] = sum(record.repaired_samples.values())
+            if record.flat_leads:
+                flat[path] = list(record.flat_leads)
+        if progress is not None:
+            progress(row + 1, len(table))
+    signals.flush()  # and closed on return: Windows renames no folder with an open file
+    return {
+        "shape": list(shape),
+        "lengths": lengths,
+        "skipped": [vars(entry) for entry in skipped],
+        "repaired": repaired,
+        "flat": flat,
+    }
+
+
 def check_share(skipped: Sequence[SkippedRecord], total: int, max_bad_share: float) -> None:
+    """Raise EcgotError if more than ``max_bad_share`` of ``total`` records were skipped."""
     if len(skipped) > max_bad_share * total:
         raise EcgotError(
-            f"data: more than {max_bad_share:.0%} of {total} records cannot be read (data.max_bad_share); "
-            f"the first: {skipped[0].reason}"
+            f"data.max_bad_share: expected at most {max_bad_share:.0%} of {total} records to be unreadable, "
+            f"got more; the first: {skipped[0].reason}"
         )

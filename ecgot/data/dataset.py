@@ -1,4 +1,4 @@
-"""A data set's signals in one memory-mapped array, cached under the hash of the files they come from."""
+"""A data set: its table, and its signals in one memory-mapped array from the cache."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -6,7 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ecgot.data.cache import UV_PER_MV, SkippedRecord, build, check_share, content_key, read_meta
+from ecgot.data.cache import (
+    UV_PER_MV,
+    SignalFormat,
+    SkippedRecord,
+    build,
+    check_share,
+    content_key,
+    read_meta,
+)
 from ecgot.data.ptbxl import Labels, PtbXlTable, read_table
 from ecgot.data.record import STANDARD_LEADS
 from ecgot.errors import EcgotError
@@ -21,13 +29,13 @@ class EcgDataset:
     Attributes:
         table: one row a record.
         index: [n], each record's row in ``signals_uv``.
-        signals_uv: [rows, L, T] int16, memory-mapped, in microvolts (finer than the ADC of any ECG recorder;
-            what lies beyond +-32.8 mV saturates). Zero beyond a record's length.
+        signals_uv: [rows, L, T] int16, memory-mapped, in microvolts: finer than any recorder's ADC, and
+            saturating at +-32.8 mV. Zero past a record's length.
         all_lengths: [rows] int32, valid samples of each row.
         fs_hz, leads: of the signals.
         skipped: records that could not be read.
-        repaired: NaN samples filled, by record name.
-        flat: leads without any signal, by record name; such a record stays in.
+        repaired: number of NaN samples filled, by record name.
+        flat: constant leads, by record name; such a record stays in.
     """
 
     table: PtbXlTable
@@ -49,10 +57,10 @@ class EcgDataset:
         return self.table.reports
 
     def in_plain_english(self) -> "EcgDataset":
-        """With each record's original report in plain English for its report.
+        """The same records, each with its original report put into plain English.
 
-        For learning what reports mean: originals are there for more records than translations, and all say
-        the same thing in the same words. See :func:`ecgot.text.glossary.plain_english`.
+        Better to learn from than translations: more records have an original, and after
+        :func:`ecgot.text.glossary.plain_english` equal findings have equal words.
         """
         table = self.table
         chosen = [own or other for own, other in zip(table.originals, table.reports, strict=True)]
@@ -88,8 +96,8 @@ class EcgDataset:
         rows = np.flatnonzero(np.isin(self.table.fold, wanted))
         if not len(rows):
             raise EcgotError(
-                f"folds: no readable record in fold {', '.join(map(str, wanted))}; "
-                f"there are folds {', '.join(map(str, np.unique(self.table.fold)))}"
+                f"folds: expected some of {', '.join(map(str, np.unique(self.table.fold)))}, "
+                f"got {', '.join(map(str, wanted))}, without a readable record"
             )
         return self.select(rows)
 
@@ -106,25 +114,25 @@ def load_dataset(
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EcgDataset:
-    """Read a data set in PTB-XL's layout; a second time from the cache, unless a file has changed.
+    """Read a data set in PTB-XL's layout, from the cache if no file has changed since the last time.
 
     Args:
         root, reports_csv, folds: see :func:`ecgot.data.ptbxl.read_table`.
-        fs_hz, seconds, leads: what every record is brought to: resampled, cut to its first ``seconds`` or
-            padded with zeros, leads picked by name.
-        max_bad_share: unreadable records are named and left out; a larger share of them is an error.
-        cache_dir: ``None`` is :func:`default_cache_dir`.
+        fs_hz, seconds, leads: of every record: resampled, cut to its first ``seconds`` or zero-padded, leads
+            picked by name.
+        max_bad_share: unreadable records are listed and left out; a larger share of them is an error.
+        cache_dir: ``None`` is :func:`ecgot.files.default_cache_dir`.
         progress: called with (records done, records in all).
 
     Raises:
         EcgotError: see :func:`read_table`; too many bad records.
     """
     table = read_table(root, reports_csv=reports_csv, folds=folds, fs_hz=fs_hz)
-    shape = (len(leads), round(fs_hz * seconds))
-    folder = (cache_dir or default_cache_dir()) / f"ecg-{content_key(Path(root), table, fs_hz, shape, leads)}"
+    form = SignalFormat(fs_hz, tuple(leads), round(fs_hz * seconds))
+    folder = (cache_dir or default_cache_dir()) / f"ecg-{content_key(Path(root), table, form)}"
     meta = read_meta(folder)
     if meta is None:
-        meta = build(folder, Path(root), table, fs_hz, shape, leads, max_bad_share, progress)
+        meta = build(folder, Path(root), table, form, max_bad_share, progress)
     skipped = tuple(SkippedRecord(**entry) for entry in meta["skipped"])
     check_share(skipped, len(table), max_bad_share)
     bad = {entry.name for entry in skipped}

@@ -62,7 +62,7 @@ class PtbXlTable:
         A code counts whatever its likelihood.
         """
         if group not in GROUPS:
-            raise EcgotError(f"group: got {group!r}, accepted are {', '.join(GROUPS)}")
+            raise EcgotError(f"group: expected one of {', '.join(GROUPS)}, got {group!r}")
         classes, class_of = self.classes[group], self.class_of[group]
         column = {name: number for number, name in enumerate(classes)}
         matrix = np.zeros((len(self), len(classes)), dtype=bool)
@@ -109,12 +109,13 @@ def read_table(
     table = _read_csv(database, ("ecg_id", "patient_id", "strat_fold", "scp_codes"))
     if table["ecg_id"].duplicated().any():
         raise EcgotError(
-            f"{database}: ecg_id {table['ecg_id'][table['ecg_id'].duplicated()].iloc[0]} is twice there"
+            f"{database}: expected each ecg_id once, got "
+            f"{table['ecg_id'][table['ecg_id'].duplicated()].iloc[0]} twice"
         )
     if folds is not None:
         table = _in_folds(table, database, tuple(folds))
     if not len(table):
-        raise EcgotError(f"{database}: it lists no records")
+        raise EcgotError(f"{database}: expected records, got none")
     class_of, classes = _read_statements(root / "scp_statements.csv")
     return PtbXlTable(
         ecg_id=_integers(table, "ecg_id", database),
@@ -146,7 +147,7 @@ def check_patient_split(first: PtbXlTable, second: PtbXlTable) -> None:
     shared = np.intersect1d(first.patient_id, second.patient_id)
     if len(shared):
         raise EcgotError(
-            f"data: patient {shared[0]} is in training and in evaluation; folds must be by patient"
+            f"data: expected folds by patient, got patient {shared[0]} in training and in evaluation"
         )
 
 
@@ -160,7 +161,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise EcgotError(
-            f"{path}: no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}"
+            f"{path}: expected column {', '.join(missing)}, got {', '.join(map(str, table.columns))}"
         )
     return table
 
@@ -171,7 +172,7 @@ def _in_folds(table: pd.DataFrame, path: Path, folds: tuple[int, ...]) -> pd.Dat
     if not len(kept):
         there = ", ".join(map(str, np.unique(fold)))
         raise EcgotError(
-            f"folds: got {', '.join(map(str, folds))}; {path} holds folds {there or 'of no record'}"
+            f"folds: expected some of {there or 'no folds'} in {path}, got {', '.join(map(str, folds))}"
         )
     return kept
 
@@ -182,14 +183,18 @@ def _integers(table: pd.DataFrame, column: str, path: Path) -> np.ndarray:
             table[column].astype(float).astype(np.int64).to_numpy()
         )  # PTB-XL writes patient 15709 as 15709.0
     except ValueError as error:
-        raise EcgotError(f"{path}: column {column} holds what is no number ({error})") from error
+        raise EcgotError(
+            f"{path}: expected numbers in column {column}, got another value ({error})"
+        ) from error
 
 
 def _codes(text: str, ecg_id: str, path: Path) -> frozenset[str]:
     try:
         return frozenset(map(str, ast.literal_eval(text)))
     except (ValueError, SyntaxError, TypeError) as error:
-        raise EcgotError(f"{path}: scp_codes of ecg_id {ecg_id} cannot be read: {text[:40]!r}") from error
+        raise EcgotError(
+            f"{path}: expected a dictionary as scp_codes of ecg_id {ecg_id}, got {text[:40]!r}"
+        ) from error
 
 
 def _reports(table: pd.DataFrame, database: Path, reports_csv: str | Path | None) -> tuple[str, ...]:
@@ -199,7 +204,7 @@ def _reports(table: pd.DataFrame, database: Path, reports_csv: str | Path | None
         ids = _integers(rows, "ecg_id", path)
         if len(np.unique(ids)) < len(ids):
             values, counts = np.unique(ids, return_counts=True)
-            raise EcgotError(f"{path}: ecg_id {values[counts > 1][0]} is twice there")
+            raise EcgotError(f"{path}: expected each ecg_id once, got {values[counts > 1][0]} twice")
         text = dict(zip(ids.tolist(), rows["report"], strict=True))
         raw: Iterable[str] = (text.get(i, "") for i in _integers(table, "ecg_id", database).tolist())
     elif "report" in table.columns:
@@ -213,12 +218,14 @@ def _record_paths(table: pd.DataFrame, path: Path, root: Path, fs_hz: float) -> 
     order = ("filename_lr", "filename_hr") if fs_hz <= 100 else ("filename_hr", "filename_lr")
     columns = [column for column in order if column in table.columns]
     if not columns:
-        raise EcgotError(f"{path}: no column filename_lr or filename_hr")
+        raise EcgotError(f"{path}: expected column filename_lr or filename_hr, got neither")
     paths = []
     for row in zip(table["ecg_id"], *(table[column] for column in columns), strict=True):
         named = [name for name in row[1:] if name]
         if not named:
-            raise EcgotError(f"{path}: ecg_id {row[0]} names no file in {' or '.join(columns)}")
+            raise EcgotError(
+                f"{path}: expected a file in {' or '.join(columns)} of ecg_id {row[0]}, got none"
+            )
         # A file that is nowhere keeps its preferred name: reading it will say so.
         paths.append(next((name for name in named if (root / f"{name}.hea").exists()), named[0]))
     return tuple(paths)
@@ -241,7 +248,7 @@ def _read_statements(path: Path) -> tuple[dict[str, dict[str, str]], dict[str, t
     unknown = set(classes["superclass"]) - set(SUPERCLASSES)
     if unknown:
         raise EcgotError(
-            f"{path}: diagnostic_class {sorted(unknown)[0]!r}, accepted are {', '.join(SUPERCLASSES)}"
+            f"{path}: expected diagnostic_class among {', '.join(SUPERCLASSES)}, got {sorted(unknown)[0]!r}"
         )
     return class_of, classes | {"superclass": SUPERCLASSES}
 

@@ -70,7 +70,7 @@ def read_record(
     signal, repaired = _fill_gaps(name, signal, leads)
     flat = tuple(lead for lead, row in zip(leads, signal, strict=True) if np.ptp(row) == 0)
     if len(flat) == len(leads):
-        raise EcgotError(f"record {name}: every lead is flat, accepted is a record with a signal")
+        raise EcgotError(f"record {name}: expected a signal, got flat leads alone")
     if fs_hz is not None and fs_hz != digital.fs:
         signal = resample(signal, float(digital.fs), fs_hz)
     rate = float(digital.fs) if fs_hz is None else float(fs_hz)
@@ -99,14 +99,16 @@ def _read_digital(name: Path) -> wfdb.Record:
     except (ValueError, IndexError, TypeError, KeyError, OSError, wfdb.io.header.HeaderSyntaxError) as error:
         raise EcgotError(f"record {name}: {name.name}.hea cannot be parsed ({first_line(error)})") from error
     if not isinstance(header, wfdb.Record):
-        raise EcgotError(f"record {name}: it has several segments, accepted is one")
+        raise EcgotError(f"record {name}: expected one segment, got several")
     if not header.n_sig or header.sig_name is None or len(header.sig_name) != header.n_sig:
-        raise EcgotError(f"record {name}: {name.name}.hea does not describe the signals that it announces")
+        raise EcgotError(
+            f"record {name}: expected {name.name}.hea to describe its {header.n_sig} signals, got fewer"
+        )
     if not (header.fs and np.isfinite(header.fs) and 1 <= header.fs <= 100_000):
-        raise EcgotError(f"record {name}: its sampling rate is {header.fs} Hz, accepted is 1 to 100000 Hz")
+        raise EcgotError(f"record {name}: expected a sampling rate of 1 to 100000 Hz, got {header.fs} Hz")
     unknown = [fmt for fmt in header.fmt if fmt not in KNOWN_FORMATS]
     if unknown:
-        raise EcgotError(f"record {name}: unknown WFDB format {unknown[0]!r}")
+        raise EcgotError(f"record {name}: expected a known WFDB format, got {unknown[0]!r}")
     _check_sizes(name, header)
     try:
         record = wfdb.rdrecord(str(name), physical=False)
@@ -116,7 +118,9 @@ def _read_digital(name: Path) -> wfdb.Record:
     for lead, left, right in zip(record.sig_name, expected or [], actual, strict=False):
         # A checksum is 16 bits, written signed or unsigned by different tools.
         if left is not None and (left - right) % 65536:
-            raise EcgotError(f"record {name}: the checksum of lead {lead} is {right}, its header says {left}")
+            raise EcgotError(
+                f"record {name}: expected checksum {left} of lead {lead}, as its header says, got {right}"
+            )
     return record
 
 
@@ -134,7 +138,7 @@ def _check_sizes(name: Path, header: wfdb.Record) -> None:
         expected, actual = offset + int(np.ceil(sum(sizes) * header.sig_len)), path.stat().st_size
         # Format 212 packs two samples in three bytes and may end with a pad.
         if actual < expected or actual > expected + 3:
-            raise EcgotError(f"record {name}: {file} has {actual} bytes, its header accounts for {expected}")
+            raise EcgotError(f"record {name}: expected {expected} bytes in {file}, got {actual}")
 
 
 def _lead_rows(name: Path, available: Sequence[str], leads: Sequence[str]) -> list[int]:
@@ -142,7 +146,8 @@ def _lead_rows(name: Path, available: Sequence[str], leads: Sequence[str]) -> li
     missing = [lead for lead in leads if lead.lower() not in position]
     if missing:
         raise EcgotError(
-            f"record {name}: no lead {', '.join(missing)}; it has {', '.join(map(str, available))}"
+            f"record {name}: expected leads {', '.join(leads)}, got "
+            f"{', '.join(map(str, available))}, without {', '.join(missing)}"
         )
     return [position[lead.lower()] for lead in leads]
 
@@ -150,7 +155,7 @@ def _lead_rows(name: Path, available: Sequence[str], leads: Sequence[str]) -> li
 def _mv_per_unit(name: Path, units: Sequence[str], rows: Sequence[int]) -> np.ndarray:
     unknown = [units[row] for row in rows if str(units[row]).strip().lower() not in MV_PER_UNIT]
     if unknown:
-        raise EcgotError(f"record {name}: unit {unknown[0]!r}, accepted are V, mV, uV and nV")
+        raise EcgotError(f"record {name}: expected units V, mV, uV or nV, got {unknown[0]!r}")
     return np.array([MV_PER_UNIT[units[row].strip().lower()] for row in rows])
 
 
@@ -163,7 +168,7 @@ def _fill_gaps(name: Path, signal: np.ndarray, leads: Sequence[str]) -> tuple[np
         if not gap.any():
             continue
         if gap.all():
-            raise EcgotError(f"record {name}: lead {lead} holds no valid sample")
+            raise EcgotError(f"record {name}: expected valid samples in lead {lead}, got NaN alone")
         row[gap] = np.interp(time[gap], time[~gap], row[~gap])
         repaired[lead] = int(gap.sum())
     return signal, repaired

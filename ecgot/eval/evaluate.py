@@ -43,11 +43,10 @@ from ecgot.models.token_store import embed_texts
 from ecgot.runs.checkpoints import load_alignment, transport
 from ecgot.runs.config import Config
 from ecgot.runs.progress import Progress
-from ecgot.runs.records import encode, load_folds
+from ecgot.runs.records import BATCH, encode, load_folds
 from ecgot.runs.run import PRETRAINED, Run
 from ecgot.version import __version__
 
-BATCH = 128
 # How references are prepared, by data.plain_english.
 REFERENCES = {
     False: "cleaned by ecgot.text.cleaning.clean_report and lower-cased",

@@ -17,10 +17,10 @@ from ecgot.files import write_text
 from ecgot.inference.display import NOTICE, SURE
 from ecgot.models.reporter import Reporter, WrittenReport
 from ecgot.runs.progress import Progress
+from ecgot.runs.records import BATCH
 from ecgot.text.glossary import plain_english
 from ecgot.text.statements import sentences
 
-BATCH = 128
 RECORDER_UNKNOWN = "generated_recorder_unknown"  # the system whose reports name no recorder
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 from safetensors import safe_open
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 
 from ecgot.data.ptbxl import GROUPS
 from ecgot.errors import EcgotError
-from ecgot.files import save_tensors, write_text
+from ecgot.files import atomic_folder, save_tensors, write_text
 from ecgot.inference.display import auroc_text, metric_text
 from ecgot.inference.zeroshot import embed_prompts, read_prompts, save_prompts
 from ecgot.models.text_encoder import TextEncoder
@@ -21,8 +20,8 @@ from ecgot.version import __version__
 
 CARD = Path(__file__).with_name("model_card.md")
 UNKNOWN = "A data set in PTB-XL's layout"
-PLAIN = " Both stages learned from the original reports{others}, in plain English by a glossary."
-OTHERS = " or, of records without one, from the texts of {name}"
+PLAIN = " Both stages learned from the original reports{others}, put into plain English by a glossary."
+OTHERS = " or, for records without one, from the texts of {name}"
 
 
 def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
@@ -54,10 +53,8 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
     if run.done("report"):
         load_reporter(run, model.ecg_width)  # fails here if it is damaged
     prompts = embed_prompts(model, text, read_prompts())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
-        made = Run(Path(temporary) / "run")
-        made.folder.mkdir()
+    with atomic_folder(out) as folder:
+        made = Run(folder)
         write_text(made.folder / "config.json", _without_paths(run))
         for stage in ("align", "report"):
             if run.done(stage):
@@ -67,7 +64,6 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
             made.save_recorders(run.recorders)
         save_prompts(prompts, made.prompts)
         write_text(made.folder / "README.md", model_card(run, trained_on))
-        made.folder.rename(out)
 
 
 def model_card(run: Run, trained_on: str = UNKNOWN) -> str:
@@ -102,7 +98,7 @@ def _recorders(recorders: tuple[str, ...]) -> str:
     if not recorders:
         return ""
     return (
-        f" (in the words of a recorder if told one, which is style and no evidence: {', '.join(recorders)})"
+        f" (in the wording of a given ECG recorder, which is style and not evidence: {', '.join(recorders)})"
     )
 
 

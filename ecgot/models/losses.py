@@ -103,7 +103,7 @@ class AlignmentLoss(nn.Module):
     ) -> None:
         super().__init__()
         if token_loss not in TOKEN_LOSSES:
-            raise ValueError(f"token_loss: got {token_loss!r}, accepted are {', '.join(TOKEN_LOSSES)}")
+            raise ValueError(f"token_loss: expected one of {', '.join(TOKEN_LOSSES)}, got {token_loss!r}")
         self.contrastive_weight, self.token_weight = contrastive_weight, token_weight
         self.token_loss, self.phrase_weight = token_loss, phrase_weight
         self.transport = transport or Transport()
@@ -134,7 +134,7 @@ class AlignmentLoss(nn.Module):
             total = total + self.token_weight * terms["token"]
         if self.phrase_weight:
             if phrases is None:
-                raise ValueError("phrases: got None, accepted are SaidPhrases where phrase_weight is not 0")
+                raise ValueError("phrases: expected SaidPhrases where phrase_weight is not 0, got None")
             logits = phrase_logits(ecg.pooled, *model.embed_phrases(phrases.pooled), model.phrase_scale)
             terms["phrase"] = phrase_loss(logits, phrases.said, phrases.weight)
             total = total + self.phrase_weight * terms["phrase"]

@@ -1,13 +1,13 @@
 """Report generation: ECG tokens, through a projector, condition a language model.
 
-Any Hugging Face causal language model or encoder-decoder serves. A causal model reads the projected ECG
-tokens as a prefix of its own embeddings; an encoder-decoder reads them as its encoder's input. The report
-under training is never part of the condition.
+Any Hugging Face causal language model or encoder-decoder works. A causal model gets the projected ECG tokens
+as a prefix of input embeddings, an encoder-decoder as its encoder's input. During training the report is
+never part of that condition.
 
-Recorders and their readers have words of their own for the same finding. Where the recorder is known, the
-model is told it, as one more token in front; "" is an unknown one, which training also shows.
+Report wording depends on the ECG device ("recorder") and its readers. A known recorder is one more token in
+front of the ECG's; "" is an unknown one, which training shows as well.
 
-A pretrained model trains whole, or by low-rank adapters (LoRA) beside its frozen weights.
+A pretrained model is trained whole, or by low-rank adapters (LoRA) beside its frozen weights.
 """
 
 import inspect
@@ -28,8 +28,8 @@ IGNORED = -100  # the label that Hugging Face losses leave out
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """A generated report and its sentences, each with the probability that the model gives to these very
-    words after what precedes them."""
+    """A generated report and its sentences, each with its probability: the product over its tokens, given the
+    ECG and the text before."""
 
     text: str
     sentences: tuple[tuple[str, float], ...]
@@ -43,7 +43,7 @@ class Reporter(nn.Module):
         tokenizer: its tokenizer.
         ecg_width: D of the ECG tokens.
         max_tokens: longest report, in the tokenizer's tokens.
-        recorders: names that it can be told; any other one is unknown. Empty: it is told none.
+        recorders: names that have an embedding; all others are unknown. Empty: no conditioning on recorders.
 
     Raises:
         EcgotError: the tokenizer has no token that ends a text.
@@ -61,13 +61,13 @@ class Reporter(nn.Module):
         super().__init__()
         self.language_model, self.tokenizer, self.max_tokens = language_model, tokenizer, max_tokens
         self.is_encoder_decoder: bool = language_model.config.is_encoder_decoder
-        eos_id = self.eos_id = _end_of_text(tokenizer)
+        eos_id = self.eos_id = end_of_text(tokenizer)
         # GPT-2 and Llama come without a padding token; its positions are masked, so any token serves.
         self.pad_id: int = _first(tokenizer.pad_token_id, eos_id)  # type: ignore[assignment]
         self.bos_id: int = _first(  # type: ignore[assignment]
             tokenizer.bos_token_id, tokenizer.cls_token_id, eos_id
         )
-        # A published model's own search, such as a least length, is for its own texts.
+        # A published model's own generation settings, such as a minimum length, suit its own texts.
         language_model.generation_config = GenerationConfig()
         width = language_model.get_input_embeddings().embedding_dim
         self.projector = nn.Sequential(
@@ -78,7 +78,7 @@ class Reporter(nn.Module):
         if self.recorders:
             self.recorder_embedding = nn.Embedding(1 + len(self.recorders), width)  # row 0: unknown
             nn.init.normal_(self.recorder_embedding.weight, std=0.02)  # as language models begin
-        # Models differ in what they take; logits of the ECG's own positions would be computed for nothing.
+        # Models differ in their arguments. "logits_to_keep" saves the logits at the ECG's positions.
         self._takes = frozenset(inspect.signature(language_model.forward).parameters)
 
     def forward(
@@ -121,10 +121,11 @@ class Reporter(nn.Module):
         recorders: Sequence[str] | None = None,
         num_beams: int = BEAMS,
     ) -> list[WrittenReport]:
-        """As :meth:`generate`, with the probability of each sentence."""
-        reports = self.generate(tokens, mask, recorders=recorders, num_beams=num_beams)
+        """Like :meth:`generate`, with the probability of each sentence."""
+        prefix, attention = self._condition(tokens, mask, recorders)
+        reports = self.search(prefix, attention, num_beams)
         labels = self._labels(reports, whole=True).to(tokens.device)
-        logits = self._language_model_output(*self._condition(tokens, mask, recorders), labels).logits
+        logits = self._language_model_output(prefix, attention, labels).logits
         # A causal model predicts a token from the one before it; an encoder-decoder's logits stand in place.
         count = labels.shape[1]
         logits = logits[:, -count:] if self.is_encoder_decoder else logits[:, -count - 1 : -1]
@@ -168,9 +169,12 @@ class Reporter(nn.Module):
 
         A record's report does not depend on its batch. For ``recorders`` see :meth:`forward`.
         """
-        prefix, attention = self._condition(tokens, mask, recorders)
+        return self.search(*self._condition(tokens, mask, recorders), num_beams)
+
+    def search(self, prefix: Tensor, attention: Tensor, num_beams: int) -> list[str]:
+        """The best reports that beam search finds after a prefix [B, P, W] with mask [B, P]."""
         if not self.is_encoder_decoder:
-            start = torch.full((len(tokens), 1), self.bos_id, device=tokens.device)
+            start = torch.full((len(prefix), 1), self.bos_id, device=prefix.device)
             prefix = torch.cat([prefix, self.language_model.get_input_embeddings()(start)], 1)
             attention = torch.cat([attention, torch.ones_like(start)], 1)
         config = GenerationConfig(
@@ -196,11 +200,11 @@ class Reporter(nn.Module):
             row_of = {name: row for row, name in enumerate(self.recorders, start=1)}
             names = [""] * len(tokens) if recorders is None else recorders
             if len(names) != len(tokens):
-                raise ValueError(f"recorders: got {len(names)}, accepted are {len(tokens)}, one for each ECG")
+                raise ValueError(f"recorders: expected {len(tokens)}, one for each ECG, got {len(names)}")
             rows = [row_of.get(name, 0) for name in names]
-            told = self.recorder_embedding(torch.tensor(rows, device=tokens.device))[:, None]
-            # First, so that an ECG's padding does not stand between, which relative positions would count.
-            prefix = torch.cat([told.to(prefix.dtype), prefix], 1)
+            token = self.recorder_embedding(torch.tensor(rows, device=tokens.device))[:, None]
+            # In front: between ECG and report it would follow the padding, which relative positions count.
+            prefix = torch.cat([token.to(prefix.dtype), prefix], 1)
             mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
         return prefix.to(self.language_model.get_input_embeddings().weight.dtype), mask
 
@@ -218,11 +222,17 @@ class Reporter(nn.Module):
         return torch.tensor([row + [IGNORED] * (longest - len(row)) for row in rows])
 
 
-def _end_of_text(tokenizer: Any) -> int:
-    # BERT frames its texts by [CLS] and [SEP].
+def end_of_text(tokenizer: Any) -> int:
+    """The id of the token that ends a text; BERT's is [SEP].
+
+    Raises:
+        EcgotError: the tokenizer has none.
+    """
     token = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
     if token is None:
-        raise EcgotError("report.language_model: its tokenizer has no end-of-text token, which reports need")
+        raise EcgotError(
+            "report.language_model: expected a tokenizer with an end-of-text token, got one without"
+        )
     return token
 
 

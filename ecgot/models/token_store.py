@@ -52,7 +52,7 @@ def embed_texts(
         progress: called with (texts done, texts in all).
     """
     if not texts:
-        raise EcgotError("texts: got none, accepted is at least one text")
+        raise EcgotError("texts: expected at least one, got none")
     path = None
     if cache_dir is not None:
         key = hashlib.blake2b("\0".join([encoder.fingerprint(), *texts]).encode(), digest_size=16)

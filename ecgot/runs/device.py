@@ -14,7 +14,7 @@ def check_cuda_graph(config: Config) -> None:
     """
     device = choose_device(config.device)
     if config.cuda_graph and device.type != "cuda":
-        raise EcgotError(f"cuda_graph: got true on device {device.type!r}, accepted is false there")
+        raise EcgotError(f"cuda_graph: expected false on device {device.type!r}, got true")
 
 
 def choose_device(name: str) -> torch.device:
@@ -25,5 +25,5 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise EcgotError(f"device: got {name!r}, which this machine cannot use") from error
+        raise EcgotError(f"device: expected auto or a device of this machine, got {name!r}") from error
     return device

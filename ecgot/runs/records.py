@@ -12,6 +12,8 @@ from ecgot.models.encoders import CapturedInference, fuse_norms
 from ecgot.runs.config import Config
 from ecgot.runs.progress import Progress
 
+BATCH = 128  # records or texts that are encoded or scored at once, where nothing is trained
+
 
 def waveforms(dataset: EcgDataset, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Waveforms [b, L, T] in mV of ``rows`` [b], and their lengths where one is shorter than T."""
@@ -32,7 +34,7 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Encoder tokens [n, N, D] fp16 and masks [n, N] of every record, on the CPU.
 
-    Where the encoder is frozen it sees each record once, not once an epoch.
+    A frozen encoder then sees each record once instead of once an epoch.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -42,7 +44,7 @@ def encode(
         else fuse_norms(model.encoder)
     )
     tokens, masks = [], []
-    for rows in torch.arange(len(dataset)).split(128):
+    for rows in torch.arange(len(dataset)).split(BATCH):
         encoded = encoder(*waveforms(dataset, rows, device))
         tokens.append(encoded.tokens.half().cpu())
         masks.append(encoded.mask.cpu())

@@ -48,16 +48,18 @@ class Run:
         run, path = cls(folder), folder / "config.json"
         if path.exists():
             if not resume:
-                raise EcgotError(f"out: {folder} already holds a run; name another folder, or add --resume")
+                raise EcgotError(
+                    f"out: expected a new folder, got {folder}, which holds a run; --resume goes on with it"
+                )
             changed = differences(run.config(), config)
             fixed = [line for line in changed if run.begun("report") or not line.startswith("report.")]
             if fixed:
-                raise EcgotError(f"out: {folder} was trained with another configuration ({fixed[0]})")
+                raise EcgotError(f"out: expected the configuration of {folder}, got another ({fixed[0]})")
             if changed:
                 write_text(path, config.to_json())
             return run
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise EcgotError(f"out: {folder} exists and is not an empty folder")
+            raise EcgotError(f"out: expected a new or empty folder, got {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, config.to_json())
         return run
@@ -71,7 +73,7 @@ class Run:
         """
         if not (folder / "config.json").is_file():
             raise EcgotError(
-                f"run: {folder} holds no config.json, accepted is a folder that ecgot train made"
+                f"run: expected a folder that ecgot train made, got {folder}, which has no config.json"
             )
         return cls(folder)
 
@@ -81,11 +83,16 @@ class Run:
         return self.folder / "prompts.safetensors"
 
     def config(self) -> Config:
+        """The configuration in config.json.
+
+        Raises:
+            EcgotError: it is not valid.
+        """
         path = self.folder / "config.json"
         try:
             return from_json(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise EcgotError(f"run: {path} is not valid JSON ({error})") from error
+            raise EcgotError(f"run: expected valid JSON in {path}, got something else ({error})") from error
 
     @property
     def recorders(self) -> tuple[str, ...]:
@@ -98,12 +105,14 @@ class Run:
         try:
             names = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         except (ValueError, RecursionError) as error:
-            raise EcgotError(f"run: {path} is not valid JSON ({first_line(error)})") from error
+            raise EcgotError(
+                f"run: expected valid JSON in {path}, got something else ({first_line(error)})"
+            ) from error
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise EcgotError(f"run: {path} holds {str(names)[:40]!r}, accepted is a list of names")
+            raise EcgotError(f"run: expected a list of names in {path}, got {str(names)[:40]!r}")
         if len(set(names)) < len(names) or any(not name or name != " ".join(name.split()) for name in names):
             raise EcgotError(
-                f"run: {path} holds {str(names)[:40]!r}, accepted are different names with single spaces"
+                f"run: expected different names with single spaces in {path}, got {str(names)[:40]!r}"
             )
         return tuple(names)
 
@@ -141,6 +150,7 @@ class Run:
         return self._weights(stage).exists() and not self._resume(stage).exists()
 
     def save(self, stage: str, model: nn.Module) -> None:
+        """Write the stage's weights, with the settings that they belong to."""
         shaping = json.dumps(_shaping(self.config(), stage))
         save_tensors(_distinct(model.state_dict()), self._weights(stage), {"ecgot": shaping})
 
@@ -158,14 +168,14 @@ class Run:
         for name, value in _shaping(self.config(), stage).items():
             if saved.get(name) != value:
                 raise EcgotError(
-                    f"run: {path} is a checkpoint of another configuration "
+                    f"run: expected {path} to be of this configuration, got another configuration "
                     f"({name}: {saved.get(name)} against {value})"
                 )
         try:
             missing, unexpected = model.load_state_dict(weights, strict=False)
         except RuntimeError as error:  # shapes differ
             raise EcgotError(
-                f"run: {path} does not fit the configured model ({_shape_error(error)})"
+                f"run: {path} does not fit the configured model ({shape_error(error)})"
             ) from error
         missing = [name for name in missing if name in _distinct(model.state_dict())]
         if missing or unexpected:
@@ -185,17 +195,26 @@ class Run:
         """The checkpoint of a stage that has been trained to its end."""
         path = self._weights(stage)
         if not path.exists():
-            raise EcgotError(f"run: {self.folder} holds no {path.name}; train with --stage {stage} first")
+            raise EcgotError(
+                f"run: expected {path.name} in {self.folder}, got none; train with --stage {stage} first"
+            )
         if not self.done(stage):
             raise EcgotError(
-                f"run: stage {stage} of {self.folder} was interrupted; go on with --resume first"
+                f"run: expected stage {stage} of {self.folder} to be done, got an "
+                "interrupted one; go on with --resume first"
             )
         return path
 
     def save_state(self, stage: str, state: dict[str, Any]) -> None:
+        """Write what the stage resumes from."""
         write_atomically(self._resume(stage), lambda temporary: torch.save(state, temporary))
 
     def load_state(self, stage: str) -> dict[str, Any] | None:
+        """What :meth:`save_state` wrote last; None if there is nothing to resume.
+
+        Raises:
+            EcgotError: it is damaged.
+        """
         path = self._resume(stage)
         if not path.exists():
             return None
@@ -206,6 +225,7 @@ class Run:
             raise EcgotError(f"run: {path} is damaged; delete {both} to train the stage anew") from error
 
     def finish(self, stage: str) -> None:
+        """Mark the stage as done: there is nothing left to resume."""
         self._resume(stage).unlink(missing_ok=True)
 
     def _weights(self, stage: str) -> Path:
@@ -252,5 +272,6 @@ def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _shape_error(error: RuntimeError) -> str:
+def shape_error(error: RuntimeError) -> str:
+    """The line of torch's error on loading a state dict that names the first mismatch."""
     return str(error).strip().splitlines()[-1].strip()

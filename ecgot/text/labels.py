@@ -10,10 +10,10 @@ import numpy as np
 
 from ecgot.text.cleaning import clean_report
 from ecgot.text.glossary import plain_english
+from ecgot.text.statements import sentences
 
 RULES = Path(__file__).with_name("labels.toml")
 Patterns = Iterable[Sequence[re.Pattern[str]]]
-_STATEMENT_END = re.compile(r"\.\s+|\.$")
 # Up to a "but" or "with", which begins what is there; "no change in" denies nothing.
 _DENIED_BEFORE = re.compile(r"\b(?:no|without)(?: (?!(?:but|with|change)\b)\w+){0,8} ?$")
 _DENIED_AFTER = re.compile(
@@ -49,13 +49,13 @@ def _plain(report: str) -> str:
 
 
 def _states(report: str, rules: Patterns) -> list[bool]:
-    statements = _STATEMENT_END.split(report)
-    return [any(_found(pattern, text) for pattern in patterns for text in statements) for patterns in rules]
+    parts = sentences(report)
+    return [any(_found(pattern, text) for pattern in patterns for text in parts) for patterns in rules]
 
 
-def _found(pattern: re.Pattern[str], statement: str) -> bool:
+def _found(pattern: re.Pattern[str], sentence: str) -> bool:
     return any(
-        not _DENIED_BEFORE.search(statement[: match.start()])
-        and not _DENIED_AFTER.search(statement[match.end() :])
-        for match in pattern.finditer(statement)
+        not _DENIED_BEFORE.search(sentence[: match.start()])
+        and not _DENIED_AFTER.search(sentence[match.end() :])
+        for match in pattern.finditer(sentence)
     )

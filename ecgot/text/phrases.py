@@ -15,7 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ecgot.errors import EcgotError
-from ecgot.text.statements import STATEMENT_END
+from ecgot.text.statements import statements
 
 _WORD = re.compile(r"[^\W_](?:[\w&()/'-]*)")
 # A phrase does not begin or end with these.
@@ -62,7 +62,8 @@ def find_phrases(reports: Sequence[str], *, min_count: int, max_words: int) -> P
     texts = tuple(sorted(longest.values()))
     if not texts:
         raise EcgotError(
-            f"align.phrase_min_count: got {min_count}, which no phrase of {len(reports)} reports reaches"
+            f"align.phrase_min_count: expected a count that some phrase of {len(reports)} reports reaches, "
+            f"got {min_count}"
         )
     counts = [len(rows_of[text]) for text in texts]
     columns = np.repeat(np.arange(len(texts)), counts)
@@ -76,7 +77,7 @@ def find_phrases(reports: Sequence[str], *, min_count: int, max_words: int) -> P
 
 def _phrases(report: str, max_words: int) -> set[str]:
     found: set[str] = set()
-    for statement in STATEMENT_END.split(report):
+    for statement in statements(report):
         words = _WORD.findall(statement)
         runs = [
             words[start : start + length]

@@ -1,24 +1,26 @@
-"""Reports split into statements and sentences: the one place where it is said what ends them."""
+"""Splitting report text, for the whole package, at one of two levels.
+
+A sentence ends at a full stop. A statement is shorter: a semicolon or colon ends it, too. A full stop that no
+white space follows, as in "0.5 mv", ends neither.
+"""
 
 import re
 
-STATEMENT_END = re.compile(r"[.;:](?:\s|$)")
-
-
-def statements(text: str) -> list[str]:
-    """The statements of a report, at least one: it ends at a full stop, semicolon or colon."""
-    found = [part.strip() for part in STATEMENT_END.split(text)]
-    return [part for part in found if part] or [text.strip()]
-
-
+_STATEMENT_END = re.compile(r"[.;:](?:\s|$)")
 _SENTENCE = re.compile(r"[^\s.](?:[^.]|\.(?!\s|$))*")
 
 
-def sentences(report: str) -> list[str]:
-    """The sentences of a report, without their full stops."""
-    return [report[start:stop] for start, stop in sentence_spans(report)]
+def statements(text: str) -> list[str]:
+    """The statements of a text, at least one, without what ends them and without white space around them."""
+    found = [part.strip() for part in _STATEMENT_END.split(text)]
+    return [part for part in found if part] or [text.strip()]
 
 
-def sentence_spans(report: str) -> list[tuple[int, int]]:
-    """Where each sentence begins and ends, its full stop left out."""
-    return [match.span() for match in _SENTENCE.finditer(report)]
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, without their full stops."""
+    return [text[start:stop] for start, stop in sentence_spans(text)]
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Start and stop of each sentence in characters, its full stop not included."""
+    return [match.span() for match in _SENTENCE.finditer(text)]

@@ -1,8 +1,9 @@
 """Stage 1: the ECG encoder is aligned with report text. No label is read here."""
 
-import typing
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,14 +15,14 @@ from ecgot.models.losses import AlignmentLoss, SaidPhrases
 from ecgot.models.text_encoder import TextEncoder, TextTokens
 from ecgot.models.token_store import TokenStore, embed_texts
 from ecgot.runs.checkpoints import build_model, text_fingerprint, transport
-from ecgot.runs.config import AlignConfig
+from ecgot.runs.config import AlignConfig, Config
 from ecgot.runs.device import choose_device
 from ecgot.runs.progress import Progress
-from ecgot.runs.records import waveforms
+from ecgot.runs.records import BATCH, waveforms
 from ecgot.runs.run import Run
 from ecgot.text.phrases import Phrases, find_phrases
 from ecgot.train.batches import augmented, epoch_order
-from ecgot.train.loop import parameter_groups, train_epochs
+from ecgot.train.loop import Schedule, parameter_groups, train_epochs
 
 
 class PhraseSource:
@@ -86,21 +87,8 @@ def train_alignment(
         store = embed_texts(
             text, texts, cache_dir=cache_dir, progress=lambda done, total: progress.bar("texts", done, total)
         )
-    torch.manual_seed(config.seed)
-    model = build_model(config, text.width).to(device)
-    if device.type == "cpu":
-        to_channels_last(model.encoder)
-    if config.text.train:
-        model.text = text.to(device)
-    else:
-        model.text_fingerprint.copy_(text_fingerprint(text))
-    loss = AlignmentLoss(
-        contrastive_weight=settings.contrastive_weight,
-        token_weight=settings.token_weight,
-        token_loss=settings.token_loss,
-        phrase_weight=settings.phrase_weight,
-        transport=transport(settings),
-    )
+    model = _new_model(config, text).to(device)
+    loss = _loss(settings)
     source = ReportSource(train.reports, text, store)
     validation_source = ReportSource(validation.reports, text, store)
     phrase_source = None if phrases is None else _phrase_source(model, text, phrases, store, cache_dir)
@@ -128,21 +116,49 @@ def train_alignment(
         run,
         "align",
         model,
-        parameter_groups(
-            model,
-            lambda name: settings.text_learning_rate if name.startswith("text.") else settings.learning_rate,
+        parameter_groups(model, functools.partial(_learning_rate, settings)),
+        Schedule(
+            epochs=settings.epochs,
+            steps=len(epoch_order(len(train), settings.batch_size, 0, 0)),
+            weight_decay=settings.weight_decay,
+            average=settings.average,
         ),
-        epochs=settings.epochs,
-        steps=len(epoch_order(len(train), settings.batch_size, 0, 0)),
-        weight_decay=settings.weight_decay,
         epoch=epoch,
+        validate=lambda kept: validate(cast(AlignmentModel, kept), validation, validation_source, device),
         progress=progress,
-        average=settings.average,
-        validate=lambda kept: validate(
-            typing.cast(AlignmentModel, kept), validation, validation_source, device
-        ),
     )
     return model.eval()
+
+
+def _new_model(config: Config, text: TextEncoder) -> AlignmentModel:
+    """The model as training begins, its weights drawn from the seed. It holds ``text`` where that is trained,
+    else its fingerprint."""
+    device = choose_device(config.device)
+    torch.manual_seed(config.seed)
+    model = build_model(config, text.width)
+    if device.type == "cpu":
+        to_channels_last(model.encoder)
+    if config.text.train:
+        model.text = text.to(device)
+    else:
+        model.text_fingerprint.copy_(text_fingerprint(text))
+    return model
+
+
+def _loss(settings: AlignConfig) -> AlignmentLoss:
+    """The loss of a configuration."""
+    return AlignmentLoss(
+        contrastive_weight=settings.contrastive_weight,
+        token_weight=settings.token_weight,
+        token_loss=settings.token_loss,
+        phrase_weight=settings.phrase_weight,
+        transport=transport(settings),
+    )
+
+
+def _learning_rate(settings: AlignConfig, name: str) -> float:
+    """Of a parameter; a text encoder that is trained has a rate of its own."""
+    return settings.text_learning_rate if name.startswith("text.") else settings.learning_rate
 
 
 def report_phrases(reports: tuple[str, ...], settings: AlignConfig) -> Phrases | None:
@@ -172,7 +188,7 @@ def _phrase_source(
 def _pooled(text: TextEncoder, texts: Sequence[str]) -> Tensor:
     """Embeddings [K, D] of K texts by the text encoder as it is."""
     text.eval()
-    parts = [text(texts[start : start + 128]).pooled for start in range(0, len(texts), 128)]
+    parts = [text(texts[start : start + BATCH]).pooled for start in range(0, len(texts), BATCH)]
     return torch.cat(parts)
 
 
@@ -182,9 +198,9 @@ def validate(
 ) -> dict[str, float]:
     """Recall of a record's report among all distinct reports of ``dataset``: no label is needed for it."""
     model.eval()
-    trained_text = typing.cast(TextEncoder | None, getattr(model, "text", None))
+    trained_text = cast(TextEncoder | None, getattr(model, "text", None))
     ecg, text = [], []
-    for rows in torch.arange(len(dataset)).split(128):
+    for rows in torch.arange(len(dataset)).split(BATCH):
         ecg.append(model.embed_ecg(*waveforms(dataset, rows, device)).pooled)
         tokens, _ = source.batch(rows, device, trained_text)
         text.append(model.embed_text(tokens).pooled)

@@ -18,8 +18,8 @@ def with_reports(dataset: EcgDataset) -> EcgDataset:
     rows = [row for row, report in enumerate(dataset.reports) if report]
     if len(rows) < 2:
         raise EcgotError(
-            f"data: got {len(rows)} records with usable report text of {len(dataset)}, accepted are 2 or "
-            "more; name a CSV with ecg_id,report by --reports"
+            f"data: expected 2 or more records with usable report text, got {len(rows)} of {len(dataset)}; "
+            "--reports names a CSV ecg_id,report"
         )
     return dataset.select(rows)
 

@@ -1,10 +1,11 @@
-"""The training loop of every stage: AdamW, schedules, averaged weights, and resuming."""
+"""The training loop that all stages share: AdamW, schedules, averaged weights, and resuming."""
 
 import copy
 import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ecgot.errors import EcgotError
 from ecgot.runs.progress import Progress
-from ecgot.runs.run import Run, _shape_error
+from ecgot.runs.run import Run, shape_error
 
 
 def warm_up_and_decay(optimizer: Optimizer, total: int) -> LRScheduler:
@@ -23,105 +24,147 @@ def warm_up_and_decay(optimizer: Optimizer, total: int) -> LRScheduler:
     return LambdaLR(optimizer, lambda step: rate_factor(step, total))
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How long and at which rates a stage is trained.
+
+    Attributes:
+        epochs: to train.
+        steps: optimizer steps of an epoch.
+        weight_decay: of AdamW, for parameter groups without one of their own.
+        average: decay of an exponential moving average of the weights over steps; 0: no average.
+        rates: the schedule of the learning rates, given the optimizer and the steps of all epochs.
+        clip: largest norm of a step's gradients.
+    """
+
+    epochs: int
+    steps: int
+    weight_decay: float
+    average: float = 0.0
+    rates: Callable[[Optimizer, int], LRScheduler] = warm_up_and_decay
+    clip: float = 1.0
+
+
 def train_epochs(
     run: Run,
     stage: str,
     model: nn.Module,
     groups: list[dict[str, Any]],
+    schedule: Schedule,
     *,
-    epochs: int,
-    steps: int,
-    weight_decay: float,
     epoch: Callable[[int, Callable[[Tensor], None]], dict[str, float]],
-    progress: Progress,
-    average: float = 0.0,
     validate: Callable[[nn.Module], dict[str, float]] = lambda _model: {},
-    schedule: Callable[[Optimizer, int], LRScheduler] = warm_up_and_decay,
-    clip: float = 1.0,
+    progress: Progress,
 ) -> None:
-    """Run ``epoch(number, step)`` to the last epoch, with AdamW, resuming where it stopped.
+    """Train ``model`` with AdamW to the last epoch, resuming after the last epoch that ``run`` has saved.
 
-    ``model`` has the averaged weights in the end, where they are averaged.
+    What is validated and saved, and what ``model`` holds in the end, is the average of the weights where the
+    schedule has one.
 
     Args:
-        groups: parameter groups with their top learning rate "lr".
-        steps: optimizer steps of an epoch.
-        epoch: trains one epoch, calling ``step(loss)`` for every batch, and returns its metrics.
-        average: of an exponential average of the weights over steps, which is what is validated and saved.
+        groups: parameter groups, each with its top learning rate "lr".
+        epoch: ``epoch(number, step)`` trains one epoch, calls ``step(loss)`` for every batch, and returns its
+            metrics.
         validate: metrics of the weights after an epoch.
-        schedule: of the learning rates, given the optimizer and its number of steps.
-        clip: the largest norm of a step's gradients.
     """
-    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
-    rates = schedule(optimizer, epochs * steps)
-    parameters = [p for group in groups for p in group["params"]]
-    kept = copy.deepcopy(model).requires_grad_(False) if average else model
-    done = 0
-
-    def step(loss: Tensor) -> None:
-        if not bool(torch.isfinite(loss)):
-            # The stages of ecgot train have a section of settings; other training has a fixed rate.
-            cure = f"; lower {stage}.learning_rate" if hasattr(run.config(), stage) else ""
-            raise EcgotError(f"{stage}: the loss is {loss.item()}{cure}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        rates.step()
-        nonlocal done
-        done += 1
-        if average:
-            _average(
-                kept, model, min(average, (1 + done) / (10 + done))
-            )  # the first weights soon count little
-
-    first = 0
-    state = run.load_state(stage)
-    if state is not None:
-        try:
-            model.load_state_dict(state["model"])
-        except RuntimeError as error:  # names or shapes differ
-            raise EcgotError(
-                f"run: the state of stage {stage} in {run.folder} does not fit the configured model "
-                f"({_shape_error(error)})"
-            ) from error
-        if average:
-            kept.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        rates.load_state_dict(state["schedule"])
-        first = state["epochs"]
-        done = first * steps
+    training = _Training(run, stage, model, groups, schedule)
+    first = training.resume()
+    if first:
         progress.note(f"{stage}: resuming after epoch {first}")
-    for number in range(first, epochs):
+    for number in range(first, schedule.epochs):
         start = time.perf_counter()
         torch.manual_seed(run.config().seed * 100_003 + number)  # a resumed run draws what this one draws
-        metrics = epoch(number, step) | validate(kept)
+        metrics = epoch(number, training.step) | validate(training.kept)
         metrics["seconds"] = time.perf_counter() - start
         metrics |= _peak_memory()
         run.log(stage, number + 1, metrics)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        progress.note(f"{stage}: epoch {number + 1}/{epochs}: {shown}")
-        # The state first: weights without it would pass for a finished stage, wherever the run is cut off.
-        run.save_state(
-            stage,
-            {
-                "model": model.state_dict(),
-                "average": kept.state_dict() if average else {},
-                "optimizer": optimizer.state_dict(),
-                "schedule": rates.state_dict(),
-                "epochs": number + 1,
-            },
-        )
-        run.save(stage, kept)
-    if first == epochs:  # cut off between the last state and its weights
-        run.save(stage, kept)
-    if average:
-        model.load_state_dict(kept.state_dict())
+        progress.note(f"{stage}: epoch {number + 1}/{schedule.epochs}: {shown}")
+        # The state first: a stage with weights but no state passes for finished.
+        training.save_state(number + 1)
+        run.save(stage, training.kept)
+    if first == schedule.epochs:  # cut off between the last state and its weights
+        run.save(stage, training.kept)
+    if schedule.average:
+        model.load_state_dict(training.kept.state_dict())
     run.finish(stage)
 
 
+class _Training:
+    """What changes from step to step: weights, their average, optimizer and learning rates.
+
+    Attributes:
+        kept: the model with averaged weights, or the model itself where they are not averaged.
+    """
+
+    def __init__(
+        self, run: Run, stage: str, model: nn.Module, groups: list[dict[str, Any]], schedule: Schedule
+    ) -> None:
+        self.run, self.stage, self.model, self.schedule = run, stage, model, schedule
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay, fused=True)
+        self.rates = schedule.rates(self.optimizer, schedule.epochs * schedule.steps)
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.kept = copy.deepcopy(model).requires_grad_(False) if schedule.average else model
+        self.done = 0  # steps
+
+    def step(self, loss: Tensor) -> None:
+        """One optimizer step.
+
+        Raises:
+            EcgotError: the loss is not finite.
+        """
+        if not bool(torch.isfinite(loss)):
+            # The stages of ecgot train have a section of settings; other training has a fixed rate.
+            cure = f"; lower {self.stage}.learning_rate" if hasattr(self.run.config(), self.stage) else ""
+            raise EcgotError(f"{self.stage}: expected a finite loss, got {loss.item()}{cure}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip)
+        self.optimizer.step()
+        self.rates.step()
+        self.done += 1
+        if self.schedule.average:
+            # A shorter memory at first, so that the initial weights are soon forgotten.
+            decay = min(self.schedule.average, (1 + self.done) / (10 + self.done))
+            update_average(self.kept, self.model, decay)
+
+    def save_state(self, epochs: int) -> None:
+        """Save what :meth:`resume` needs after ``epochs`` whole epochs."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.kept.state_dict() if self.schedule.average else {},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.rates.state_dict(),
+            "epochs": epochs,
+        }
+        self.run.save_state(self.stage, state)
+
+    def resume(self) -> int:
+        """Load the saved state, if there is one, and return the number of epochs that it has seen.
+
+        Raises:
+            EcgotError: it is the state of another model, or damaged.
+        """
+        state = self.run.load_state(self.stage)
+        if state is None:
+            return 0
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:  # names or shapes differ
+            raise EcgotError(
+                f"run: expected a state of stage {self.stage} in {self.run.folder} that fits the configured "
+                f"model, got another ({shape_error(error)})"
+            ) from error
+        if self.schedule.average:
+            self.kept.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rates.load_state_dict(state["schedule"])
+        self.done = state["epochs"] * self.schedule.steps
+        return state["epochs"]
+
+
 def parameter_groups(model: nn.Module, rate: Callable[[str], float]) -> list[dict[str, Any]]:
-    """What of ``model`` is trained, each at the rate of its name; matrices and kernels alone decay."""
+    """Trainable parameters by the learning rate of their name; only matrices and kernels decay."""
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -133,7 +176,8 @@ def parameter_groups(model: nn.Module, rate: Callable[[str], float]) -> list[dic
 
 
 @torch.no_grad()
-def _average(kept: nn.Module, model: nn.Module, decay: float) -> None:
+def update_average(kept: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move ``kept`` towards ``model`` by ``1 - decay``; integers, such as batch counts, are copied."""
     pairs = list(zip(kept.state_dict().values(), model.state_dict().values(), strict=True))
     floats = [(mean, now) for mean, now in pairs if mean.is_floating_point()]
     get_ema_multi_avg_fn(decay)([mean for mean, _ in floats], [now for _, now in floats], None)
@@ -143,7 +187,7 @@ def _average(kept: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def _peak_memory() -> dict[str, float]:
-    """Peak resident memory of the process so far, in GB, where the system tells it."""
+    """Peak resident memory of the process so far in GB, on systems that report it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -153,7 +197,7 @@ def _peak_memory() -> dict[str, float]:
 
 
 def rate_factor(step: int, total: int) -> float:
-    """Learning rate of a step, as a share of the top rate: up in the first fifth, then down to 0 (cosine)."""
+    """Share of the top learning rate: linear up over a fifth of the steps, then a cosine down to 0."""
     warm_up = max(1, total // 5)
     if step < warm_up:
         return (step + 1) / (warm_up + 1)

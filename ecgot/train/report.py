@@ -18,10 +18,10 @@ from ecgot.runs.progress import Progress
 from ecgot.runs.records import encode
 from ecgot.runs.run import Run
 from ecgot.train.batches import epoch_order
-from ecgot.train.loop import parameter_groups, train_epochs
+from ecgot.train.loop import Schedule, parameter_groups, train_epochs
 
-RECORDER_MIN_COUNT = 20  # training reports of a recorder that the model gets to know
-RECORDER_DROPOUT = 0.2  # share of them for which it is not told, so that it also writes without
+RECORDER_MIN_COUNT = 20  # training reports of a recorder for it to get an embedding
+RECORDER_DROPOUT = 0.2  # share of training reports whose recorder is hidden, so that the model can do without
 
 
 def train_reporter(
@@ -54,11 +54,12 @@ def train_reporter(
         batches = epoch_order(len(train), settings.batch_size, config.seed, number, lengths)
         for done, rows in enumerate(batches):
             reports = [train.reports[row] for row in rows.tolist()]
-            told = [
-                "" if hidden else train.table.recorders[row]
-                for row, hidden in zip(rows.tolist(), torch.rand(len(rows)) < RECORDER_DROPOUT, strict=True)
+            hidden = torch.rand(len(rows)) < RECORDER_DROPOUT
+            names = [
+                "" if hide else train.table.recorders[row]
+                for row, hide in zip(rows.tolist(), hidden, strict=True)
             ]
-            loss = reporter(tokens[rows].to(device).float(), mask[rows].to(device), reports, recorders=told)
+            loss = reporter(tokens[rows].to(device).float(), mask[rows].to(device), reports, recorders=names)
             step(loss)
             total += loss.item() / len(batches)
             progress.bar(f"report, epoch {number + 1}/{settings.epochs}", done + 1, len(batches))
@@ -72,9 +73,11 @@ def train_reporter(
         "report",
         reporter,
         parameter_groups(reporter, functools.partial(_learning_rate, settings)),
-        epochs=settings.epochs,
-        steps=len(epoch_order(len(train), settings.batch_size, 0, 0)),
-        weight_decay=settings.weight_decay,
+        Schedule(
+            epochs=settings.epochs,
+            steps=len(epoch_order(len(train), settings.batch_size, 0, 0)),
+            weight_decay=settings.weight_decay,
+        ),
         epoch=epoch,
         progress=progress,
     )
@@ -96,13 +99,13 @@ def _learning_rate(settings: ReportConfig, name: str) -> float:
 
 @torch.no_grad()
 def _mean_loss(reporter: Reporter, tokens: Tensor, mask: Tensor, dataset: EcgDataset) -> float:
-    """Of all records, told their recorders."""
+    """Over all records, with their recorders given."""
     reporter.eval()
     device = next(reporter.parameters()).device
     total = 0.0
     for rows in torch.arange(len(dataset)).split(64):
         batch = [dataset.reports[row] for row in rows.tolist()]
-        told = [dataset.table.recorders[row] for row in rows.tolist()]
-        loss = reporter(tokens[rows].to(device).float(), mask[rows].to(device), batch, recorders=told)
+        names = [dataset.table.recorders[row] for row in rows.tolist()]
+        loss = reporter(tokens[rows].to(device).float(), mask[rows].to(device), batch, recorders=names)
         total += len(rows) * loss.item()
     return total / len(dataset)

@@ -43,7 +43,7 @@ def train(
     """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
-        raise EcgotError(f"stage: got {unknown[0]!r}, accepted are {', '.join(STAGES)}")
+        raise EcgotError(f"stage: expected one of {', '.join(STAGES)}, got {unknown[0]!r}")
     cache_dir, progress = cache_dir or default_cache_dir(), progress or Progress()
     # All that can be refused is refused before the run's folder is made.
     if "align" not in stages:

@@ -24,13 +24,12 @@ from ecgot.models.encoders import Encoder, encoder, fuse_norms, masked_mean, to_
 from ecgot.runs.checkpoints import load_alignment
 from ecgot.runs.device import choose_device
 from ecgot.runs.progress import Progress
-from ecgot.runs.records import waveforms
+from ecgot.runs.records import BATCH, waveforms
 from ecgot.runs.run import Run
 from ecgot.train.batches import augmented, epoch_order
-from ecgot.train.loop import parameter_groups, train_epochs, warm_up_and_decay
+from ecgot.train.loop import Schedule, parameter_groups, train_epochs, warm_up_and_decay
 
 STAGE = "supervised"
-BATCH = 128  # of scoring
 ALL = "all"
 BENCHMARK_ENCODERS = ("resnet1d_wang", "xresnet1d101", "inception1d")
 
@@ -61,6 +60,7 @@ class SupervisedConfig:
 
     @property
     def groups(self) -> tuple[str, ...]:
+        """The label groups that the classifier learns."""
         return GROUPS if self.group == ALL else (self.group,)
 
 
@@ -99,6 +99,7 @@ class Targets:
 
     @classmethod
     def of(cls, dataset: EcgDataset, groups: Sequence[str]) -> "Targets":
+        """The labels of ``groups``, in this order."""
         matrices = [dataset.labels(group).matrix for group in groups]
         labelled = [np.broadcast_to(matrix.any(1, keepdims=True), matrix.shape) for matrix in matrices]
         return cls(np.concatenate(matrices, axis=1), np.concatenate(labelled, axis=1))
@@ -112,9 +113,7 @@ def labelled(dataset: EcgDataset, groups: Sequence[str]) -> EcgDataset:
     """
     rows = np.flatnonzero(Targets.of(dataset, groups).matrix.any(1))
     if len(rows) < 2:
-        raise EcgotError(
-            f"data: got {len(rows)} records labelled in {', '.join(groups)}, accepted are 2 or more"
-        )
+        raise EcgotError(f"data: expected 2 or more records labelled in {', '.join(groups)}, got {len(rows)}")
     return dataset.select(rows)
 
 
@@ -282,15 +281,17 @@ def train_classifier(
         STAGE,
         classifier,
         _parameter_groups(classifier, settings),
-        epochs=settings.epochs,
-        steps=len(_batches(len(train), settings, 0, 0)),
-        weight_decay=settings.weight_decay,
+        Schedule(
+            epochs=settings.epochs,
+            steps=len(_batches(len(train), settings, 0, 0)),
+            weight_decay=settings.weight_decay,
+            average=settings.average,
+            rates=one_cycle if scratch else warm_up_and_decay,
+            clip=math.inf if scratch else 1.0,
+        ),
         epoch=epoch,
-        progress=progress,
-        average=settings.average,
         validate=lambda kept: validate(cast(Classifier, kept)),
-        schedule=one_cycle if scratch else warm_up_and_decay,
-        clip=math.inf if scratch else 1.0,
+        progress=progress,
     )
     return classifier.eval()
 

@@ -93,14 +93,14 @@ def test_the_sampling_rate_chooses_the_file_and_falls_back(root):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (lambda t: t.drop(columns="scp_codes"), "no column scp_codes"),
-        (lambda t: t.drop(columns="patient_id"), "no column patient_id"),
+        (lambda t: t.drop(columns="scp_codes"), "expected column scp_codes"),
+        (lambda t: t.drop(columns="patient_id"), "expected column patient_id"),
         (lambda t: t.drop(columns=["filename_lr", "filename_hr"]), "filename_lr"),
-        (lambda t: t.iloc[:0], "lists no records"),
+        (lambda t: t.iloc[:0], "expected records"),
         (lambda t: pd.concat([t, t]), "twice"),
         (lambda t: t.assign(patient_id="x"), "patient_id"),
         (lambda t: t.assign(scp_codes="{'NORM'"), "ecg_id 1"),
-        (lambda t: t.assign(filename_lr="", filename_hr=""), "names no file"),
+        (lambda t: t.assign(filename_lr="", filename_hr=""), "expected a file in filename_lr"),
     ],
 )
 def test_a_bad_table_is_named_in_one_line(root, change, part):
@@ -117,11 +117,11 @@ def test_missing_files_and_columns_are_named(root):
     with pytest.raises(EcgotError, match="english"):
         read_table(root, reports_csv=root / "english.csv")
     (root / "english.csv").write_text("id,text\n1,a\n")
-    with pytest.raises(EcgotError, match="no column ecg_id, report"):
+    with pytest.raises(EcgotError, match="expected column ecg_id, report"):
         read_table(root, reports_csv=root / "english.csv")
-    with pytest.raises(EcgotError, match="holds folds 1, 2, 9"):
+    with pytest.raises(EcgotError, match="expected some of 1, 2, 9"):
         read_table(root, folds=[10])
-    with pytest.raises(EcgotError, match="accepted are superclass"):
+    with pytest.raises(EcgotError, match="expected one of superclass"):
         read_table(root).labels("colour")
     (root / "scp_statements.csv").unlink()
     with pytest.raises(EcgotError, match="scp_statements"):

@@ -121,16 +121,16 @@ def test_damage_is_named(tmp_path):
     path = write(tmp_path)
     data = path.with_suffix(".dat").read_bytes()
     path.with_suffix(".dat").write_bytes(data[:-240])
-    expect_error(path, "23760 bytes", "24000")
+    expect_error(path, "24000 bytes", "got 23760")
 
     path.with_suffix(".dat").write_bytes(data + data[:2400])
-    expect_error(path, "26400 bytes", "24000")
+    expect_error(path, "24000 bytes", "got 26400")
 
     path.with_suffix(".dat").write_bytes(data[:5000] + bytes([data[5000] ^ 4]) + data[5001:])
     expect_error(path, "checksum")
 
     path.with_suffix(".dat").write_bytes(b"")
-    expect_error(path, "0 bytes")
+    expect_error(path, "got 0")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_an_empty_header_is_named(tmp_path):
 
 
 def test_missing_leads_are_named(tmp_path):
-    expect_error(write(tmp_path, SIGNAL[:, :3]), "V1", "it has I, II, III")
+    expect_error(write(tmp_path, SIGNAL[:, :3]), "V1", "got I, II, III, without")
 
 
 def test_a_lead_without_a_valid_sample_is_named(tmp_path):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy.signal import find_peaks
 
+from ecgot.data.findings import STATEMENTS
 from ecgot.data.record import STANDARD_LEADS
-from ecgot.data.synth import STATEMENTS, simulate, write_dataset
+from ecgot.data.synth import simulate, write_dataset
 from ecgot.errors import EcgotError
 
 LEAD = {name: row for row, name in enumerate(STANDARD_LEADS)}
@@ -198,7 +199,7 @@ def test_patients_keep_to_one_fold(dataset):
 def test_nothing_is_overwritten_or_left_half_written(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("kept")
-    with pytest.raises(EcgotError, match="not an empty folder"):
+    with pytest.raises(EcgotError, match="new or empty folder"):
         write_dataset(tmp_path / "full", records=3)
     with pytest.raises(EcgotError, match="records"):
         write_dataset(tmp_path / "none", records=0)

@@ -90,7 +90,7 @@ def test_weights_switch_terms_off(model):
     torch.testing.assert_close(terms["phrase"], phrase_loss(logits, phrases.said, phrases.weight))
     alone = AlignmentLoss(token_weight=0.0)(ecg, text, torch.arange(4), model)
     assert set(alone) == {"contrastive", "loss"}
-    with pytest.raises(ValueError, match="phrases: got None"):
+    with pytest.raises(ValueError, match="phrases: expected SaidPhrases"):
         loss(ecg, text, torch.arange(4), model)
 
 

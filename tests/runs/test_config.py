@@ -74,7 +74,7 @@ def test_bad_files_are_named(tmp_path, content):
 
 
 def test_the_average_of_the_weights_must_forget():
-    with pytest.raises(EcgotError, match=r"align\.average: got 1\.0, accepted is a number >= 0 below 1"):
+    with pytest.raises(EcgotError, match=r"align\.average: expected a number >= 0 below 1, got 1\.0"):
         resolve(None, ["align.average=1"])
 
 
@@ -92,5 +92,5 @@ def test_differences_name_the_settings():
 
 
 def test_a_record_shorter_than_a_sample_is_refused():
-    with pytest.raises(EcgotError, match=r"data\.seconds: got 0\.001"):
+    with pytest.raises(EcgotError, match=r"data\.seconds: expected at least one sample's time, got 0\.001"):
         resolve(None, ["data.seconds=0.001"])

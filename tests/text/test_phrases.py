@@ -63,5 +63,5 @@ def test_logits_are_scaled_similarities_and_a_prior():
 
 
 def test_too_few_reports_are_named():
-    with pytest.raises(EcgotError, match=r"align\.phrase_min_count: got 9, which no phrase of 5 reports"):
+    with pytest.raises(EcgotError, match=r"phrase_min_count: expected .* of 5 reports reaches, got 9"):
         find_phrases(REPORTS, min_count=9, max_words=3)
