@@ -32,6 +32,13 @@ def settings(few, tiny_bert) -> list[str]:
     return small_settings(few, tiny_bert)
 
 
+@pytest.fixture(scope="module")
+def aligned(few, tiny_bert, cache_dir, tmp_path_factory) -> Run:
+    """Stage 1 of the settings, trained without a break; do not write into it."""
+    config = resolve(None, small_settings(few, tiny_bert))
+    return train(config, tmp_path_factory.mktemp("aligned") / "run", stages=["align"], cache_dir=cache_dir)
+
+
 def weights(run: Run, stage: str) -> dict[str, torch.Tensor]:
     return load_file(run.folder / f"{stage}.safetensors")
 
@@ -79,19 +86,18 @@ def test_a_run_leaves_configuration_metrics_and_checkpoints(settings, tmp_path, 
     assert run.done("report")
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_does_not(settings, tmp_path, cache_dir):
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(settings, aligned, tmp_path, cache_dir):
     def align(name, *more):
         run = train(resolve(None, [*settings, *more]), tmp_path / name, stages=["align"], cache_dir=cache_dir)
         return weights(run, "align")
 
-    first = align("a")
+    first = weights(aligned, "align")
     assert_equal(first, align("b"))
     assert not torch.equal(first["project_ecg.weight"], align("c", "seed=1")["project_ecg.weight"])
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(settings, tmp_path, cache_dir):
+def test_an_interrupted_run_resumes_to_the_same_weights(settings, aligned, tmp_path, cache_dir):
     config = resolve(None, settings)
-    whole = train(config, tmp_path / "whole", stages=["align"], cache_dir=cache_dir)
     with pytest.raises(Stopped):
         train(
             config,
@@ -104,7 +110,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(settings, tmp_path, cach
     with pytest.raises(EcgotError, match="interrupted"):
         train(config, tmp_path / "run", stages=["report"], cache_dir=cache_dir)
     resumed = train(config, tmp_path / "run", stages=["align"], resume=True, cache_dir=cache_dir)
-    assert_equal(weights(whole, "align"), weights(resumed, "align"))
+    assert_equal(weights(aligned, "align"), weights(resumed, "align"))
     assert [line["epoch"] for line in resumed.metrics()] == [1, 2]
 
 
@@ -112,10 +118,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights(settings, tmp_path, cach
     ("cut_off_at", "epoch"), [("save_state", 1), ("save", 1), ("save", 2), ("finish", 1)]
 )
 def test_wherever_a_run_is_cut_off_it_resumes_to_the_same_weights(
-    settings, tmp_path, cache_dir, monkeypatch, cut_off_at, epoch
+    settings, aligned, tmp_path, cache_dir, monkeypatch, cut_off_at, epoch
 ):
     config = resolve(None, settings)
-    whole = train(config, tmp_path / "whole", stages=["align"], cache_dir=cache_dir)
     method, calls = getattr(Run, cut_off_at), []
 
     def cut_off(*arguments):
@@ -130,7 +135,7 @@ def test_wherever_a_run_is_cut_off_it_resumes_to_the_same_weights(
     monkeypatch.undo()
     assert not Run(tmp_path / "run").done("align")
     resumed = train(config, tmp_path / "run", stages=["align"], resume=True, cache_dir=cache_dir)
-    assert_equal(weights(whole, "align"), weights(resumed, "align"))
+    assert_equal(weights(aligned, "align"), weights(resumed, "align"))
     assert resumed.done("align")
 
 
@@ -214,16 +219,15 @@ def test_another_frozen_text_encoder_under_the_same_name_is_refused(settings, tm
         load_alignment(run, text)
 
 
-def test_no_label_reaches_the_alignment(settings, few, tmp_path, cache_dir):
+def test_no_label_reaches_the_alignment(settings, aligned, few, tmp_path, cache_dir):
     config = resolve(None, settings)
-    first = train(config, tmp_path / "a", stages=["align"], cache_dir=cache_dir)
     blind = tmp_path / "blind"
     shutil.copytree(few, blind)
     table = pd.read_csv(blind / "ptbxl_database.csv", dtype=str)
     table.assign(scp_codes="{}").to_csv(blind / "ptbxl_database.csv", index=False)
     config = replace(config, data=replace(config.data, root=str(blind)))
     second = train(config, tmp_path / "b", stages=["align"], cache_dir=cache_dir)
-    assert_equal(weights(first, "align"), weights(second, "align"))
+    assert_equal(weights(aligned, "align"), weights(second, "align"))
 
 
 def test_a_trained_text_encoder_is_saved_and_loaded(settings, tmp_path, cache_dir, tiny_bert):
