@@ -119,7 +119,7 @@ def test_an_interrupted_stage_keeps_its_names_and_a_new_one_forgets_them(
     monkeypatch.undo()
     names = (folder / "recorders.json").read_text(encoding="utf-8")
     (folder / "recorders.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(EcgotError, match=r"state of stage report in .* does not fit the configured model"):
+    with pytest.raises(EcgotError, match=r"state of stage report in .* fits the configured model"):
         go_on()
     (folder / "recorders.json").write_text(names, encoding="utf-8")
     # The table is edited: the weights still stand for the first names.
