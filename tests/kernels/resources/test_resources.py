@@ -22,7 +22,7 @@ from ecgot.kernels.resources.machine_code import (
     spilled_bytes,
     stores_anything,
 )
-from ecgot.kernels.resources.outcome import Outcome, _refused
+from ecgot.kernels.resources.outcome import Outcome, refused
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
@@ -326,7 +326,7 @@ def test_the_exit_code_says_what_was_found(
     assert last == f"2 compilations, {summary}"
 
 
-def test_interpreted_kernels_are_refused() -> None:
+def test_interpreted_kernels_arerefused() -> None:
     code = """
 import os, sys
 from ecgot.kernels.resources.__main__ import main
@@ -339,19 +339,19 @@ sys.exit(main([]) if codes == [2] else 1)
     assert [line.split(":")[1] for line in done.stderr.splitlines()] == [" TRITON_INTERPRET"] * 2
 
 
-def test_an_unknown_target_is_refused(capsys: pytest.CaptureFixture) -> None:
+def test_an_unknown_target_isrefused(capsys: pytest.CaptureFixture) -> None:
     assert command.main(["--targets", "sm_10"]) == 2
     assert "sm_10" in capsys.readouterr().err
 
 
-def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture) -> None:
+def test_an_unknown_option_isrefused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main(["--what"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "resources: unrecognized arguments: --what\n"
 
 
-def test_a_kernel_that_is_not_there_is_refused(
+def test_a_kernel_that_is_not_there_isrefused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(command, "_unusable", lambda targets: None)  # it may refuse to run interpreted
@@ -375,14 +375,14 @@ def test_what_is_unknown_is_a_dash_and_a_spill_is_marked() -> None:
 
 def test_too_much_memory_is_a_failure() -> None:
     def refused(**needed: int) -> str | None:
-        return _refused(SimpleNamespace(**{"shared": 0, "tmem_size": 0} | needed), "sm_100")
+        return refused(SimpleNamespace(**{"shared": 0, "tmem_size": 0} | needed), "sm_100")
 
     assert refused() is None
     assert "shared memory" in str(refused(shared=228 * 1024))
     assert "528 columns of tensor memory" in str(refused(tmem_size=528))
 
 
-def test_a_missing_triton_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_missing_triton_isrefused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(command, "HAS_TRITON", False)
     assert command.main([]) == 2
     assert capsys.readouterr().err == "resources: triton is not installed\n"
