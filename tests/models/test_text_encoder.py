@@ -118,9 +118,9 @@ def test_the_packaged_model_loads_offline(monkeypatch):
 
 
 def test_unknown_models_are_named(tmp_path, monkeypatch):
-    with pytest.raises(EcgotError, match=r"text\.name: got") as caught:
+    with pytest.raises(EcgotError, match=r"text\.name: expected minilm") as caught:
         TextEncoder(str(tmp_path / "absent"))
     assert "\n" not in str(caught.value)
     assert "minilm" in str(caught.value)
-    with pytest.raises(EcgotError, match="at least one text"):
+    with pytest.raises(EcgotError, match="texts: expected at least one"):
         embed_texts(None, (), cache_dir=None)  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def check(case: Case, target: str) -> Outcome:
     except Exception as error:  # compilers fail in many ways, each of which is a result
         return Outcome(str(case), target, str(error).strip().partition("\n")[0] or repr(error))
     outcome = Outcome(
-        str(case), target, refused(compiled.metadata, target), shared_bytes=compiled.metadata.shared
+        str(case), target, launch_refusal(compiled.metadata, target), shared_bytes=compiled.metadata.shared
     )
     if gpu.backend == "hip":
         return _with_machine_code(outcome, *_amd(compiled.asm["amdgcn"]))
@@ -66,7 +66,7 @@ def check(case: Case, target: str) -> Outcome:
     return outcome if listing is None else _with_machine_code(outcome, *_nvidia(listing))
 
 
-def refused(metadata: Any, target: str) -> str | None:
+def launch_refusal(metadata: Any, target: str) -> str | None:
     """Why launching a compiled kernel would fail."""
     needed, limit = metadata.shared, TARGETS[target].shared_bytes
     if needed > limit:

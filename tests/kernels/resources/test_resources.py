@@ -22,7 +22,7 @@ from ecgot.kernels.resources.machine_code import (
     spilled_bytes,
     stores_anything,
 )
-from ecgot.kernels.resources.outcome import Outcome, refused
+from ecgot.kernels.resources.outcome import Outcome, launch_refusal
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
@@ -375,7 +375,7 @@ def test_what_is_unknown_is_a_dash_and_a_spill_is_marked() -> None:
 
 def test_too_much_memory_is_a_failure() -> None:
     def refused(**needed: int) -> str | None:
-        return refused(SimpleNamespace(**{"shared": 0, "tmem_size": 0} | needed), "sm_100")
+        return launch_refusal(SimpleNamespace(**{"shared": 0, "tmem_size": 0} | needed), "sm_100")
 
     assert refused() is None
     assert "shared memory" in str(refused(shared=228 * 1024))
