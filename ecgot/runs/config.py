@@ -197,11 +197,14 @@ def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
-        return json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+        values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise EcgotError(f"config: {file} cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise EcgotError(f"config: {file} is not valid TOML or JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise EcgotError(f"config: expected a table of settings in {file}, got {str(values)[:40]}")
+    return values
 
 
 def _place(values: dict[str, Any], key: str, text: str) -> None:

@@ -73,6 +73,14 @@ def test_bad_files_are_named(tmp_path, content):
         resolve(tmp_path / "absent.toml")
 
 
+@pytest.mark.parametrize("content", ["[1]", "3", '"align"', "null"])
+def test_json_that_is_no_table_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(EcgotError, match="config: expected a table of settings") as caught:
+        resolve(tmp_path / "config.json", ["align.epochs=3"])
+    assert "\n" not in str(caught.value)
+
+
 def test_the_average_of_the_weights_must_forget():
     with pytest.raises(EcgotError, match=r"align\.average: expected a number >= 0 below 1, got 1\.0"):
         resolve(None, ["align.average=1"])
