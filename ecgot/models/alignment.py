@@ -1,4 +1,4 @@
-"""ECG and report tokens in one space: the model that is aligned."""
+"""The alignment model: ECG and report tokens in one shared space."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from ecgot.models.text_encoder import TextTokens
 class Embedding:
     """tokens [B, N, E] in the shared space, mask [B, N], pooled [B, E] of unit length.
 
-    prior: of texts, [B]: how common the model expects a phrase to be, as log-odds.
+    prior: [B], texts only: how often the model expects a phrase to be said, as log-odds.
     """
 
     tokens: Tensor
@@ -24,11 +24,11 @@ class Embedding:
 
 
 class AlignmentModel(nn.Module):
-    """An ECG encoder, the two projections into the shared space, and how common a phrase is.
+    """An ECG encoder, a projection into the shared space for each modality, and a prior for phrases.
 
-    One map a modality serves tokens and pooled embedding alike, so that what transport teaches the tokens
-    also moves the embedding that zero-shot scores read. That of text, which comes from a frozen model, has a
-    hidden layer.
+    Each modality has one projection, shared by its tokens and its pooled embedding, so that a loss on tokens
+    also moves the embedding that zero-shot scores use. The text projection has a hidden layer, as the text
+    encoder is frozen.
 
     Args:
         encoder: waveform [B, L, T] to :class:`EncoderOutput`.
@@ -48,22 +48,22 @@ class AlignmentModel(nn.Module):
         )
         self.phrase_prior = nn.Sequential(nn.Linear(text_width, width), nn.GELU(), nn.Linear(width, 1))
         self.log_phrase_scale = nn.Parameter(torch.tensor(10.0).log())
-        # Of the frozen text encoder that the model was trained on: 16 bytes, which travel with the weights.
+        # Identifies the frozen text encoder that the model was trained with; saved with the weights.
         self.text_fingerprint: Tensor
         self.register_buffer("text_fingerprint", torch.zeros(16, dtype=torch.uint8))
         self.log_temperature = nn.Parameter(torch.tensor(0.07).log())
         self.log_token_temperature = nn.Parameter(torch.tensor(0.07).log())
 
     def embed_ecg(self, waveform: Tensor, lengths: Tensor | None = None) -> Embedding:
-        """waveform [B, L, T] in mV, lengths [B]: see the encoder."""
+        """Embed waveform [B, L, T] in mV; lengths [B] as the encoder takes them."""
         return self.project_tokens(self.encoder(waveform, lengths))
 
     def project_tokens(self, encoded: EncoderOutput) -> Embedding:
-        """The encoder's output into the shared space."""
+        """Project the encoder's output into the shared space."""
         return _embedding(self.project_ecg(encoded.tokens), encoded.mask, self.project_ecg(encoded.pooled))
 
     def embed_text(self, text: TextTokens) -> Embedding:
-        """Text tokens into the shared space."""
+        """Project text tokens into the shared space."""
         tokens = _project_valid(self.project_text, text.tokens, text.mask)
         return Embedding(tokens, text.mask, *self.embed_phrases(text.pooled))
 
@@ -78,12 +78,12 @@ class AlignmentModel(nn.Module):
 
     @property
     def phrase_scale(self) -> Tensor:
-        """That of :func:`phrase_logits`."""
+        """The scale of :func:`ecgot.models.losses.phrase_logits`."""
         return self.log_phrase_scale.exp()
 
     @property
     def token_temperature(self) -> Tensor:
-        """That of the contrast by tokens, alike."""
+        """The same for the contrast by tokens."""
         return self.log_token_temperature.exp().clamp_min(0.01)
 
 
@@ -92,7 +92,7 @@ def _embedding(projected: Tensor, mask: Tensor, pooled: Tensor) -> Embedding:
 
 
 def _project_valid(projection: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
-    """tokens [B, M, D] to [B, M, E], 0 where masked: most of a batch of reports is padding, so it pays."""
+    """Project tokens [B, M, D] to [B, M, E], 0 where masked. Padding, most of a batch of reports, is skipped."""
     valid = mask.flatten().nonzero().squeeze(1)
     projected = projection(tokens.flatten(0, 1).index_select(0, valid))
     whole = projected.new_zeros(mask.numel(), projected.shape[1])

@@ -1,5 +1,5 @@
-"""Losses of the alignment: contrasts of pooled embeddings, of token sets by optimal transport or its rivals,
-and of each ECG with the phrases that reports are made of."""
+"""Alignment losses: contrasts of pooled embeddings and of token sets (by optimal transport or its rivals),
+and whether each ECG's report says each phrase."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +20,7 @@ def contrastive_loss(similarity: Tensor, text_id: Tensor, temperature: Tensor) -
     Args:
         similarity: [B, B], of each ECG (row) to each report.
         text_id: [B], equal where reports are the same text. An ECG's targets are spread evenly over all
-            columns that hold its report: otherwise the same words would be right and wrong at once.
+            columns that hold its report: otherwise the same words would count as both right and wrong.
         temperature: [].
     """
     logits = similarity / temperature
@@ -34,18 +34,19 @@ def phrase_logits(ecg: Tensor, phrases: Tensor, prior: Tensor, scale: Tensor) ->
 
     Args:
         ecg, phrases: pooled embeddings [B, E] and [K, E].
-        prior: [K], of the phrases; scale: [], both of the model.
+        prior: [K], the model's prior for each phrase.
+        scale: [], the model's scale.
     """
     return scale * ecg @ phrases.T + prior
 
 
 def phrase_loss(logits: Tensor, said: Tensor, weight: Tensor) -> Tensor:
-    """Whether each phrase is said: the weighted sum of cross entropies over phrases, the mean over records.
+    """Binary cross-entropy for saying each phrase: weighted sum over phrases, mean over records.
 
     Args:
         logits: [B, K], log-odds.
         said: [B, K], 1 where the record's report says the phrase.
-        weight: [K], of the phrases.
+        weight: [K], a weight for each phrase.
     """
     loss = F.binary_cross_entropy_with_logits(logits, said, reduction="none")
     return (loss @ weight).mean()
@@ -53,7 +54,7 @@ def phrase_loss(logits: Tensor, said: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Transport:
-    """Settings of :func:`ecgot.sinkhorn`, on the cosine cost, which lies in [0, 2]."""
+    """Solver settings for :func:`ecgot.sinkhorn` on the cosine cost, which lies in [0, 2]."""
 
     eps: float = 0.1
     max_iter: int = 50
@@ -72,9 +73,12 @@ TOKEN_LOSSES = (*TOKEN_SIMILARITIES, "ot_matched", "ot_batch", "wasserstein_1d")
 
 @dataclass
 class SaidPhrases:
-    """Phrases and which of them a batch's reports say.
+    """K phrases, and which of them each report of a batch says.
 
-    pooled: [K, D], of the text encoder; weight: [K]; said: [B, K], 1 where a report says the phrase.
+    Attributes:
+        pooled: [K, D], the phrases' pooled embeddings from the text encoder.
+        weight: [K], each phrase's weight in the loss.
+        said: [B, K], 1 where a report says the phrase.
     """
 
     pooled: Tensor
@@ -86,10 +90,10 @@ class AlignmentLoss(nn.Module):
     """The weighted sum of a contrast of the pooled embeddings, a token loss and :func:`phrase_loss`.
 
     Args:
-        contrastive_weight, token_weight, phrase_weight: 0 leaves a term out (and its cost).
-        token_loss: one of ``TOKEN_SIMILARITIES``, which is then the similarity of a second contrast, or
-            another of ``TOKEN_LOSSES``.
-        transport: settings of the transport in it.
+        contrastive_weight, token_weight, phrase_weight: a term with weight 0 is not computed.
+        token_loss: one of ``TOKEN_LOSSES``; those of ``TOKEN_SIMILARITIES`` are the similarity of a second
+            contrast.
+        transport: solver settings for the losses that use transport.
     """
 
     def __init__(
@@ -116,10 +120,10 @@ class AlignmentLoss(nn.Module):
         model: AlignmentModel,
         phrases: SaidPhrases | None = None,
     ) -> dict[str, Tensor]:
-        """The terms that have a weight, "contrastive", "token" and "phrase", and their weighted sum "loss".
+        """The terms with a weight ("contrastive", "token", "phrase") and their weighted sum, "loss".
 
-        With transport comes "ot_converged", the share of its problems that converged, without a gradient.
-        ``model`` holds the temperatures and the phrases' prior; a phrase weight needs ``phrases``.
+        A transport loss adds "ot_converged", the share of its problems that converged, without a gradient.
+        ``model`` holds the temperatures and the phrase prior; ``phrases`` is needed where phrases have a weight.
         """
         terms: dict[str, Tensor] = {}
         total = ecg.pooled.new_zeros(())
@@ -143,7 +147,7 @@ class AlignmentLoss(nn.Module):
     def _token_term(
         self, ecg: Embedding, text: Embedding, text_id: Tensor, model: AlignmentModel
     ) -> tuple[Tensor, Tensor | None]:
-        """The term, and which of its transport problems converged, where it has any."""
+        """The token term, and which of its transport problems converged, if it has any."""
         settings = self.transport
         if self.token_loss in TOKEN_SIMILARITIES:
             similarity, converged = _token_similarity(self.token_loss, ecg, text, settings)
@@ -159,20 +163,22 @@ class AlignmentLoss(nn.Module):
 
 
 def wasserstein_1d(x: Tensor, y: Tensor) -> Tensor:
-    """W1 between the scalars of two tensors of one shape: the mean distance of their sorted values."""
+    """W1 distance between the values of two tensors of equal shape: mean distance of the sorted values."""
     return (x.flatten().sort().values - y.flatten().sort().values).abs().mean()
 
 
 def token_similarity(name: str, ecg: Embedding, text: Embedding, transport: Transport) -> Tensor:
-    """Similarity [B, K] of each ECG to each text by their tokens, one of ``TOKEN_SIMILARITIES``; each pair is
-    taken alone."""
+    """Similarity [B, K] between the tokens of each ECG and each text, one of ``TOKEN_SIMILARITIES``.
+
+    Each pair is scored on its own.
+    """
     return _token_similarity(name, ecg, text, transport)[0]
 
 
 def _token_similarity(
     name: str, ecg: Embedding, text: Embedding, transport: Transport
 ) -> tuple[Tensor, Tensor | None]:
-    """With which of the transport problems converged, where it is transport."""
+    """The similarity, and which transport problems converged, if it is transport."""
     if name == "ot":
         masks: dict[str, Any] = {"x_mask": ecg.mask, "y_mask": text.mask}
         solved = sinkhorn_pairwise(
@@ -186,7 +192,7 @@ def _token_similarity(
     x_mask, y_mask = ecg.mask[:, None, :], text.mask[None, :, :]
     best_of_x = cosine.masked_fill(~y_mask[:, :, None, :], -2).max(3).values.masked_fill(~x_mask, 0).sum(2)
     best_of_y = cosine.masked_fill(~x_mask[:, :, :, None], -2).max(2).values.masked_fill(~y_mask, 0).sum(2)
-    # A side without any token, which is like nothing, gives 0 instead of NaN.
+    # A side without tokens gives 0, not NaN.
     some = x_mask.any(2) & y_mask.any(2)
     both = best_of_x / x_mask.sum(2).clamp_min(1) + best_of_y / y_mask.sum(2).clamp_min(1)
     return (both / 2).masked_fill(~some, 0.0), None
