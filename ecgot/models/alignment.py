@@ -92,7 +92,7 @@ def _embedding(projected: Tensor, mask: Tensor, pooled: Tensor) -> Embedding:
 
 
 def _project_valid(projection: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Project tokens [B, M, D] to [B, M, E], 0 where masked. Padding, most of a batch of reports, is skipped."""
+    """Project tokens [B, M, D] to [B, M, E], 0 where masked. Padding is skipped."""
     valid = mask.flatten().nonzero().squeeze(1)
     projected = projection(tokens.flatten(0, 1).index_select(0, valid))
     whole = projected.new_zeros(mask.numel(), projected.shape[1])

@@ -123,7 +123,7 @@ class AlignmentLoss(nn.Module):
         """The terms with a weight ("contrastive", "token", "phrase") and their weighted sum, "loss".
 
         A transport loss adds "ot_converged", the share of its problems that converged, without a gradient.
-        ``model`` holds the temperatures and the phrase prior; ``phrases`` is needed where phrases have a weight.
+        ``model`` holds the temperatures and the phrase prior; a phrase weight needs ``phrases``.
         """
         terms: dict[str, Tensor] = {}
         total = ecg.pooled.new_zeros(())

@@ -1,4 +1,4 @@
-"""Records as training takes them: those with reports, in shuffled batches, augmented."""
+"""Training batches: records with reports, shuffled and augmented."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ POOLED_BATCHES = 20
 
 
 def with_reports(dataset: EcgDataset) -> EcgDataset:
-    """The records that have usable report text; the others take no part in training.
+    """The records with usable report text; training skips the others.
 
     Raises:
-        EcgotError: fewer than two have.
+        EcgotError: fewer than two have one.
     """
     rows = [row for row, report in enumerate(dataset.reports) if report]
     if len(rows) < 2:
@@ -28,10 +28,10 @@ CROPPED, GAIN, NOISE_MV, SILENT_LEADS = 0.9, 0.1, 0.03, 0.08
 
 
 def augmented(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What another recording of the same heart might look like, from torch's generator.
+    """Augment a batch as if the same hearts had been recorded again; draws from torch's generator.
 
-    One random stretch of nine tenths for the whole batch; for each record an amplitude within 10 % and white
-    noise with a standard deviation of up to 0.03 mV; each lead silent with a chance of 8 %.
+    The whole batch is cropped to the same random 90 %. Each record is scaled by up to 10 % and gets white
+    noise with a standard deviation of up to 0.03 mV. Each lead is silenced with a probability of 8 %.
 
     Args:
         waveform: [B, L, T] in mV.
@@ -55,17 +55,18 @@ def augmented(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor 
 def epoch_order(
     count: int, batch_size: int, seed: int, epoch: int, lengths: Tensor | None = None
 ) -> list[Tensor]:
-    """Shuffled batches of row numbers; depends on seed and epoch alone, so that a resumed run repeats it.
+    """Shuffled batches of row numbers. Depends only on seed and epoch, so that a resumed run repeats it.
 
     Args:
-        lengths: [count], of each row's text: batches then hold texts of like length, which pad less.
+        lengths: [count], length of each row's text: batches then hold texts of similar length, with less
+            padding.
 
-    A batch of one record is left out: neither batch norm nor a contrast can use it.
+    A batch of one record is dropped: neither batch norm nor a contrast can use it.
     """
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     rows = torch.randperm(count, generator=generator)
     if lengths is not None:
-        # Sorted within pools of some batches alone, so that a batch still is a random draw of its length.
+        # Sorted only within pools of a few batches, so that a batch is still a random draw among its lengths.
         pools = rows.split(POOLED_BATCHES * batch_size)
         rows = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in pools])
     batches = [batch for batch in rows.split(batch_size) if len(batch) > 1]

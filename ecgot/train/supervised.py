@@ -1,7 +1,7 @@
-"""Classifiers trained on the labels, which zero-shot scores are compared with.
+"""Classifiers trained on the labels: the baselines for zero-shot scores.
 
-From scratch: the protocol of the PTB-XL benchmark (Strodthoff et al. 2021, helme/ecg_ptbxl_benchmarking).
-From an aligned encoder: whole records, all groups of labels at once.
+Training from scratch follows the PTB-XL benchmark (Strodthoff et al. 2021, helme/ecg_ptbxl_benchmarking).
+Fine-tuning an aligned encoder takes whole records and all label groups at once.
 """
 
 import math
@@ -39,12 +39,12 @@ class SupervisedConfig:
     """How a classifier is trained; the defaults are the PTB-XL benchmark's.
 
     Attributes:
-        start: folder of the run whose aligned encoder is fine-tuned; "" is from scratch.
-        group: of labels, or "all".
-        crop_seconds: of each record in training and in scoring; 0 takes whole records.
-        stride_seconds: from crop to crop in scoring.
-        encoder_learning_rate: at the top, as ``learning_rate``, which is the head's.
-        average: of the weights over steps, exponentially; 0: the last ones.
+        start: folder of the run whose aligned encoder is fine-tuned; "" trains from scratch.
+        group: the label group, or "all".
+        crop_seconds: length of the crops in training and scoring; 0 takes whole records.
+        stride_seconds: distance between crops in scoring.
+        learning_rate, encoder_learning_rate: peak rates of the head and of the encoder.
+        average: decay of an exponential moving average of the weights; 0 keeps the last weights.
     """
 
     start: str = ""
@@ -65,12 +65,12 @@ class SupervisedConfig:
 
 
 def benchmark_config(group: str | None = None, epochs: int | None = None) -> SupervisedConfig:
-    """Of an encoder from scratch; None is the default."""
+    """Settings for training from scratch; None means the default."""
     return SupervisedConfig(group=group or "superclass", epochs=50 if epochs is None else epochs)
 
 
 def fine_tuning_config(start: Run, group: str | None = None, epochs: int | None = None) -> SupervisedConfig:
-    """Of the aligned encoder of ``start``; None is the default."""
+    """Settings for fine-tuning the aligned encoder of ``start``; None means the default."""
     return SupervisedConfig(
         start=str(start.folder.resolve()),
         group=group or ALL,
@@ -87,7 +87,7 @@ def fine_tuning_config(start: Run, group: str | None = None, epochs: int | None 
 
 @dataclass(frozen=True)
 class Targets:
-    """Labels of several groups side by side.
+    """The labels of several groups, side by side.
 
     Attributes:
         matrix: [n, C] bool.
