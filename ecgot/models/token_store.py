@@ -1,4 +1,4 @@
-"""Token embeddings of distinct texts: made once by a frozen text encoder, and kept on disk."""
+"""Token embeddings of distinct texts, computed once by a frozen text encoder and cached on disk."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -15,19 +15,23 @@ from ecgot.models.text_encoder import TextEncoder, TextTokens
 
 
 class TokenStore:
-    """Token embeddings of distinct texts, packed one after the other.
+    """Token embeddings of distinct texts, packed back to back.
 
-    ``store.batch(indices)`` pads the texts numbered ``indices``; ``store.index[text]`` is a text's number.
+    Attributes:
+        index: each text's number.
+        tokens: [sum of lengths, D] fp16.
+        offsets: [texts + 1], where each text's tokens start.
+        pooled: [texts, D] fp32.
     """
 
     def __init__(self, texts: Sequence[str], packed: dict[str, Tensor]) -> None:
         self.index = {text: number for number, text in enumerate(texts)}
-        self.tokens = packed["tokens"]  # [sum of lengths, D], fp16
-        self.offsets = packed["offsets"]  # [texts + 1]
-        self.pooled = packed["pooled"]  # [texts, D], fp32
+        self.tokens = packed["tokens"]
+        self.offsets = packed["offsets"]
+        self.pooled = packed["pooled"]
 
     def batch(self, indices: Tensor) -> TextTokens:
-        """Texts [b] to tokens [b, M, D] fp32 with M the longest of them, mask and pooled embedding."""
+        """The texts numbered ``indices`` [b], with tokens [b, M, D] in fp32 padded to the longest text."""
         start, stop = self.offsets[indices], self.offsets[indices + 1]
         position = torch.arange(int((stop - start).max()))
         mask = position < (stop - start)[:, None]
@@ -48,8 +52,8 @@ def embed_texts(
 
     Args:
         texts: distinct texts.
-        cache_dir: folder of the cache; ``None`` keeps nothing on disk.
-        progress: called with (texts done, texts in all).
+        cache_dir: folder of the cache; ``None`` turns it off.
+        progress: called with (texts done, total texts).
     """
     if not texts:
         raise EcgotError("texts: expected at least one, got none")
@@ -61,7 +65,7 @@ def embed_texts(
             try:
                 return TokenStore(texts, load_file(path))
             except SafetensorError:
-                pass  # a damaged file is made anew
+                pass  # damaged: compute it again
     packed = _embed_packed(encoder, texts, batch_size, progress)
     if path is not None:
         save_tensors(packed, path)
@@ -76,7 +80,7 @@ def _embed_packed(
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Tensor]:
     encoder.eval()
-    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))  # equal lengths pad least
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))  # similar lengths pad less
     tokens: list[Tensor] = [torch.empty(0)] * len(texts)
     pooled: list[Tensor] = [torch.empty(0)] * len(texts)
     for start in range(0, len(order), batch_size):

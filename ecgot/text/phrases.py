@@ -1,4 +1,4 @@
-"""The phrases that a data set's reports are made of: what each ECG's report says, and does not say.
+"""The phrases that reports are made of: what each ECG's report says and does not say.
 
 Text alone is read here. A report is a set of statements, and most classes of disease are stated in few words;
 whether a phrase is said is a label that the report itself gives, for any phrase.
@@ -18,14 +18,14 @@ from ecgot.errors import EcgotError
 from ecgot.text.statements import statements
 
 _WORD = re.compile(r"[^\W_](?:[\w&()/'-]*)")
-# A phrase does not begin or end with these.
+# A phrase neither begins nor ends with these words.
 _JOINING = {"and", "or", "of", "to", "be", "is", "are"}
 _LEADING = _JOINING | {"the", "a", "in", "with", "for", "this"}
 
 
 @dataclass(frozen=True)
 class Phrases:
-    """Phrases and which of n reports say them.
+    """K phrases and which of n reports say them.
 
     Attributes:
         texts: K phrases.

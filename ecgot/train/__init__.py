@@ -1,1 +1,1 @@
-"""The two training stages and their configuration."""
+"""Training: alignment (stage 1), report generation (stage 2), and supervised classifiers."""

@@ -1,4 +1,4 @@
-"""Stage 1: the ECG encoder is aligned with report text. No label is read here."""
+"""Stage 1: align the ECG encoder with report text. Labels are never read."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -26,19 +26,19 @@ from ecgot.train.loop import Schedule, parameter_groups, train_epochs
 
 
 class PhraseSource:
-    """The phrases of the training reports, and their embeddings by the text encoder."""
+    """The phrases of the training reports, with their text embeddings."""
 
     def __init__(self, phrases: Phrases, pooled: Tensor, device: torch.device) -> None:
         self.phrases, self.pooled, self.weight = phrases, pooled.to(device), phrases.weight.to(device)
 
     def batch(self, rows: Tensor) -> SaidPhrases:
-        """The phrases, and which of them the reports of ``rows`` [b] say."""
+        """The phrases, and which of them the reports of ``rows`` [b] contain."""
         said = torch.from_numpy(self.phrases.said[rows.numpy()].toarray())
         return SaidPhrases(self.pooled, self.weight, said.to(self.pooled.device))
 
 
 class ReportSource:
-    """Text tokens of a data set's reports: looked up where the text encoder is frozen, computed where not."""
+    """Text tokens of a data set's reports: looked up if the text encoder is frozen, else computed."""
 
     def __init__(self, reports: tuple[str, ...], encoder: TextEncoder, store: TokenStore | None) -> None:
         distinct = {text: number for number, text in enumerate(dict.fromkeys(reports))}
@@ -50,9 +50,10 @@ class ReportSource:
     def batch(
         self, rows: Tensor, device: torch.device, encoder: TextEncoder | None = None
     ) -> tuple[TextTokens, Tensor]:
-        """The reports of ``rows`` [b] as tokens, and their text ids [b]: equal ids are equal texts.
+        """The reports of ``rows`` [b] as tokens, and their text ids [b], which are equal for equal texts.
 
-        encoder: where nothing is looked up, in place of the one that is trained.
+        Args:
+            encoder: computes tokens in place of the trained encoder; unused if tokens are looked up.
         """
         ids = self.text_id[rows].to(device)
         if self.store is None:
@@ -76,8 +77,8 @@ def train_alignment(
     Args:
         text: the configured text encoder.
         train, validation: records that all have report text, see :func:`ecgot.train.batches.with_reports`.
-        phrases: of the training reports, where they are learned, see :func:`report_phrases`.
-        cache_dir: of the token embeddings of a frozen text encoder.
+        phrases: those of the training reports, see :func:`report_phrases`; None to learn none.
+        cache_dir: where token embeddings of a frozen text encoder are cached.
     """
     config = run.config()
     settings, device = config.align, choose_device(config.device)
@@ -131,8 +132,10 @@ def train_alignment(
 
 
 def _new_model(config: Config, text: TextEncoder) -> AlignmentModel:
-    """The model as training begins, its weights drawn from the seed. It holds ``text`` where that is trained,
-    else its fingerprint."""
+    """The model at the start of training, initialised from the seed.
+
+    It contains the text encoder if that is trained, else its fingerprint.
+    """
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
     model = build_model(config, text.width)
@@ -146,7 +149,7 @@ def _new_model(config: Config, text: TextEncoder) -> AlignmentModel:
 
 
 def _loss(settings: AlignConfig) -> AlignmentLoss:
-    """The loss of a configuration."""
+    """The configured loss."""
     return AlignmentLoss(
         contrastive_weight=settings.contrastive_weight,
         token_weight=settings.token_weight,
@@ -157,15 +160,15 @@ def _loss(settings: AlignConfig) -> AlignmentLoss:
 
 
 def _learning_rate(settings: AlignConfig, name: str) -> float:
-    """Of a parameter; a text encoder that is trained has a rate of its own."""
+    """Learning rate of a parameter; a trained text encoder has its own."""
     return settings.text_learning_rate if name.startswith("text.") else settings.learning_rate
 
 
 def report_phrases(reports: tuple[str, ...], settings: AlignConfig) -> Phrases | None:
-    """The phrases that a configuration learns from training reports; None where it learns none.
+    """The phrases to learn from training reports; None if the phrase weight is 0.
 
     Raises:
-        EcgotError: the reports hold no phrase often enough.
+        EcgotError: no phrase is frequent enough.
     """
     if not settings.phrase_weight:
         return None
@@ -175,8 +178,11 @@ def report_phrases(reports: tuple[str, ...], settings: AlignConfig) -> Phrases |
 def _phrase_source(
     model: AlignmentModel, text: TextEncoder, phrases: Phrases, store: TokenStore | None, cache_dir: Path
 ) -> PhraseSource:
-    """store: of the reports, where the text encoder is frozen; else each epoch embeds the phrases anew, so
-    that prompts are read by the encoder that the phrases were learned with."""
+    """The phrases with their embeddings; also sets the model's prior to their mean log-odds.
+
+    Without a ``store`` of frozen embeddings, each epoch embeds the phrases again, so that phrases are learned
+    with the same encoder that later embeds prompts.
+    """
     frozen = store is not None
     pooled = embed_texts(text, phrases.texts, cache_dir=cache_dir).pooled if frozen else torch.empty(0)
     with torch.no_grad():
@@ -186,7 +192,7 @@ def _phrase_source(
 
 @torch.no_grad()
 def _pooled(text: TextEncoder, texts: Sequence[str]) -> Tensor:
-    """Embeddings [K, D] of K texts by the text encoder as it is."""
+    """Pooled embeddings [K, D] of K texts with the text encoder's current weights."""
     text.eval()
     parts = [text(texts[start : start + BATCH]).pooled for start in range(0, len(texts), BATCH)]
     return torch.cat(parts)
@@ -196,7 +202,7 @@ def _pooled(text: TextEncoder, texts: Sequence[str]) -> Tensor:
 def validate(
     model: AlignmentModel, dataset: EcgDataset, source: ReportSource, device: torch.device
 ) -> dict[str, float]:
-    """Recall of a record's report among all distinct reports of ``dataset``: no label is needed for it."""
+    """Recall of each record's report among all distinct reports of ``dataset``; needs no labels."""
     model.eval()
     trained_text = cast(TextEncoder | None, getattr(model, "text", None))
     ecg, text = [], []

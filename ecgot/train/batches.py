@@ -6,7 +6,7 @@ from torch import Tensor
 from ecgot.data.dataset import EcgDataset
 from ecgot.errors import EcgotError
 
-POOLED_BATCHES = 20
+POOLED_BATCHES = 20  # batches whose records are sorted by length together
 
 
 def with_reports(dataset: EcgDataset) -> EcgDataset:
@@ -35,11 +35,11 @@ def augmented(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor 
 
     Args:
         waveform: [B, L, T] in mV.
-        lengths: [B], or None.
+        lengths: [B] in samples, or None if all T are valid.
     """
     batch, leads, samples = waveform.shape
     kept = max(1, round(CROPPED * samples))
-    shortest = samples if lengths is None else max(1, int(lengths.min()))  # every record keeps a sample
+    shortest = samples if lengths is None else max(1, int(lengths.min()))  # no record is left empty
     start = int(torch.randint(min(samples - kept + 1, shortest), ()))
     if lengths is not None:
         lengths = (lengths - start).clamp(1, kept)

@@ -1,4 +1,4 @@
-"""The training loop that all stages share: AdamW, schedules, averaged weights, and resuming."""
+"""The training loop of all stages: AdamW, learning rate schedules, averaged weights, and resuming."""
 
 import copy
 import math
@@ -20,21 +20,21 @@ from ecgot.runs.run import Run, shape_error
 
 
 def warm_up_and_decay(optimizer: Optimizer, total: int) -> LRScheduler:
-    """The rates of :func:`rate_factor` over ``total`` steps."""
+    """Learning rates scaled by :func:`rate_factor` over ``total`` steps."""
     return LambdaLR(optimizer, lambda step: rate_factor(step, total))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and at which rates a stage is trained.
+    """Length and learning rates of a stage's training.
 
     Attributes:
-        epochs: to train.
-        steps: optimizer steps of an epoch.
-        weight_decay: of AdamW, for parameter groups without one of their own.
-        average: decay of an exponential moving average of the weights over steps; 0: no average.
-        rates: the schedule of the learning rates, given the optimizer and the steps of all epochs.
-        clip: largest norm of a step's gradients.
+        epochs: number of epochs.
+        steps: optimizer steps per epoch.
+        weight_decay: AdamW's, for parameter groups that do not set their own.
+        average: decay per step of an exponential moving average of the weights; 0: no average.
+        rates: makes the learning rate schedule from the optimizer and the total number of steps.
+        clip: maximum gradient norm.
     """
 
     epochs: int
@@ -56,16 +56,16 @@ def train_epochs(
     validate: Callable[[nn.Module], dict[str, float]] = lambda _model: {},
     progress: Progress,
 ) -> None:
-    """Train ``model`` with AdamW to the last epoch, resuming after the last epoch that ``run`` has saved.
+    """Train ``model`` with AdamW to the last epoch, resuming after the last epoch saved in ``run``.
 
-    What is validated and saved, and what ``model`` holds in the end, is the average of the weights where the
-    schedule has one.
+    If the schedule averages the weights, their average is what is validated, saved, and finally left in
+    ``model``.
 
     Args:
-        groups: parameter groups, each with its top learning rate "lr".
+        groups: parameter groups, each with its peak learning rate "lr".
         epoch: ``epoch(number, step)`` trains one epoch, calls ``step(loss)`` for every batch, and returns its
             metrics.
-        validate: metrics of the weights after an epoch.
+        validate: returns metrics of the weights after an epoch.
     """
     training = _Training(run, stage, model, groups, schedule)
     first = training.resume()
@@ -73,17 +73,17 @@ def train_epochs(
         progress.note(f"{stage}: resuming after epoch {first}")
     for number in range(first, schedule.epochs):
         start = time.perf_counter()
-        torch.manual_seed(run.config().seed * 100_003 + number)  # a resumed run draws what this one draws
+        torch.manual_seed(run.config().seed * 100_003 + number)  # a resumed run draws the same numbers
         metrics = epoch(number, training.step) | validate(training.kept)
         metrics["seconds"] = time.perf_counter() - start
         metrics |= _peak_memory()
         run.log(stage, number + 1, metrics)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         progress.note(f"{stage}: epoch {number + 1}/{schedule.epochs}: {shown}")
-        # The state first: a stage with weights but no state passes for finished.
+        # Save the state first: a stage with weights but no state counts as finished.
         training.save_state(number + 1)
         run.save(stage, training.kept)
-    if first == schedule.epochs:  # cut off between the last state and its weights
+    if first == schedule.epochs:  # interrupted between the last state and its weights
         run.save(stage, training.kept)
     if schedule.average:
         model.load_state_dict(training.kept.state_dict())
@@ -91,10 +91,10 @@ def train_epochs(
 
 
 class _Training:
-    """What changes from step to step: weights, their average, optimizer and learning rates.
+    """The state that each step updates: weights, their average, optimizer and learning rates.
 
     Attributes:
-        kept: the model with averaged weights, or the model itself where they are not averaged.
+        kept: the model with averaged weights, or the model itself if they are not averaged.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class _Training:
             EcgotError: the loss is not finite.
         """
         if not bool(torch.isfinite(loss)):
-            # The stages of ecgot train have a section of settings; other training has a fixed rate.
+            # Only the stages of ecgot train have a setting for the learning rate.
             cure = f"; lower {self.stage}.learning_rate" if hasattr(self.run.config(), self.stage) else ""
             raise EcgotError(f"{self.stage}: expected a finite loss, got {loss.item()}{cure}")
         self.optimizer.zero_grad(set_to_none=True)
@@ -124,7 +124,7 @@ class _Training:
         self.rates.step()
         self.done += 1
         if self.schedule.average:
-            # A shorter memory at first, so that the initial weights are soon forgotten.
+            # A shorter memory at first, so that the initial weights fade quickly.
             decay = min(self.schedule.average, (1 + self.done) / (10 + self.done))
             update_average(self.kept, self.model, decay)
 
@@ -140,10 +140,10 @@ class _Training:
         self.run.save_state(self.stage, state)
 
     def resume(self) -> int:
-        """Load the saved state, if there is one, and return the number of epochs that it has seen.
+        """Load the saved state, if any, and return the number of epochs already trained.
 
         Raises:
-            EcgotError: it is the state of another model, or damaged.
+            EcgotError: the state is damaged or belongs to another model.
         """
         state = self.run.load_state(self.stage)
         if state is None:
@@ -164,7 +164,10 @@ class _Training:
 
 
 def parameter_groups(model: nn.Module, rate: Callable[[str], float]) -> list[dict[str, Any]]:
-    """Trainable parameters by the learning rate of their name; only matrices and kernels decay."""
+    """Trainable parameters grouped by learning rate, which ``rate`` gives by name.
+
+    Weight decay applies only to matrices and kernels.
+    """
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -177,7 +180,7 @@ def parameter_groups(model: nn.Module, rate: Callable[[str], float]) -> list[dic
 
 @torch.no_grad()
 def update_average(kept: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move ``kept`` towards ``model`` by ``1 - decay``; integers, such as batch counts, are copied."""
+    """Move ``kept`` towards ``model`` by ``1 - decay``; integer buffers, such as batch counts, are copied."""
     pairs = list(zip(kept.state_dict().values(), model.state_dict().values(), strict=True))
     floats = [(mean, now) for mean, now in pairs if mean.is_floating_point()]
     get_ema_multi_avg_fn(decay)([mean for mean, _ in floats], [now for _, now in floats], None)
@@ -197,7 +200,7 @@ def _peak_memory() -> dict[str, float]:
 
 
 def rate_factor(step: int, total: int) -> float:
-    """Share of the top learning rate: linear up over a fifth of the steps, then a cosine down to 0."""
+    """Fraction of the peak learning rate: linear warm-up for a fifth of the steps, cosine decay to 0."""
     warm_up = max(1, total // 5)
     if step < warm_up:
         return (step + 1) / (warm_up + 1)

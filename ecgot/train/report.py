@@ -1,4 +1,4 @@
-"""Stage 2: a language model learns to write reports from the frozen encoder's tokens."""
+"""Stage 2: train a language model to write reports from the frozen encoder's tokens."""
 
 import functools
 from collections import Counter
@@ -20,21 +20,21 @@ from ecgot.runs.run import Run
 from ecgot.train.batches import epoch_order
 from ecgot.train.loop import Schedule, parameter_groups, train_epochs
 
-RECORDER_MIN_COUNT = 20  # training reports of a recorder for it to get an embedding
-RECORDER_DROPOUT = 0.2  # share of training reports whose recorder is hidden, so that the model can do without
+RECORDER_MIN_COUNT = 20  # training reports that a recorder needs to get an embedding
+RECORDER_DROPOUT = 0.2  # share of training reports with a hidden recorder, which trains the unknown one
 
 
 def train_reporter(
     run: Run, model: AlignmentModel, train: EcgDataset, validation: EcgDataset, *, progress: Progress
 ) -> Reporter:
-    """Train stage 2 into ``run`` and return the reporter in eval mode; ``model`` stays as it is.
+    """Train stage 2 into ``run`` and return the reporter in eval mode; ``model`` is not changed.
 
     All records must have report text, see :func:`ecgot.train.batches.with_reports`.
     """
     config = run.config()
     settings, device = config.report, choose_device(config.device)
     torch.manual_seed(config.seed)
-    if not run.begun("report"):  # else its weights stand for the names that it began with
+    if not run.begun("report"):  # resumed weights belong to the recorders already saved
         run.save_recorders(_known_recorders(train.table.recorders) if settings.by_recorder else ())
     if settings.by_recorder and any(train.table.recorders):
         names = ", ".join(run.recorders) or "none"
@@ -85,13 +85,13 @@ def train_reporter(
 
 
 def _known_recorders(recorders: Sequence[str]) -> tuple[str, ...]:
-    """The names, sorted, that enough records have."""
+    """The names that enough records have, sorted."""
     counts = Counter(name for name in recorders if name)
     return tuple(sorted(name for name, count in counts.items() if count >= RECORDER_MIN_COUNT))
 
 
 def _learning_rate(settings: ReportConfig, name: str) -> float:
-    """Of a parameter; a pretrained language model, or its adapters, have a rate of their own."""
+    """Learning rate of a parameter; a pretrained language model or its adapters have their own."""
     if settings.language_model == SCRATCH or not name.startswith("language_model."):
         return settings.learning_rate
     return settings.lora_learning_rate if settings.lora_rank else settings.pretrained_learning_rate
@@ -99,7 +99,7 @@ def _learning_rate(settings: ReportConfig, name: str) -> float:
 
 @torch.no_grad()
 def _mean_loss(reporter: Reporter, tokens: Tensor, mask: Tensor, dataset: EcgDataset) -> float:
-    """Over all records, with their recorders given."""
+    """Mean loss over all records, with their recorders given."""
     reporter.eval()
     device = next(reporter.parameters()).device
     total = 0.0

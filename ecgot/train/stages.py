@@ -1,4 +1,4 @@
-"""The full training of a run: data, stage 1, stage 2."""
+"""A full training run: data, stage 1, stage 2."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,19 +33,19 @@ def train(
     """Train into the folder ``out``.
 
     Args:
-        config: what to train, on what.
+        config: all settings of the run.
         stages: "align", "report", or both; "report" alone needs an earlier "align" in ``out``.
-        resume: continue a run that was interrupted, or add a stage to it; without it ``out`` must be new.
-        cache_dir: of signals and text embeddings; ``None`` is ``default_cache_dir()``.
+        resume: continue an interrupted run or add a stage to it; otherwise ``out`` must be new.
+        cache_dir: for signals and text embeddings; by default :func:`ecgot.files.default_cache_dir`.
 
     Raises:
-        EcgotError: bad configuration, data or folder. Nothing of ``out`` is overwritten.
+        EcgotError: the configuration, data or folder cannot be used. Nothing in ``out`` is overwritten.
     """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise EcgotError(f"stage: expected one of {', '.join(STAGES)}, got {unknown[0]!r}")
     cache_dir, progress = cache_dir or default_cache_dir(), progress or Progress()
-    # All that can be refused is refused before the run's folder is made.
+    # Check everything that can be checked before making the run's folder.
     if "align" not in stages:
         Run.open(out)
     check_cuda_graph(config)

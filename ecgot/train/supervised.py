@@ -91,7 +91,7 @@ class Targets:
 
     Attributes:
         matrix: [n, C] bool.
-        counted: [n, C] bool; True where the record has a label in the column's group.
+        counted: [n, C] bool; True if the record has a label in the column's group.
     """
 
     matrix: np.ndarray
@@ -106,7 +106,7 @@ class Targets:
 
 
 def labelled(dataset: EcgDataset, groups: Sequence[str]) -> EcgDataset:
-    """The records with a label in one of the groups; the others take no part in training.
+    """The records with a label in one of the groups; training skips the others.
 
     Raises:
         EcgotError: fewer than two have.
@@ -118,13 +118,13 @@ def labelled(dataset: EcgDataset, groups: Sequence[str]) -> EcgDataset:
 
 
 def class_loss(logits: Tensor, truth: Tensor, counted: Tensor) -> Tensor:
-    """Binary cross entropy, the mean over the entries that count; logits, truth (0 or 1), counted: [b, C]."""
+    """Mean binary cross-entropy over the counted entries; logits, truth (0 or 1), counted: [b, C]."""
     losses = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     return losses.where(counted, 0.0).sum() / counted.sum().clamp_min(1)
 
 
 class Classifier(nn.Module):
-    """An encoder and a head; waveforms are standardised by one mean and one deviation of the training data.
+    """An encoder and a head; waveforms are standardised by the mean and deviation of the training data.
 
     Args:
         encoder: waveform [B, L, T] to tokens of its ``width``.
@@ -154,11 +154,11 @@ class Classifier(nn.Module):
         self.register_buffer("deviation", torch.ones(()))
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits [B, C] of waveform [B, L, T] in mV, lengths [B] where some are shorter."""
+        """Logits [B, C] of waveform [B, L, T] in mV; lengths [B] if some records are shorter."""
         return self.classify(self.encoder, waveform, lengths)
 
     def classify(self, encoder: nn.Module, waveform: Tensor, lengths: Tensor | None) -> Tensor:
-        """The same by another form of the encoder, such as one for inference."""
+        """The same with another form of the encoder, such as a fused one."""
         encoded = encoder((waveform - self.mean) / self.deviation, lengths)
         if not self.benchmark:
             return self.head(masked_mean(encoded.tokens, encoded.mask))
@@ -167,14 +167,14 @@ class Classifier(nn.Module):
 
 
 def initialise(classifier: Classifier, encoder_name: str) -> None:
-    """Weights as the benchmark draws them: He's normal over fan-in for its encoders and its head."""
-    named = encoder_name in BENCHMARK_ENCODERS  # others keep an initialisation of their own
+    """Initialise as the benchmark does: Kaiming normal over fan-in for its encoders and its head."""
+    named = encoder_name in BENCHMARK_ENCODERS  # others keep their own initialisation
     for module in classifier.modules() if named else classifier.head.modules():
         if isinstance(module, nn.Conv1d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm1d):  # also those that begin as 0 elsewhere
+        elif isinstance(module, nn.BatchNorm1d):  # even those that start at 0 elsewhere
             nn.init.ones_(module.weight)
 
 
@@ -182,7 +182,7 @@ def standard_scale(dataset: EcgDataset) -> tuple[float, float]:
     """Mean and standard deviation in mV over all samples of all records and leads."""
     count, total, squares = 0, 0.0, 0.0
     for rows in np.array_split(np.arange(len(dataset)), max(1, len(dataset) // BATCH)):
-        signal = dataset.waveforms_mv(rows)  # 0 beyond a record's end, which adds nothing to the sums
+        signal = dataset.waveforms_mv(rows)  # 0 past a record's end, which adds nothing to the sums
         count += int(dataset.lengths[rows].sum()) * signal.shape[1]
         total += float(signal.sum(dtype=np.float64))
         squares += float(np.square(signal, dtype=np.float64).sum())
@@ -191,7 +191,7 @@ def standard_scale(dataset: EcgDataset) -> tuple[float, float]:
 
 
 def random_crops(waveform: Tensor, lengths: Tensor | None, samples: int) -> tuple[Tensor, Tensor | None]:
-    """A stretch [B, L, samples] of each record of [B, L, T], from torch's generator, within its length."""
+    """A random crop [B, L, samples] of each record of [B, L, T], within its length, by torch's generator."""
     batch, _, width = waveform.shape
     last = torch.full((batch,), width - samples)
     if lengths is not None:
@@ -202,7 +202,7 @@ def random_crops(waveform: Tensor, lengths: Tensor | None, samples: int) -> tupl
 
 
 def crop_starts(samples: int, crop: int, stride: int) -> list[int]:
-    """Where the crops of a record of ``samples`` begin: each ``stride``, as long as a whole crop is left."""
+    """Start of each crop of a record of ``samples``: every ``stride``, while a whole crop fits."""
     return list(range(0, samples - crop + 1, stride)) or [0]
 
 
@@ -210,7 +210,7 @@ def crop_starts(samples: int, crop: int, stride: int) -> list[int]:
 def class_probabilities(
     classifier: Classifier, dataset: EcgDataset, starts: Sequence[int], crop: int, *, progress: Progress
 ) -> np.ndarray:
-    """Probabilities [n, C] of every record: of each class the largest over its crops.
+    """Probabilities [n, C] of every record: for each class the maximum over crops.
 
     Args:
         starts: of the crops, of ``crop`` samples each. Those beyond a record's end take no part, except that
@@ -242,10 +242,10 @@ def train_classifier(
     validate: Callable[[Classifier], dict[str, float]],
     progress: Progress,
 ) -> Classifier:
-    """The trained classifier, on its device; loaded where the run is done.
+    """Train a classifier and return it on its device, in eval mode; if the run is done, load it instead.
 
     Args:
-        validate: metrics of the weights after an epoch; nothing is chosen by them.
+        validate: returns metrics of the weights after an epoch; nothing is selected by them.
     """
     config = run.config()
     device = choose_device(config.device)
@@ -297,7 +297,7 @@ def train_classifier(
 
 
 def _build(run: Run, settings: SupervisedConfig, classes: int) -> Classifier:
-    """The classifier as training begins; of one that has begun, its shape alone."""
+    """The classifier at the start of training. When resuming, the saved weights are loaded later."""
     config = run.config()
     torch.manual_seed(config.seed)
     if settings.start and not run.begun(STAGE):
@@ -311,7 +311,7 @@ def _build(run: Run, settings: SupervisedConfig, classes: int) -> Classifier:
 
 
 def scoring_crops(settings: SupervisedConfig, dataset: EcgDataset) -> tuple[int, list[int]]:
-    """Samples of a crop and where crops begin in scoring; a single one where whole records are taken."""
+    """Samples in a crop and the starts of crops in scoring; one crop if whole records are used."""
     samples = dataset.signals_uv.shape[2]
     if not settings.crop_seconds:
         return samples, [0]
@@ -320,13 +320,13 @@ def scoring_crops(settings: SupervisedConfig, dataset: EcgDataset) -> tuple[int,
 
 
 def _batches(count: int, settings: SupervisedConfig, seed: int, number: int) -> list[Tensor]:
-    """Of an epoch; a last one that is not full is left out, as the benchmark does, unless it is the only."""
+    """Batches of an epoch; like the benchmark, drops an incomplete last batch unless it is the only one."""
     batches = epoch_order(count, settings.batch_size, seed, number)
     return [rows for rows in batches if len(rows) == settings.batch_size] or batches
 
 
 def one_cycle(optimizer: Optimizer, total: int) -> OneCycleLR:
-    """The benchmark's rates: up in three tenths of the steps, then down, the first moment's decay opposed."""
+    """The benchmark's one-cycle schedule: up for 30 % of the steps, then down; beta1 moves the other way."""
     return OneCycleLR(
         optimizer,
         [group["lr"] for group in optimizer.param_groups],
@@ -340,7 +340,7 @@ def one_cycle(optimizer: Optimizer, total: int) -> OneCycleLR:
 
 
 def _parameter_groups(classifier: Classifier, settings: SupervisedConfig) -> list[dict[str, Any]]:
-    """Encoder and head. The benchmark decays every parameter; in fine-tuning, matrices and kernels alone."""
+    """Encoder and head. The benchmark decays every parameter, fine-tuning only matrices and kernels."""
     if settings.start:
         head = settings.learning_rate
         return parameter_groups(

@@ -272,7 +272,7 @@ def test_adapters_go_with_their_own_model_alone(saved, write, tmp_path):
     weights = load_file(model / "model.safetensors")
     name = next(iter(weights))
     save_file(weights | {name: weights[name] + 1}, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(EcgotError, match=r"beside, got another as report\.language_model"):
+    with pytest.raises(EcgotError, match=r"trained with, got another as report\.language_model"):
         load_reporter(run, WIDTH)
 
 

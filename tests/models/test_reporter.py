@@ -253,7 +253,9 @@ def test_a_tokenizer_that_tells_no_places_gives_sentences_too(monkeypatch):
 def test_a_tokenizer_that_cannot_end_a_text_is_refused_before_training(tokenizer, tmp_path):
     language_models(len(tokenizer))["gpt2"].save_pretrained(tmp_path)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(EcgotError, match="a tokenizer with an end-of-text token"):
+    with pytest.raises(
+        EcgotError, match=r"^report\.language_model: expected a tokenizer with an end-of-text token, got"
+    ):
         check_language_model(str(tmp_path))
 
 
