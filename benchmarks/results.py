@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-GROUPS = ("superclass", "subclass", "form", "rhythm")
+from ecgot.choices import GROUPS
+
 EVALUATION = "evaluation.json"
 TOKEN_SCORES = (
     "ot",

@@ -6,6 +6,9 @@ This module imports nothing, so that ``ecgot COMMAND --help`` reads them without
 # The stages of training: align ECGs with reports, then learn to write reports.
 STAGES = ("align", "report")
 
+GROUPS = ("superclass", "subclass", "form", "rhythm")  # of PTB-XL's labels
+ALL = "all"  # in place of one group
+
 # Similarities of each ECG to each text by their tokens: "ot" is minus the transport cost, "best_match" the
 # mean of each token's best cosine on the other side (FILIP, Yao et al. 2022), "mean_match" of all cosines.
 TOKEN_SIMILARITIES = ("ot", "best_match", "mean_match")

@@ -1,8 +1,8 @@
-"""The one exception that a user of ecgot should ever have to read."""
+"""The only exception that users of ecgot should have to read."""
 
 
 class EcgotError(ValueError):
-    """Bad input, described in one line that names what came and what is accepted.
+    """Bad input, described in one line: "NAME: expected X, got Y".
 
     The command line prints the line and exits with code 2; library users catch it as a ``ValueError``.
     """

@@ -1,4 +1,4 @@
-"""Data that several tests share: a synthetic data set, real records where there are some, tiny models."""
+"""Data that several tests share: synthetic data sets, real records if there are any, tiny models."""
 
 import os
 
@@ -43,6 +43,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that all tests share."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -76,7 +77,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_settings(data: Path, tiny_bert: Path) -> list[str]:
-    """Settings of a run of seconds."""
+    """Settings of a run that takes seconds."""
     return [
         f"data.root={data}",
         f"text.name={tiny_bert}",

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ecgot.choices import BEAMS, EVALUATION_FOLDS, RESAMPLES, SCORES, STAGES
+from ecgot.choices import ALL, BEAMS, EVALUATION_FOLDS, GROUPS, RESAMPLES, SCORES, STAGES
 from ecgot.cli.tables import (
     print_benchmark,
     print_evaluation,
@@ -189,7 +189,11 @@ def train(
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.option("--encoder", help="Encoder to train from scratch (default: resnet1d_wang).")
 @click.option("--from", "start", type=PATH, metavar="RUN", help="Fine-tune the aligned encoder of this run.")
-@click.option("--group", help="Label group, or all (default: superclass; with --from all).")
+@click.option(
+    "--group",
+    type=click.Choice([*GROUPS, ALL]),
+    help="Label group, or all of them (default: superclass; with --from all).",
+)
 @click.option("--epochs", type=click.IntRange(min=1), help="Default: 50; with --from 8.")
 @click.option("--seed", type=click.IntRange(min=0), help="Default: 0.")
 @folds_option

@@ -1,1 +1,1 @@
-"""From WFDB files to arrays: records, PTB-XL's tables, report text, signal cache, synthetic data."""
+"""From WFDB files to arrays: records, PTB-XL's tables, signal cache, synthetic data."""

@@ -1,4 +1,4 @@
-"""The signal cache: a data set's signals in one array on disk, under a hash of the files they come from."""
+"""The signal cache: a data set's signals in one array on disk, keyed by a hash of their source files."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from ecgot.data.record import fit_length, read_record
 from ecgot.errors import EcgotError
 from ecgot.files import atomic_folder
 
-FORMAT = 2  # of the cache; raise it when the contents change for the same files
+FORMAT = 2  # raise it when the cache's contents change for the same files
 UV_PER_MV = 1000.0
 INT16 = np.iinfo(np.int16)
 
@@ -30,12 +30,12 @@ class SkippedRecord:
 
 @dataclass(frozen=True)
 class SignalFormat:
-    """What every record of a data set is brought to.
+    """The common format of a data set's records.
 
     Attributes:
         fs_hz: sampling rate.
         leads: L names, in order.
-        samples: T, valid or zero.
+        samples: T; shorter records are zero-padded.
     """
 
     fs_hz: float
@@ -44,12 +44,12 @@ class SignalFormat:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(L, T) of a record."""
+        """The shape (L, T) of a record."""
         return len(self.leads), self.samples
 
 
 def content_key(root: Path, table: PtbXlTable, form: SignalFormat) -> str:
-    """A hash of every header and signal file below ``root``, and of the format that they are brought to."""
+    """Hash of every record's header and signal files below ``root``, and of the target format."""
 
     def digest(path: str) -> bytes:
         header = root / f"{path}.hea"
@@ -82,7 +82,7 @@ def _signal_files(header: str) -> list[str]:
 
 
 def read_meta(folder: Path) -> dict | None:
-    """The cache's description; None if there is no cache or it is damaged."""
+    """The cache's metadata; None if there is no cache or it is damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         signals = np.load(folder / "signals.npy", mmap_mode="r")
@@ -99,7 +99,7 @@ def build(
     max_bad_share: float,
     progress: Callable[[int, int], None] | None,
 ) -> dict:
-    """Read every record below ``root`` into the cache ``folder`` and return its description.
+    """Read every record below ``root`` into the cache ``folder`` and return its metadata.
 
     Raises:
         EcgotError: more than ``max_bad_share`` of the records cannot be read.
@@ -108,7 +108,7 @@ def build(
         meta = _fill(made, root, table, form, max_bad_share, progress)
         (made / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         if read_meta(folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)  # damaged, where it exists
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, if it exists
     return meta
 
 
@@ -139,7 +139,7 @@ def _fill(
                 flat[path] = list(record.flat_leads)
         if progress is not None:
             progress(row + 1, len(table))
-    signals.flush()  # and closed on return: Windows renames no folder with an open file
+    signals.flush()  # and closed on return: Windows cannot rename a folder with open files
     return {
         "shape": list(shape),
         "lengths": lengths,

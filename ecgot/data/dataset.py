@@ -1,4 +1,4 @@
-"""A data set: its table, and its signals in one memory-mapped array from the cache."""
+"""A data set: its table, and its signals memory-mapped from the cache."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class EcgDataset:
     """Records of equal shape.
 
     Attributes:
-        table: one row a record.
+        table: one row per record.
         index: [n], each record's row in ``signals_uv``.
         signals_uv: [rows, L, T] int16, memory-mapped, in microvolts: finer than any recorder's ADC, and
             saturating at +-32.8 mV. Zero past a record's length.
@@ -53,14 +53,14 @@ class EcgDataset:
 
     @property
     def reports(self) -> tuple[str, ...]:
-        """n cleaned report texts, "" where there is no usable one."""
+        """n cleaned report texts, "" if there is no usable one."""
         return self.table.reports
 
     def in_plain_english(self) -> "EcgDataset":
-        """The same records, each with its original report put into plain English.
+        """The same records, with their original reports put into plain English.
 
-        Better to learn from than translations: more records have an original, and after
-        :func:`ecgot.text.glossary.plain_english` equal findings have equal words.
+        These train better than translations: more records have an original, and after
+        :func:`ecgot.text.glossary.plain_english` equal findings have equal wording.
         """
         table = self.table
         chosen = [own or other for own, other in zip(table.originals, table.reports, strict=True)]
@@ -114,18 +114,18 @@ def load_dataset(
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EcgDataset:
-    """Read a data set in PTB-XL's layout, from the cache if no file has changed since the last time.
+    """Read a data set in PTB-XL's layout, from the cache if no file has changed.
 
     Args:
         root, reports_csv, folds: see :func:`ecgot.data.ptbxl.read_table`.
-        fs_hz, seconds, leads: of every record: resampled, cut to its first ``seconds`` or zero-padded, leads
-            picked by name.
-        max_bad_share: unreadable records are listed and left out; a larger share of them is an error.
-        cache_dir: ``None`` is :func:`ecgot.files.default_cache_dir`.
-        progress: called with (records done, records in all).
+        fs_hz, seconds, leads: format of every record: resampled, cut to its first ``seconds`` or zero-padded,
+            leads selected by name.
+        max_bad_share: unreadable records are skipped and listed; a larger share of them is an error.
+        cache_dir: by default :func:`ecgot.files.default_cache_dir`.
+        progress: called with (records done, total records).
 
     Raises:
-        EcgotError: see :func:`read_table`; too many bad records.
+        EcgotError: see :func:`read_table`; or too many records are unreadable.
     """
     table = read_table(root, reports_csv=reports_csv, folds=folds, fs_hz=fs_hz)
     form = SignalFormat(fs_hz, tuple(leads), round(fs_hz * seconds))

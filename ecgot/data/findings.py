@@ -1,4 +1,4 @@
-"""Findings: how often each is drawn, what it does to the heart, its SCP codes, and how reports put it."""
+"""Findings: how often each is drawn, how it changes the heart, its SCP codes, and its wording in reports."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +12,9 @@ Change = Callable[[Heart, np.random.Generator], Heart]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a finding does to the heart, the SCP codes it sets, and how reports put it."""
+    """How a finding changes the heart, the SCP codes it sets, and its wording in reports."""
 
-    weight: float  # how often it is drawn, of its group
+    weight: float  # its probability within its group
     codes: tuple[str, ...]
     change: Change
     phrases: tuple[str, ...]
@@ -63,7 +63,7 @@ def _left_anterior_block(heart: Heart, rng: np.random.Generator) -> Heart:
 
 
 def _infarct(q: Vector, injury: Vector, *, acute: bool) -> Change:
-    """A dead region: early QRS forces point away from it; ST points to it while fresh, T away when old."""
+    """An infarct: early QRS points away from it; ST points to it while acute, T away from it when old."""
 
     def change(heart: Heart, rng: np.random.Generator) -> Heart:
         size = rng.uniform(0.75, 1.3)
@@ -106,7 +106,7 @@ def _low_voltage(heart: Heart, rng: np.random.Generator) -> Heart:
     return heart.scaled("qrs", (size, size, size))
 
 
-# The weights of a group are probabilities; what they leave of 1 is "none of them".
+# The weights of a group are probabilities; the remainder to 1 is the probability of none.
 RHYTHMS = (
     Finding(
         0.50, ("SR",), _rhythm(62, 96), ("sinus rhythm", "regular sinus rhythm", "sinus rhythm, regular")
@@ -274,7 +274,7 @@ DIAGNOSTIC = frozenset(code for code, row in STATEMENTS.items() if row[1])
 
 
 def draw_findings(rng: np.random.Generator) -> list[Finding]:
-    """Findings in the order in which they act on the heart: conduction first, as it replaces the QRS."""
+    """Draw findings, in the order in which they act on the heart; conduction replaces the QRS."""
     rhythm, premature, conduction = (_choose(group, rng) for group in (RHYTHMS, PREMATURE, CONDUCTION))
     infarct, voltage, repolarisation = (_choose(group, rng) for group in (INFARCT, VOLTAGE, REPOLARISATION))
     if _has(rhythm, "AFIB") and _has(conduction, "1AVB"):
@@ -301,7 +301,7 @@ def _has(finding: Finding | None, code: str) -> bool:
 
 
 def write_report(findings: Sequence[Finding], codes: Sequence[str], rng: np.random.Generator) -> str:
-    """One sentence a finding, in words that are drawn, and whether the ECG is normal otherwise."""
+    """One sentence per finding, with randomly drawn wording, and whether the ECG is otherwise normal."""
     sentences = [str(rng.choice(finding.phrases)) for finding in findings]
     if codes == ("NORM", "SR"):
         sentences.append(
@@ -310,5 +310,5 @@ def write_report(findings: Sequence[Finding], codes: Sequence[str], rng: np.rand
     elif "NORM" in codes:
         sentences.append(str(rng.choice(("otherwise normal ecg", "no other abnormality, normal ecg"))))
     elif len(sentences) > 2 and rng.random() < 0.3:
-        sentences.append(sentences.pop(1))  # readers differ in what they name first
+        sentences.append(sentences.pop(1))  # readers differ in what they mention first
     return ". ".join(sentences) + "."

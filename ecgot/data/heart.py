@@ -26,7 +26,7 @@ DOWER = np.array(
         [0.235, 1.066, -0.132],
     ]
 )
-SECONDS = 10.0  # of every ECG
+SECONDS = 10.0  # length of every ECG
 Vector = tuple[float, float, float]  # x, y, z
 
 
@@ -41,7 +41,7 @@ class Wave:
 
 @dataclass(frozen=True)
 class Heart:
-    """Waves of one beat and how beats follow each other."""
+    """The waves of one beat, and the rhythm."""
 
     p: tuple[Wave, ...] = (Wave(-0.170, 0.022, (0.05, 0.09, -0.03)), Wave(-0.145, 0.022, (0.06, 0.07, 0.04)))
     qrs: tuple[Wave, ...] = (
@@ -58,7 +58,7 @@ class Heart:
     ectopic_share: float = 0.0  # share of beats followed by a premature ventricular one
 
     def scaled(self, part: str, factors: Vector) -> "Heart":
-        """The waves of one part with their dipoles scaled by axis."""
+        """The heart with the dipoles of one part scaled by axis."""
         x, y, z = factors
         waves: dict[str, Any] = {
             part: tuple(
@@ -69,12 +69,12 @@ class Heart:
         return replace(self, **waves)
 
     def adding(self, part: str, *waves: Wave) -> "Heart":
-        """The part with more waves."""
+        """The heart with ``waves`` added to one part."""
         return replace(self, **{part: getattr(self, part) + waves})
 
 
 def draw_orientation(rng: np.random.Generator) -> np.ndarray:
-    """A patient's heart: turned by some degrees about each axis, and somewhat larger or smaller; [3, 3]."""
+    """A patient's heart orientation [3, 3]: rotated by some degrees about each axis, and slightly scaled."""
     matrix = np.eye(3) * np.exp(rng.normal(0.0, 0.12))
     for first, second in ((0, 1), (0, 2), (1, 2)):
         angle = np.radians(rng.normal(0.0, 9.0))
@@ -105,12 +105,12 @@ def moving_dipole(heart: Heart, rng: np.random.Generator, fs_hz: float) -> np.nd
 
 
 def _beats(heart: Heart, rng: np.random.Generator) -> list[tuple[float, float, bool]]:
-    """(R peak, RR before it, whether it is a premature ventricular one), from before 0 s to after SECONDS."""
+    """Beats as (R peak in s, preceding RR in s, premature ventricular?), from before 0 s to after SECONDS."""
     mean = 60.0 / heart.rate_bpm
     breath_hz, phase = rng.uniform(0.2, 0.3), rng.uniform(0, 2 * np.pi)
     peak = -rng.uniform(0.2, 1.0) * mean - 0.5
     beats: list[tuple[float, float, bool]] = []
-    # An ECG that is said to have extra beats shows at least one.
+    # If the report mentions extra beats, the ECG shows at least one.
     due = heart.ectopic_share > 0
     while peak < SECONDS + 0.5:
         swing = 1 + heart.breathing * np.sin(2 * np.pi * breath_hz * peak + phase)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ecgot.choices import GROUPS
 from ecgot.errors import EcgotError
 from ecgot.text.cleaning import clean_report
 
-GROUPS = ("superclass", "subclass", "form", "rhythm")
 SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")
 STATEMENT_COLUMNS = ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
 
@@ -29,16 +29,16 @@ class Labels:
 
 @dataclass(frozen=True)
 class PtbXlTable:
-    """One row a record.
+    """One row per record.
 
     Attributes:
         ecg_id, patient_id, fold: [n] int64.
-        reports: n cleaned texts, "" where there is no usable one.
-        originals: the same of the report column, where another table takes its place; else ``reports``.
+        reports: n cleaned texts, "" if there is no usable one.
+        originals: n cleaned texts of the report column; they differ from ``reports`` if a CSV replaces it.
         codes: n sets of SCP codes.
-        recorders: n names of the device, "" where the table does not say; runs of white space are one space.
+        recorders: n device names, "" if unknown; runs of white space are collapsed.
         record_paths: n paths relative to the data set's folder, without suffix.
-        class_of: for each group, SCP code to class.
+        class_of: for each group, the class of each SCP code.
         classes: for each group, its classes in order.
     """
 
@@ -95,11 +95,11 @@ def read_table(
     """Read ``ptbxl_database.csv`` and ``scp_statements.csv`` of ``root``.
 
     Args:
-        reports_csv: a CSV ``ecg_id,report[,source]`` that takes the place of the report column; records
-            without a row in it have no report. Without a CSV and a column, none has.
-        folds: keep these; ``None`` keeps all.
-        fs_hz: up to 100, the 100 Hz files are preferred, above it the 500 Hz files; where one of the two is
-            not there, the other is taken (and resampled later).
+        reports_csv: a CSV ``ecg_id,report[,source]`` that replaces the report column; records without a row
+            in it have no report. With neither CSV nor column, no record has one.
+        folds: keep only these; ``None`` keeps all.
+        fs_hz: up to 100, the 100 Hz files are preferred, above it the 500 Hz files; if the preferred file is
+            missing, the other is used (and resampled later).
 
     Raises:
         EcgotError: a file or column is missing, a value cannot be read, or no record is left.
@@ -157,7 +157,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     except FileNotFoundError as error:
         raise EcgotError(f"data: there is no {path}") from error
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise EcgotError(f"{path}: it cannot be read as CSV ({str(error).strip()})") from error
+        raise EcgotError(f"{path}: cannot be read as CSV ({str(error).strip()})") from error
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise EcgotError(
@@ -209,7 +209,7 @@ def _reports(table: pd.DataFrame, database: Path, reports_csv: str | Path | None
         raw: Iterable[str] = (text.get(i, "") for i in _integers(table, "ecg_id", database).tolist())
     elif "report" in table.columns:
         raw = table["report"]
-    else:  # labels alone
+    else:  # labels only
         return ("",) * len(table)
     return tuple(clean_report(report) for report in raw)
 

@@ -13,7 +13,7 @@ from ecgot.errors import EcgotError, first_line
 
 
 def fit_length(signal_mv: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
-    """signal [L, T] cut or zero-padded to [L, samples], and how many of them are valid."""
+    """Cut or zero-pad signal [L, T] to [L, samples]; also returns the number of valid samples."""
     valid = min(signal_mv.shape[1], samples)
     fitted = np.zeros((signal_mv.shape[0], samples), dtype=np.float32)
     fitted[:, :valid] = signal_mv[:, :valid]
@@ -24,19 +24,19 @@ STANDARD_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4",
 
 MV_PER_UNIT = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}
 BYTES_PER_SAMPLE = {"8": 1.0, "80": 1.0, "212": 1.5, "16": 2.0, "61": 2.0, "24": 3.0, "32": 4.0}
-KNOWN_FORMATS = {*BYTES_PER_SAMPLE, "310", "311", "160", "508", "516", "524"}  # those that wfdb reads
+KNOWN_FORMATS = {*BYTES_PER_SAMPLE, "310", "311", "160", "508", "516", "524"}  # all that wfdb reads
 
 
 @dataclass(frozen=True)
 class Record:
-    """An ECG.
+    """One ECG.
 
     Attributes:
-        name: path without suffix, as asked for.
+        name: path without suffix, as requested.
         signal_mv: [L, T] float32, in mV, without NaN.
         fs_hz: sampling rate of ``signal_mv``.
-        leads: L names, as asked for.
-        repaired_samples: NaN samples that were filled, by lead, counted before resampling; empty when none.
+        leads: L names, as requested.
+        repaired_samples: number of filled NaN samples by lead, before resampling; empty if there are none.
         flat_leads: leads whose signal is constant.
     """
 
@@ -55,13 +55,12 @@ def read_record(
 
     Args:
         path: the record, with or without ``.hea`` or ``.dat``.
-        leads: leads to return, in this order; matched by name without regard to case, whatever the file's
-            order.
+        leads: leads to return, in this order; matched by name, ignoring case and the file's order.
         fs_hz: resample to this rate (polyphase, with anti-aliasing); ``None`` keeps the record's.
 
     Raises:
-        EcgotError: one line: a missing or damaged file, a header that disagrees with its signal file, a lead
-            that is missing or all NaN, an unknown unit, or nothing but flat leads.
+        EcgotError: a missing or damaged file, a header that disagrees with its signal file, a lead that is
+            missing or all NaN, an unknown unit, or only flat leads.
     """
     name = _without_suffix(Path(path))
     digital = _read_digital(name)
@@ -70,7 +69,7 @@ def read_record(
     signal, repaired = _fill_gaps(name, signal, leads)
     flat = tuple(lead for lead, row in zip(leads, signal, strict=True) if np.ptp(row) == 0)
     if len(flat) == len(leads):
-        raise EcgotError(f"record {name}: expected a signal, got flat leads alone")
+        raise EcgotError(f"record {name}: expected a signal, got only flat leads")
     if fs_hz is not None and fs_hz != digital.fs:
         signal = resample(signal, float(digital.fs), fs_hz)
     rate = float(digital.fs) if fs_hz is None else float(fs_hz)
@@ -80,7 +79,7 @@ def read_record(
 def resample(signal: np.ndarray, from_hz: float, to_hz: float) -> np.ndarray:
     """signal [L, T] at ``from_hz`` to [L, ceil(T to_hz / from_hz)] at ``to_hz``.
 
-    The ends are continued by their last value: an ECG does not start and end at 0 mV.
+    The ends are padded with their edge values, as an ECG does not start and end at 0 mV.
     """
     ratio = Fraction(to_hz / from_hz).limit_denominator(1000)
     return resample_poly(signal, ratio.numerator, ratio.denominator, axis=1, padtype="edge")
@@ -91,7 +90,7 @@ def _without_suffix(path: Path) -> Path:
 
 
 def _read_digital(name: Path) -> wfdb.Record:
-    """The record in ADC units, once it has been checked against its own header."""
+    """The record in ADC units, checked against its header."""
     if not name.with_name(name.name + ".hea").is_file():
         raise EcgotError(f"record {name}: there is no {name.name}.hea")
     try:
@@ -125,7 +124,7 @@ def _read_digital(name: Path) -> wfdb.Record:
 
 
 def _check_sizes(name: Path, header: wfdb.Record) -> None:
-    """Every signal file is there and has the length that the header gives it."""
+    """Check that every signal file exists with the size that the header implies."""
     signals = list(zip(header.file_name, header.fmt, header.samps_per_frame, strict=True))
     for file in dict.fromkeys(header.file_name):
         path = name.parent / file
@@ -134,9 +133,9 @@ def _check_sizes(name: Path, header: wfdb.Record) -> None:
         sizes = [BYTES_PER_SAMPLE.get(fmt, np.nan) * (spf or 1) for f, fmt, spf in signals if f == file]
         offset = header.byte_offset[header.file_name.index(file)] or 0
         if not header.sig_len or np.isnan(sum(sizes)):
-            continue  # an open-ended header, or a compressed format: wfdb's reading is the check
+            continue  # open-ended header or compressed format: wfdb checks it on reading
         expected, actual = offset + int(np.ceil(sum(sizes) * header.sig_len)), path.stat().st_size
-        # Format 212 packs two samples in three bytes and may end with a pad.
+        # Format 212 packs two samples into three bytes and may end with padding.
         if actual < expected or actual > expected + 3:
             raise EcgotError(f"record {name}: expected {expected} bytes in {file}, got {actual}")
 
@@ -160,7 +159,7 @@ def _mv_per_unit(name: Path, units: Sequence[str], rows: Sequence[int]) -> np.nd
 
 
 def _fill_gaps(name: Path, signal: np.ndarray, leads: Sequence[str]) -> tuple[np.ndarray, dict[str, int]]:
-    """NaN gaps of signal [L, T] bridged by a straight line along time, lead by lead."""
+    """Fill NaN gaps of signal [L, T] by linear interpolation over time, lead by lead."""
     repaired: dict[str, int] = {}
     time = np.arange(signal.shape[1])
     for lead, row in zip(leads, signal, strict=True):
@@ -168,7 +167,7 @@ def _fill_gaps(name: Path, signal: np.ndarray, leads: Sequence[str]) -> tuple[np
         if not gap.any():
             continue
         if gap.all():
-            raise EcgotError(f"record {name}: expected valid samples in lead {lead}, got NaN alone")
+            raise EcgotError(f"record {name}: expected valid samples in lead {lead}, got only NaN")
         row[gap] = np.interp(time[gap], time[~gap], row[~gap])
         repaired[lead] = int(gap.sum())
     return signal, repaired

@@ -23,7 +23,7 @@ ADC_PER_MV = 1000.0
 
 @dataclass(frozen=True)
 class SyntheticEcg:
-    """signal_mv [12, T] in the order of STANDARD_LEADS, SCP codes and the report that go with it."""
+    """signal_mv [12, T] with leads in the order of STANDARD_LEADS, and its SCP codes and report."""
 
     signal_mv: np.ndarray
     fs_hz: float
@@ -37,8 +37,8 @@ def simulate(
     """Draw the findings of one ECG, its signal and its report.
 
     Args:
-        rng: source of everything random.
-        orientation: [3, 3], how the heart lies in this patient's chest; drawn where omitted.
+        rng: source of all randomness.
+        orientation: [3, 3], of the heart in this patient's chest; drawn if omitted.
     """
     findings = draw_findings(rng)
     heart = Heart()
@@ -93,7 +93,7 @@ def _write_records(root: Path, records: int, seed: int, progress: Callable[[int,
                 "age": float(rng.integers(20, 90)),
                 "sex": int(rng.integers(0, 2)),
                 "report": ecg.report,
-                # As PTB-XL: a likelihood for diagnoses, 0 (unknown) for form and rhythm.
+                # As in PTB-XL: a likelihood for diagnoses, 0 (unknown) for form and rhythm.
                 "scp_codes": str({code: 100.0 if code in DIAGNOSTIC else 0.0 for code in ecg.codes}),
                 "strat_fold": (patient - 1) % 10 + 1,
                 "filename_lr": path,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecgot.choices import BEAMS, EVALUATION_FOLDS, RESAMPLES
+from ecgot.choices import BEAMS, EVALUATION_FOLDS, GROUPS, RESAMPLES
 from ecgot.data.dataset import EcgDataset
-from ecgot.data.ptbxl import GROUPS, available_folds, check_patient_split
+from ecgot.data.ptbxl import available_folds, check_patient_split
 from ecgot.errors import EcgotError
 from ecgot.eval.auroc import AurocResult, macro_auroc
 from ecgot.eval.inputs import EvalSet, EvaluationRequest, TrainSet, rows_with_text

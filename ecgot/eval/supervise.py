@@ -4,7 +4,7 @@ A run's folder:
 
 config.json             data, encoder and seed, as of every run
 supervised.json         the settings of the training
-metrics.jsonl           one line an epoch
+metrics.jsonl           one line per epoch
 supervised.safetensors  the classifier
 evaluation.json         its macro AUROC on held-out folds
 """
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from ecgot.choices import EVALUATION_FOLDS, RESAMPLES
+from ecgot.choices import ALL, EVALUATION_FOLDS, GROUPS, RESAMPLES
 from ecgot.data.dataset import EcgDataset
-from ecgot.data.ptbxl import GROUPS, Labels, check_patient_split
+from ecgot.data.ptbxl import Labels, check_patient_split
 from ecgot.errors import EcgotError
 from ecgot.eval.auroc import AurocResult, macro_auroc
 from ecgot.files import default_cache_dir, write_text
@@ -31,7 +31,6 @@ from ecgot.runs.progress import Progress
 from ecgot.runs.records import load_folds
 from ecgot.runs.run import Run
 from ecgot.train.supervised import (
-    ALL,
     STAGE,
     Classifier,
     SupervisedConfig,
@@ -211,7 +210,9 @@ def _resumed_settings(request: SupervisedRequest) -> tuple[Config, SupervisedCon
         if getattr(settings, name) != value
     ]
     if changed:
-        raise EcgotError(f"out: {request.out} was trained with another configuration ({changed[0]})")
+        raise EcgotError(
+            f"out: expected the configuration of {request.out}, got another configuration ({changed[0]})"
+        )
     return saved, trained
 
 
@@ -220,7 +221,9 @@ def _saved_settings(out: Path) -> SupervisedConfig:
     try:
         return SupervisedConfig(**json.loads(path.read_text(encoding="utf-8")))
     except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
-        raise EcgotError(f"out: {path} does not hold the settings of a run ({error})") from error
+        raise EcgotError(
+            f"out: expected the settings of a run in {path}, got something else ({error})"
+        ) from error
 
 
 def _new_settings(request: SupervisedRequest) -> tuple[Config, SupervisedConfig]:

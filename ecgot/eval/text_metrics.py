@@ -1,4 +1,4 @@
-"""Report metrics, each from a well-known library and with its exact definition ("dialect").
+"""Report metrics: text metrics from well-known libraries and label F1, each with its definition ("dialect").
 
 Between papers, numbers differ more by dialect than by model: tokenisation, case, smoothing and averaging all
 change them.
@@ -20,7 +20,7 @@ from ecgot.text.labels import label_groups, stated_labels
 
 _BLEU = BLEU(lowercase=True)
 _BLEU.corpus_score(["a"], [["a"]])  # its signature holds the number of references only after a first use
-# The same counts, without a warning where a short report has no longer n-grams.
+# The same counts, without a warning if a report is too short for long n-grams.
 _ONE_REPORT = BLEU(lowercase=True, effective_order=True)
 _ORDER = 4  # BLEU's longest n-grams
 _ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}

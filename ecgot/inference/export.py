@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ecgot.data.ptbxl import GROUPS
+from ecgot.choices import GROUPS
 from ecgot.errors import EcgotError
 from ecgot.files import atomic_folder, save_tensors, write_text
 from ecgot.inference.display import auroc_text, metric_text

@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ecgot.choices import SCORES, TOKEN_SIMILARITIES
-from ecgot.data.ptbxl import GROUPS
+from ecgot.choices import GROUPS, SCORES, TOKEN_SIMILARITIES
 from ecgot.errors import EcgotError, first_line
 from ecgot.files import save_tensors
 from ecgot.models.alignment import AlignmentModel, Embedding

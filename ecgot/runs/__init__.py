@@ -1,1 +1,1 @@
-"""What training and reading share: a run's settings, folder, records and trained models."""
+"""What training and inference share: a run's settings, folder, records and trained models."""

@@ -1,4 +1,4 @@
-"""Trained models from a run's folder."""
+"""Loading trained models from a run's folder."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def build_model(config: Config, text_width: int) -> AlignmentModel:
 
 
 def transport(settings: AlignConfig) -> Transport:
-    """The transport settings of a configuration."""
+    """The configured transport settings."""
     return Transport(settings.ot_eps, settings.ot_max_iter, settings.ot_tol)
 
 
@@ -30,8 +30,8 @@ def load_alignment(run: Run, text: TextEncoder | None) -> AlignmentModel:
     """The stage-1 model of a run, in eval mode.
 
     Args:
-        text: the run's text encoder. It moves to the model's device and, where the run trained it, gets the
-            trained weights. None: the model can read ECGs and embedded prompts, but no text.
+        text: the run's text encoder. It is moved to the model's device and, if the run trained it, gets the
+            trained weights. None: the model can embed ECGs and use embedded prompts, but cannot embed text.
     """
     config, device = run.config(), choose_device(run.config().device)
     if text is None:
@@ -52,12 +52,12 @@ def load_alignment(run: Run, text: TextEncoder | None) -> AlignmentModel:
 
 
 def text_fingerprint(text: TextEncoder) -> Tensor:
-    """[16] uint8, of a text encoder's weights and settings."""
+    """Hash [16] uint8 of a text encoder's weights and settings."""
     return torch.tensor(list(bytes.fromhex(text.fingerprint())), dtype=torch.uint8)
 
 
 def load_reporter(run: Run, ecg_width: int) -> Reporter:
-    """The stage-2 model of a run, in eval mode; one with adapters reads its language model by name."""
+    """The stage-2 model of a run, in eval mode. With adapters, its language model is loaded by name."""
     config = run.config()
     settings = config.report
     if settings.lora_rank:
@@ -73,11 +73,11 @@ def load_reporter(run: Run, ecg_width: int) -> Reporter:
 def new_reporter(
     settings: ReportConfig, ecg_width: int, reports: tuple[str, ...], recorders: tuple[str, ...]
 ) -> Reporter:
-    """The reporter as stage 2 begins, with adapters where they are configured.
+    """The reporter at the start of stage 2, with adapters if they are configured.
 
     Args:
-        ecg_width: D of the ECG tokens.
-        reports: of training, which a tokenizer from scratch is fitted on.
+        ecg_width: D, width of the ECG tokens.
+        reports: the training reports, on which a tokenizer from scratch is fitted.
         recorders: see :class:`ecgot.models.reporter.Reporter`.
     """
     reporter = build_reporter(

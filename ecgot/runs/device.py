@@ -1,4 +1,4 @@
-"""The device that a configuration asks for."""
+"""The device that a configuration requests."""
 
 import torch
 
@@ -7,10 +7,10 @@ from ecgot.runs.config import Config
 
 
 def check_cuda_graph(config: Config) -> None:
-    """That CUDA graphs are asked for on a CUDA device alone.
+    """Check that CUDA graphs are requested only on a CUDA device.
 
     Raises:
-        EcgotError: they are asked for on another.
+        EcgotError: they are requested on another device.
     """
     device = choose_device(config.device)
     if config.cuda_graph and device.type != "cuda":
@@ -18,7 +18,11 @@ def check_cuda_graph(config: Config) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU."""
+    """The device called ``name``; "auto" is CUDA if available, else the CPU.
+
+    Raises:
+        EcgotError: there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

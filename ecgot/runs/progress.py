@@ -1,4 +1,4 @@
-"""How long work reports itself."""
+"""Progress reports of long-running work."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 @dataclass
 class Progress:
-    """How training reports itself; the command line draws it, a library user may ignore it."""
+    """Callbacks for progress; the command line draws it, library users may ignore it.
+
+    Attributes:
+        bar: called with (task, steps done, total steps).
+        note: called with one line of text.
+    """
 
     bar: Callable[[str, int, int], None] = lambda _task, _done, _total: None
     note: Callable[[str], None] = lambda _line: None

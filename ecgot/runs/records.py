@@ -1,4 +1,4 @@
-"""A run's records: folds loaded, batches of waveforms, and every record encoded once."""
+"""A run's records: loading folds, batching waveforms, and encoding every record once."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,11 +12,11 @@ from ecgot.models.encoders import CapturedInference, fuse_norms
 from ecgot.runs.config import Config
 from ecgot.runs.progress import Progress
 
-BATCH = 128  # records or texts that are encoded or scored at once, where nothing is trained
+BATCH = 128  # records or texts per batch, except in training
 
 
 def waveforms(dataset: EcgDataset, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Waveforms [b, L, T] in mV of ``rows`` [b], and their lengths where one is shorter than T."""
+    """Waveforms [b, L, T] in mV of ``rows`` [b], and their lengths [b]; None if all are T."""
     index = rows.numpy()
     signal = torch.from_numpy(dataset.waveforms_mv(index)).to(device)
     lengths = torch.from_numpy(dataset.lengths[index])
@@ -34,7 +34,7 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Encoder tokens [n, N, D] fp16 and masks [n, N] of every record, on the CPU.
 
-    A frozen encoder then sees each record once instead of once an epoch.
+    A frozen encoder then processes each record once instead of once per epoch.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -61,7 +61,7 @@ def load_folds(
     root: Path | None = None,
     reports_csv: str | None = None,
 ) -> EcgDataset:
-    """Folds of the configured data set, or of another folder, with a note on what was skipped."""
+    """Load folds of the configured data set, or of another folder, and note what was skipped."""
     settings, folds = config.data, tuple(folds)
     dataset = load_dataset(
         root or settings.root,

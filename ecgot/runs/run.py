@@ -1,13 +1,13 @@
 """A run's folder: configuration, metrics, checkpoints, and the state from which training resumes.
 
 config.json             the resolved configuration
-metrics.jsonl           one line an epoch
-align.safetensors       stage 1: encoder, projections, and the text encoder where it was trained
-prompts.safetensors     the built-in prompts, embedded; only where ``ecgot export`` made the folder
+metrics.jsonl           one line per epoch
+align.safetensors       stage 1: encoder, projections, and the text encoder if it was trained
+prompts.safetensors     the built-in prompts, embedded; only in folders made by ``ecgot export``
 report.safetensors      stage 2: projector, recorders and language model
 language_model/         stage 2: its configuration and tokenizer
-recorders.json          stage 2: the recorders that it can be told, where there are any
-STAGE.resume.pt         optimizer and schedule after the last whole epoch; gone when the stage is done
+recorders.json          stage 2: the recorders it can condition on, if any
+STAGE.resume.pt         optimizer and schedule after the last whole epoch; removed when the stage is done
 """
 
 import json
@@ -38,18 +38,18 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path, config: Config, *, resume: bool) -> "Run":
-        """Make the folder and write the configuration, or open it again to resume.
+        """Make the folder and write the configuration, or reopen it to resume.
 
-        A stage that has not begun may get other settings: those of stage 2 may change until it is trained.
+        Settings of stage 2 may change until its training begins.
 
         Raises:
-            EcgotError: it already holds a run and ``resume`` is off, or the run has another configuration.
+            EcgotError: the folder holds a run and ``resume`` is off, or the run has another configuration.
         """
         run, path = cls(folder), folder / "config.json"
         if path.exists():
             if not resume:
                 raise EcgotError(
-                    f"out: expected a new folder, got {folder}, which holds a run; --resume goes on with it"
+                    f"out: expected a new folder, got {folder}, which holds a run; --resume continues it"
                 )
             changed = differences(run.config(), config)
             fixed = [line for line in changed if run.begun("report") or not line.startswith("report.")]
@@ -66,10 +66,10 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
-        """An existing run.
+        """Open an existing run.
 
         Raises:
-            EcgotError: the folder holds none.
+            EcgotError: the folder holds no run.
         """
         if not (folder / "config.json").is_file():
             raise EcgotError(
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def prompts(self) -> Path:
-        """Of the embedded prompts, where there are any: then no text encoder is needed to use them."""
+        """Path of the embedded prompts. If the file exists, using them needs no text encoder."""
         return self.folder / "prompts.safetensors"
 
     def config(self) -> Config:
@@ -96,10 +96,10 @@ class Run:
 
     @property
     def recorders(self) -> tuple[str, ...]:
-        """The recorders that the stage-2 model can be told.
+        """The recorders that the stage-2 model can condition on.
 
         Raises:
-            EcgotError: recorders.json does not hold names.
+            EcgotError: recorders.json is not a valid list of names.
         """
         path = self._recorders
         try:
@@ -117,7 +117,7 @@ class Run:
         return tuple(names)
 
     def save_recorders(self, names: Sequence[str]) -> None:
-        """Write recorders.json; for no names there is none."""
+        """Write recorders.json, or remove it if there are no names."""
         if not names:
             self._recorders.unlink(missing_ok=True)
         else:
@@ -128,7 +128,7 @@ class Run:
         return self.folder / "recorders.json"
 
     def log(self, stage: str, epoch: int, metrics: dict[str, float]) -> None:
-        """Add one line to metrics.jsonl, in place of what a cut-off run may have said of the same epoch."""
+        """Add one line to metrics.jsonl, replacing that of an interrupted run for the same epoch."""
         line = {"stage": stage, "epoch": epoch} | {key: round(value, 6) for key, value in metrics.items()}
         kept = [old for old in self.metrics() if (old["stage"], old["epoch"]) != (stage, epoch)]
         text = "".join(json.dumps(each) + "\n" for each in (*kept, line))
@@ -142,23 +142,23 @@ class Run:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def begun(self, stage: str) -> bool:
-        """Whether the stage has left weights or a state."""
+        """Whether the stage has saved weights or a state to resume from."""
         return self._weights(stage).exists() or self._resume(stage).exists()
 
     def done(self, stage: str) -> bool:
-        """Whether the stage has been trained to its end."""
+        """Whether the stage has finished training."""
         return self._weights(stage).exists() and not self._resume(stage).exists()
 
     def save(self, stage: str, model: nn.Module) -> None:
-        """Write the stage's weights, with the settings that they belong to."""
+        """Write the stage's weights, with the settings that they depend on."""
         shaping = json.dumps(_shaping(self.config(), stage))
         save_tensors(_distinct(model.state_dict()), self._weights(stage), {"ecgot": shaping})
 
     def load(self, stage: str, model: nn.Module) -> None:
-        """Fill ``model`` with the stage's weights.
+        """Load the stage's weights into ``model``.
 
         Raises:
-            EcgotError: there is no checkpoint, it is damaged, or belongs to another configuration.
+            EcgotError: there is no finished checkpoint, or it is damaged or of another configuration.
         """
         path = self._trained(stage)
         with _named_if_damaged(path):
@@ -175,24 +175,25 @@ class Run:
             missing, unexpected = model.load_state_dict(weights, strict=False)
         except RuntimeError as error:  # shapes differ
             raise EcgotError(
-                f"run: {path} does not fit the configured model ({shape_error(error)})"
+                f"run: expected weights of the configured model in {path}, got others ({shape_error(error)})"
             ) from error
         missing = [name for name in missing if name in _distinct(model.state_dict())]
         if missing or unexpected:
-            raise EcgotError(f"run: {path} does not fit the configured model ({[*missing, *unexpected][0]})")
+            name = [*missing, *unexpected][0]
+            raise EcgotError(f"run: expected weights of the configured model in {path}, got others ({name})")
 
     def shape(self, stage: str, name: str) -> tuple[int, ...]:
-        """Of a tensor of a stage's checkpoint.
+        """The shape of a tensor in a stage's checkpoint.
 
         Raises:
-            EcgotError: there is no checkpoint, or it is damaged.
+            EcgotError: there is no finished checkpoint, or it is damaged.
         """
         path = self._trained(stage)
         with _named_if_damaged(path), safe_open(path, "pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
     def _trained(self, stage: str) -> Path:
-        """The checkpoint of a stage that has been trained to its end."""
+        """The checkpoint of a stage that has finished training."""
         path = self._weights(stage)
         if not path.exists():
             raise EcgotError(
@@ -201,19 +202,19 @@ class Run:
         if not self.done(stage):
             raise EcgotError(
                 f"run: expected stage {stage} of {self.folder} to be done, got an "
-                "interrupted one; go on with --resume first"
+                "interrupted one; finish it with --resume first"
             )
         return path
 
     def save_state(self, stage: str, state: dict[str, Any]) -> None:
-        """Write what the stage resumes from."""
+        """Save the state from which the stage resumes."""
         write_atomically(self._resume(stage), lambda temporary: torch.save(state, temporary))
 
     def load_state(self, stage: str) -> dict[str, Any] | None:
-        """What :meth:`save_state` wrote last; None if there is nothing to resume.
+        """The state that was saved last; None if there is nothing to resume.
 
         Raises:
-            EcgotError: it is damaged.
+            EcgotError: the state is damaged.
         """
         path = self._resume(stage)
         if not path.exists():
@@ -222,10 +223,10 @@ class Run:
             return torch.load(path, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             both = f"{path.name} and {self._weights(stage).name}"
-            raise EcgotError(f"run: {path} is damaged; delete {both} to train the stage anew") from error
+            raise EcgotError(f"run: {path} is damaged; delete {both} to train the stage again") from error
 
     def finish(self, stage: str) -> None:
-        """Mark the stage as done: there is nothing left to resume."""
+        """Mark the stage as done by removing its saved state."""
         self._resume(stage).unlink(missing_ok=True)
 
     def _weights(self, stage: str) -> Path:
@@ -244,7 +245,7 @@ def _named_if_damaged(path: Path) -> Iterator[None]:
 
 
 def _shaping(config: Config, stage: str) -> dict[str, Any]:
-    """The settings that a checkpoint was made for and must be used with."""
+    """The settings that a checkpoint depends on."""
     flat = {
         f"{section}.{key}": value
         for section, values in asdict(config).items()
@@ -261,17 +262,17 @@ def _shaping(config: Config, stage: str) -> dict[str, Any]:
 
 
 def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state without second names of one tensor (tied embeddings), which safetensors refuses."""
+    """The state dict without repeated tensors (tied embeddings), which safetensors refuses."""
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     kept = {}
     for name, tensor in state.items():
         identity = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() == 0 or identity not in seen:
-            kept[name] = tensor.contiguous()  # safetensors refuses others, such as channels-last weights
+            kept[name] = tensor.contiguous()  # safetensors refuses other layouts, such as channels-last
             seen.add(identity)
     return kept
 
 
 def shape_error(error: RuntimeError) -> str:
-    """The line of torch's error on loading a state dict that names the first mismatch."""
+    """The last line of torch's error on loading a state dict, which names a mismatch."""
     return str(error).strip().splitlines()[-1].strip()

@@ -1,1 +1,1 @@
-"""Report text: cleaned, in plain English, split into statements and phrases, and the labels it states."""
+"""Report text: cleaning, plain English, statements, phrases, and the labels that a report states."""

@@ -1,4 +1,4 @@
-"""Report statements in plain English, one spelling for each meaning."""
+"""Report statements in plain English, with one spelling for each meaning."""
 
 import functools
 import re
@@ -12,11 +12,11 @@ _PART = re.compile(r"\{([A-Z]+)\}")
 def plain_english(text: str) -> str:
     """A cleaned report with its German, Swedish and half-translated statements in English.
 
-    ``glossary.txt`` holds the rules. What no rule knows stays as it is; text that is English already only
-    gets one spelling.
+    ``glossary.txt`` holds the rules. Text that no rule covers stays as it is; English text only has its
+    spelling unified.
 
     Args:
-        text: as :func:`ecgot.text.cleaning.clean_report` leaves it.
+        text: as returned by :func:`ecgot.text.cleaning.clean_report`.
     """
     text = " ".join(text.split())
     for guard, rules in _groups():

@@ -14,7 +14,7 @@ from ecgot.text.statements import sentences
 
 RULES = Path(__file__).with_name("labels.toml")
 Patterns = Iterable[Sequence[re.Pattern[str]]]
-# Up to a "but" or "with", which begins what is there; "no change in" denies nothing.
+# A negation reaches up to "but" or "with", which introduce findings; "no change in" negates nothing.
 _DENIED_BEFORE = re.compile(r"\b(?:no|without)(?: (?!(?:but|with|change)\b)\w+){0,8} ?$")
 _DENIED_AFTER = re.compile(
     r"^\w*(?: (?!(?:but|with|and|or|cannot|not|no)\b)\w+){0,5}?"
@@ -32,7 +32,7 @@ def _rules() -> dict[str, dict[str, list[re.Pattern[str]]]]:
 
 
 def label_groups() -> dict[str, tuple[str, ...]]:
-    """The classes that can be read from a report, by label group."""
+    """Classes that can be read from a report, by label group."""
     return {group: tuple(classes) for group, classes in _rules().items()}
 
 

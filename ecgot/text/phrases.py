@@ -29,10 +29,10 @@ class Phrases:
 
     Attributes:
         texts: K phrases.
-        said: [n, K], 1 where the report says the phrase.
-        weight: [K], for :func:`ecgot.models.losses.phrase_loss`: the loss is 1 where every phrase is
-            expected at its share. A common phrase weighs less, by the root of what it tells.
-        log_odds: the mean over phrases of the log-odds of being said.
+        said: [n, K], 1 if the report contains the phrase.
+        weight: [K], for :func:`ecgot.models.losses.phrase_loss`: 1 / sqrt(entropy of the phrase), so that
+            common phrases weigh less, scaled so that predicting every phrase at its base rate costs 1.
+        log_odds: mean over phrases of their log-odds of being in a report.
     """
 
     texts: tuple[str, ...]
@@ -42,13 +42,13 @@ class Phrases:
 
 
 def find_phrases(reports: Sequence[str], *, min_count: int, max_words: int) -> Phrases:
-    """Runs of up to ``max_words`` words within a statement, and whole statements, that at least ``min_count``
-    reports say.
+    """Find the phrases that at least ``min_count`` reports contain.
 
-    Of phrases that exactly the same reports say, the longest stays.
+    A phrase is a run of up to ``max_words`` words within a statement, or a whole statement. Of phrases that
+    occur in exactly the same reports, only the longest is kept.
 
     Raises:
-        EcgotError: there is none.
+        EcgotError: there is no such phrase.
     """
     rows_of: defaultdict[str, list[int]] = defaultdict(list)
     for row, report in enumerate(reports):

@@ -1,7 +1,7 @@
-"""Splitting report text, for the whole package, at one of two levels.
+"""Splitting report text into sentences or statements.
 
-A sentence ends at a full stop. A statement is shorter: a semicolon or colon ends it, too. A full stop that no
-white space follows, as in "0.5 mv", ends neither.
+A sentence ends at a full stop; a statement also ends at a semicolon or colon. A full stop without white
+space after it, as in "0.5 mv", ends neither.
 """
 
 import re
@@ -11,7 +11,7 @@ _SENTENCE = re.compile(r"[^\s.](?:[^.]|\.(?!\s|$))*")
 
 
 def statements(text: str) -> list[str]:
-    """The statements of a text, at least one, without what ends them and without white space around them."""
+    """The statements of a text, at least one, without their final punctuation and surrounding white space."""
     found = [part.strip() for part in _STATEMENT_END.split(text)]
     return [part for part in found if part] or [text.strip()]
 

@@ -17,8 +17,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
+from ecgot.choices import ALL, GROUPS
 from ecgot.data.dataset import EcgDataset
-from ecgot.data.ptbxl import GROUPS
 from ecgot.errors import EcgotError
 from ecgot.models.encoders import Encoder, encoder, fuse_norms, masked_mean, to_channels_last
 from ecgot.runs.checkpoints import load_alignment
@@ -30,7 +30,6 @@ from ecgot.train.batches import augmented, epoch_order
 from ecgot.train.loop import Schedule, parameter_groups, train_epochs, warm_up_and_decay
 
 STAGE = "supervised"
-ALL = "all"
 BENCHMARK_ENCODERS = ("resnet1d_wang", "xresnet1d101", "inception1d")
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from ecgot.choices import GROUPS
 from ecgot.data.dataset import EcgDataset, load_dataset
-from ecgot.data.ptbxl import GROUPS
 from ecgot.errors import EcgotError
 from ecgot.eval.auroc import macro_auroc
 from ecgot.eval.evaluate import evaluate

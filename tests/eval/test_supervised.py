@@ -10,9 +10,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from ecgot.choices import GROUPS
 from ecgot.cli.main import cli
 from ecgot.data.dataset import load_dataset
-from ecgot.data.ptbxl import GROUPS
 from ecgot.errors import EcgotError
 from ecgot.eval.auroc import macro_auroc
 from ecgot.eval.supervise import supervise

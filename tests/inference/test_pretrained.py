@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ecgot
-from ecgot.data.ptbxl import GROUPS, read_table
+from ecgot.choices import GROUPS
+from ecgot.data.ptbxl import read_table
 from ecgot.eval.evaluate import evaluate
 from ecgot.inference.zeroshot import read_prompts
 from ecgot.models.encoders import Encoder, fuse_norms

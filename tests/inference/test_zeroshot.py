@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ecgot.choices import SCORES
+from ecgot.choices import GROUPS, SCORES
 from ecgot.data.findings import STATEMENTS
-from ecgot.data.ptbxl import GROUPS, SUPERCLASSES, read_table
+from ecgot.data.ptbxl import SUPERCLASSES, read_table
 from ecgot.errors import EcgotError
 from ecgot.files import save_tensors
 from ecgot.inference.zeroshot import (

@@ -46,7 +46,7 @@ def test_a_run_s_config_json_is_a_config_file(tmp_path):
         ("report.hidden_size=145", ["report.hidden_size", "145"]),
         ("data.train_folds=", ["data.train_folds"]),
         ("data.leads=[]", ["data.leads"]),
-        ("align=3", ["align is a section"]),
+        ("align=3", ["align: expected a section of settings, got '3'"]),
         ("seed.x=1", ["seed"]),
     ],
 )

@@ -1,8 +1,8 @@
 """Who runs a convolution: this package's kernels, or torch (on a GPU, the vendor's library).
 
-The vendor's wide products are hard to beat, and fusion pays off where memory is the limit. ``backends.csv``
-holds what ``benchmarks/conv1d_backends.py`` measured, a line for each pass, layer and dtype; a layer that is
-not in it follows the rule of :func:`modelled`.
+The vendor's wide matrix products are hard to beat; fusion pays off where memory bandwidth is the limit.
+``backends.csv`` holds the measurements of ``python -m benchmarks.conv1d_backends``, one line per pass, layer
+and dtype; a layer that is not in it follows the rule of :func:`modelled`.
 """
 
 import csv
@@ -17,7 +17,7 @@ from ecgot.kernels.dispatch import use_triton
 
 BACKENDS = ("auto", "triton", "torch")
 PASSES = ("forward", "input_gradient", "weight_gradient")
-WIDE = 256  # channels from which most kernel sizes are limited by products, not by memory
+WIDE = 256  # channels from which most kernel sizes are compute-bound, not memory-bound
 
 Layer = tuple[str, int, int, int, int, int, int, str]
 
@@ -28,7 +28,7 @@ def choose(what: str, x: Tensor, weight: Tensor, geometry: Geometry, backend: st
         return "torch"
     if backend != "auto":
         return backend
-    if x.device.type == "cpu":  # the interpreter is there to run the kernels
+    if x.device.type == "cpu":  # the interpreter exists to run the kernels
         return "triton"
     return _choose(_layer(what, weight, geometry, x.dtype))
 
@@ -64,9 +64,9 @@ def conv1d_backends(
 def modelled(what: str, c_in: int, c_out: int, k: int, stride: int, groups: int) -> str:
     """The rule for layers that are not in the table; c_in and c_out count the channels of all groups.
 
-    A layer with C channels moves 2 C values and does C^2 k products per sample. From 256 channels on most
-    layers are limited by the products, where the vendor's library wins; its strided gradients in x are good
-    at any width.
+    A layer with C channels moves 2 C values and does C^2 k products per sample. From 256 channels on,
+    most layers are compute-bound, where the vendor's library wins; its strided gradients in x are fast at any
+    width.
     """
     if groups > 1:
         return "triton"

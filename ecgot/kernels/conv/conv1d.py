@@ -1,4 +1,8 @@
-"""Fused channels-last 1-D convolution."""
+"""Fused channels-last 1-D convolution.
+
+As an implicit matrix product (Chetlur et al. 2014, "cuDNN: Efficient Primitives for Deep Learning") with what
+follows it in the epilogue; see ``triton_conv1d`` for the kernels and ``torch_conv1d`` for the vendor's.
+"""
 
 from typing import Any, NamedTuple
 

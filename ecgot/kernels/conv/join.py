@@ -53,7 +53,13 @@ def join(
 
 
 def materialize(x: LazyActivation) -> LazyActivation:
-    """x with its normalisation and activation done."""
+    """x with its normalisation and activation done.
+
+    >>> one, zero = torch.ones(1), torch.zeros(1)
+    >>> x = LazyActivation(torch.tensor([[[-1.0], [2.0]]]), zero, 2 * one, zero, "relu")  # relu(2 x)
+    >>> materialize(x).values.flatten().tolist()
+    [0.0, 4.0]
+    """
     return x if x.mean is None else join(dataclasses.replace(x, activation=None), None, x.activation)
 
 

@@ -1,4 +1,4 @@
-"""Which solver serves a problem, decided once for each call.
+"""Which solver serves a problem: decided by :func:`backend` and nowhere else.
 
 Solvers are imported when they are first needed: Triton and numba may both be missing.
 """

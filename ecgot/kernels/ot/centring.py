@@ -7,6 +7,7 @@ the potentials and not the plan: each cloud goes to its own mean. Otherwise both
 import torch
 from torch import Tensor
 
+from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot.problem import Problem, all_present, can_read_values
 
 
@@ -14,7 +15,7 @@ def centres(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: str, *, balanced: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """What to subtract from x [B, N, D] and y [B, M, D]: [B, D] each, or None where nothing is."""
-    if cost not in ("sqeuclidean", "euclidean"):
+    if cost not in CENTRED_COSTS:
         return None, None
     with torch.no_grad():
         x_mean, y_mean = weighted_mean(x, a), weighted_mean(y, b)

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from ecgot.kernels.ot.problem import ABSENT, SolverSettings, can_read_values
 
 COSTS = ("sqeuclidean", "euclidean", "cosine", "dot")
+CENTRED_COSTS = ("sqeuclidean", "euclidean")  # of differences: the points may be moved, see centring.py
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PRECISIONS = ("fp32", "tf32")
 MIN_EPS, MAX_EPS = 1e-30, 1e30

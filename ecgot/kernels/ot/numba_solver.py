@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ecgot.kernels.ot import numba_loops as loops
+from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot.problem import (
     PlanWeights,
     Problem,
@@ -85,7 +86,7 @@ def cost_vjp(problem: Problem, given: PlanWeights, cost_cache: Tensor) -> tuple[
     scale = torch.where(clouds.usable, given.scale.reshape(-1), 0.0)
     if problem.cost == "euclidean":
         scale = scale / problem.eps  # the loop divides by a distance in units of eps
-    sums_wanted = problem.cost in ("sqeuclidean", "euclidean")
+    sums_wanted = problem.cost in CENTRED_COSTS
     given_cost = problem.cost == "given"
     x, y = (f, g) if given_cost else (clouds.x.finite_points(), clouds.y.finite_points())
     to_y, row_sums = torch.empty_like(x), x.new_zeros(x.shape[:-1])

@@ -56,6 +56,12 @@ class SinkhornOutput:
 
         P is formed in chunks of rows (2^24 numbers at a time), and again for the gradient; other memory is
         O((N + M) E).
+
+        >>> import ecgot
+        >>> cost = torch.tensor([[[0.0, 9.0], [9.0, 0.0]]])
+        >>> out = ecgot.sinkhorn_from_cost(cost, eps=0.1)
+        >>> out.apply(torch.tensor([[[2.0], [4.0]]])).flatten().tolist()
+        [1.0, 2.0]
         """
         n, m = self._problem.size
         wanted = (len(self.f), n if transpose else m)
@@ -70,7 +76,14 @@ class SinkhornOutput:
         return torch.cat(self._by_rows(lambda part, f, g, _: part.plan(f, g) @ v.to(f.dtype)), 1)
 
     def barycentric_projection(self) -> Tensor:
-        """Where P sends each x: sum_j P_ij y_j / sum_j P_ij [B, N, D]; 0 where a point has no mass."""
+        """Where P sends each x: sum_j P_ij y_j / sum_j P_ij [B, N, D]; 0 where a point has no mass.
+
+        >>> import ecgot
+        >>> x = torch.tensor([[[0.0], [5.0]]])
+        >>> out = ecgot.sinkhorn(x, x + 1, eps=0.01)
+        >>> out.barycentric_projection().flatten().round(decimals=3).tolist()
+        [1.0, 6.0]
+        """
         y = self._problem.y
         if y is None:
             raise ValueError(

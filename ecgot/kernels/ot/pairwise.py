@@ -8,6 +8,7 @@ from torch import Tensor
 from ecgot.kernels.ot import checks, operators
 from ecgot.kernels.ot.backends import backend
 from ecgot.kernels.ot.centring import common_middle, mean_distances, weighted_mean
+from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot.outputs import SinkhornPairwiseOutput
 from ecgot.kernels.ot.problem import Problem
 
@@ -81,7 +82,7 @@ def sinkhorn_pairwise(  # type: ignore[misc]  # the overloads leave its settings
     if cost == "sqeuclidean" and not free:
         means = weighted_mean(x, a), weighted_mean(y, b)
         x_centre, y_centre = (mean.detach() for mean in means)
-    elif cost in ("sqeuclidean", "euclidean"):
+    elif cost in CENTRED_COSTS:
         x_centre, y_centre = common_middle(weighted_mean(x, a).detach(), weighted_mean(y, b).detach())
     problem = Problem(x, y, a, b, x_centre, y_centre, eps_each, cost, *rhos, True, precision)
     value, _, _, error, iterations = operators.solve(problem, None, settings)

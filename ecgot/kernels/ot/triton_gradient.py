@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ecgot.kernels.compilation import CompileCase, compile_case
 from ecgot.kernels.dispatch import launch
-from ecgot.kernels.ot.checks import COSTS
+from ecgot.kernels.ot.checks import CENTRED_COSTS, COSTS
 from ecgot.kernels.ot.problem import PlanWeights, Problem
 from ecgot.kernels.ot.triton_tiles import (
     CONVENTIONS,
@@ -229,7 +229,7 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
         for dtype, cost, used in itertools.product(("fp32", "fp16", "bf16"), COSTS, precisions):
             kind = {
                 "COST": COST_CODES[cost],
-                "CENTRED": cost in ("sqeuclidean", "euclidean"),
+                "CENTRED": cost in CENTRED_COSTS,
                 "PRECISION": used,
             }
             for implicit_too in (False, True):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ecgot.kernels.compilation import CompileCase, compile_case
 from ecgot.kernels.dispatch import launch
+from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot.problem import Problem, Result, SolverSettings, start_temperature
 from ecgot.kernels.ot.triton_tiles import (
     CONVENTIONS,
@@ -481,7 +482,7 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
         for dtype, cost, used in itertools.product(
             ("fp32", "fp16", "bf16"), COST_CODES, fp32_precisions(hip)
         ):
-            centred = cost in ("sqeuclidean", "euclidean")
+            centred = cost in CENTRED_COSTS
             kind = {"COST": COST_CODES[cost], "CENTRED": centred, "PRECISION": used}
             for pairs, balanced in itertools.product((False, True), repeat=2):
                 if pairs and cost == "given":

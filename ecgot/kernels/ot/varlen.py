@@ -45,7 +45,9 @@ def sinkhorn_varlen(
     """
     for name in ("x_mask", "y_mask", "init"):
         if name in settings:
-            raise TypeError(f"{name}: expected cu_seqlens_x and cu_seqlens_y for packed clouds, got {name}")
+            raise TypeError(
+                f"{name}: expected none for packed clouds, whose lengths cu_seqlens give, got one"
+            )
     x, y = checks.check_points(x, y, dims=2)
     x_offsets, n = checks.check_cu_seqlens("cu_seqlens_x", cu_seqlens_x, x, max_seqlen_x)
     y_offsets, m = checks.check_cu_seqlens("cu_seqlens_y", cu_seqlens_y, y, max_seqlen_y)

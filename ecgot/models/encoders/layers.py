@@ -204,7 +204,7 @@ def _process_group(norm: nn.Module) -> object | None:
 # --- bottleneck blocks --------------------------------------------------------------------------------------
 
 
-class Bottleneck(Protocol):
+class BottleneckBlock(Protocol):
     """A block of 1x1, convolution, 1x1, each with a batch norm, and a shortcut."""
 
     def layers(self) -> tuple[Layer, Layer, Layer]:
@@ -216,7 +216,7 @@ class Bottleneck(Protocol):
         ...
 
 
-def bottlenecks(x: LazyActivation, blocks: Sequence[Bottleneck]) -> LazyActivation:
+def bottlenecks(x: LazyActivation, blocks: Sequence[BottleneckBlock]) -> LazyActivation:
     """Bottleneck blocks in a row, [B, T, C_in] to [B, T_out, C_out].
 
     At inference each also makes the next one's first convolution.
