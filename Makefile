@@ -18,7 +18,7 @@ EXAMPLES := $(shell grep -rl --include='*.py' '>>>' ecgot)
 # What Triton's interpreter repeats. Those left out set up Triton themselves, each in a process of its own.
 INTERPRETED := tests/kernels tests/benchmarks/test_kernel_cases.py \
 	--ignore=tests/kernels/resources --ignore=tests/kernels/conv/test_backends.py
-# Rules of the house and rooms whose tests take seconds: what make quick runs.
+# The repository's rules and the subpackages whose tests take seconds: what make quick runs.
 FAST := $(wildcard tests/test_*.py) tests/bench/test_stopwatch.py tests/data tests/eval/test_auroc.py tests/runs \
 	tests/text tests/kernels/conv/test_conv1d.py tests/kernels/ot/test_sinkhorn_properties.py
 SELECT := -m 'not slow'

@@ -11,8 +11,6 @@ MAX_LINES, MAX_ARGUMENTS = 60, 8
 # Compiled as they are written, with tensors and sizes as flat arguments: Triton's kernels are not split, as a
 # call would cost registers, and numba takes no values of ours. A command's arguments are its options.
 EXEMPT_DECORATORS = ("triton.jit", "njit", "cli.command")
-# PATH::NAME: why.
-EXEMPT: dict[str, str] = {}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -47,7 +45,7 @@ def too_large(source: str, path: str = "") -> list[str]:
     for function in functions(source):
         decorators = (ast.unparse(each) for each in function.decorator_list)
         name = f"{path}::{function.name}"
-        if name in EXEMPT or any(each.startswith(EXEMPT_DECORATORS) for each in decorators):
+        if any(each.startswith(EXEMPT_DECORATORS) for each in decorators):
             continue
         if lines(function) > MAX_LINES:
             found.append(f"{name}: expected at most {MAX_LINES} lines, got {lines(function)}")
@@ -66,11 +64,6 @@ def sources() -> Iterator[tuple[str, str]]:
 def test_no_function_is_too_long_or_takes_too_many_arguments() -> None:
     wrong = [line for path, source in sources() for line in too_large(source, path)]
     assert not wrong, "\n".join(wrong)
-
-
-def test_every_exception_is_needed() -> None:
-    known = {f"{path}::{each.name}" for path, source in sources() for each in functions(source)}
-    assert EXEMPT.keys() <= known
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The rooms of the package and which of them may import which: the house stays as it was drawn."""
+"""Which subpackage may import which."""
 
 import ast
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ GROUND = {"choices", "errors", "files", "version"}
 # Kernels can be taken elsewhere: of the ground they know no more than this.
 KERNELS_GROUND = {"errors", "files"}
 # A subpackage may import the ground, itself, and these.
-ROOMS = {
+SUBPACKAGES = {
     "kernels": set(),
     "text": set(),
     "data": {"text"},
@@ -46,39 +46,39 @@ def imported(source: str) -> Iterator[tuple[str, ...]]:
         yield from (tuple(name.split(".")) for name in names if name.split(".")[0] == "ecgot")
 
 
-def violations(room: str, part: str, source: str) -> list[str]:
-    """What a source of a room (and of a part of kernels) imports against the rules."""
+def violations(subpackage: str, part: str, source: str) -> list[str]:
+    """What a source of a subpackage (and of a part of kernels) imports against the rules."""
     found = []
-    ground = KERNELS_GROUND if room == "kernels" else GROUND
+    ground = KERNELS_GROUND if subpackage == "kernels" else GROUND
     for _, target, *rest in imported(source):
-        if target not in ground | ROOMS[room] | {room}:
-            found.append(f"{room} imports {target}")
+        if target not in ground | SUBPACKAGES[subpackage] | {subpackage}:
+            found.append(f"{subpackage} imports {target}")
         elif part in KERNELS and rest and rest[0] in KERNELS.keys() - KERNELS[part] - {part}:
             found.append(f"kernels.{part} imports kernels.{rest[0]}")
     return found
 
 
-def test_every_module_stands_in_a_room() -> None:
+def test_every_module_stands_in_a_subpackage() -> None:
     """Or on the ground; a new folder wants a rule here."""
-    rooms = {path.relative_to(ROOT / "ecgot").parts[0].removesuffix(".py") for path in modules()}
-    assert rooms == GROUND | set(ROOMS) | {"__init__"}
+    found = {path.relative_to(ROOT / "ecgot").parts[0].removesuffix(".py") for path in modules()}
+    assert found == GROUND | set(SUBPACKAGES) | {"__init__"}
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_run_one_way(path: Path) -> None:
-    room, *rest = path.relative_to(ROOT / "ecgot").parts
+    subpackage, *rest = path.relative_to(ROOT / "ecgot").parts
     source = path.read_text(encoding="utf-8")
-    room = room.removesuffix(".py")
-    if room == "__init__":
+    subpackage = subpackage.removesuffix(".py")
+    if subpackage == "__init__":
         return
-    if room in GROUND:
+    if subpackage in GROUND:
         assert all(target in GROUND for _, target, *_ in imported(source))
         return
-    assert not violations(room, rest[0] if rest else "", source)
+    assert not violations(subpackage, rest[0] if rest else "", source)
 
 
 @pytest.mark.parametrize(
-    ("room", "part", "source"),
+    ("subpackage", "part", "source"),
     [
         ("inference", "", "from ecgot.train.loop import train_epochs"),
         ("inference", "", "def late():\n    from ecgot.eval import auroc"),
@@ -89,12 +89,12 @@ def test_imports_run_one_way(path: Path) -> None:
         ("data", "", "from ecgot.models import encoder"),
     ],
 )
-def test_an_import_against_the_rules_is_found(room: str, part: str, source: str) -> None:
-    assert violations(room, part, source)
+def test_an_import_against_the_rules_is_found(subpackage: str, part: str, source: str) -> None:
+    assert violations(subpackage, part, source)
 
 
 def test_no_two_modules_import_each_other() -> None:
-    """Also within a room, where every module imports what stands below it."""
+    """Also within a subpackage, where every module imports what stands below it."""
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in modules()}
     uses = {
         name: {

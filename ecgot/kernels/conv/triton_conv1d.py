@@ -751,7 +751,7 @@ def _weight_configuration(
 def compile_cases(hip: bool) -> Iterator[CompileCase]:
     """Every launch above; some come twice.
 
-    hip: as where torch is built for AMD's GPUs, in place of what it is built for.
+    hip: compile for AMD's GPUs, whatever torch itself is built for.
     """
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     flags = (False, True)

@@ -472,7 +472,7 @@ def implicit(
 def compile_cases(hip: bool) -> Iterator[CompileCase]:
     """Every launch above; some come twice.
 
-    hip: as where torch is built for AMD's GPUs, in place of what it is built for.
+    hip: compile for AMD's GPUs, whatever torch itself is built for.
     """
     sides = [2**power for power in range(4, 9)]
     for n, m in itertools.product(sides, sides):
