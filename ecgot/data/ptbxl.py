@@ -59,7 +59,7 @@ class PtbXlTable:
     def labels(self, group: str) -> Labels:
         """Labels for "superclass", "subclass", "form" or "rhythm"; a record may have several classes or none.
 
-        A code counts whatever its likelihood.
+        Codes count regardless of their likelihood.
         """
         if group not in GROUPS:
             raise EcgotError(f"group: expected one of {', '.join(GROUPS)}, got {group!r}")

@@ -28,7 +28,7 @@ class AlignmentModel(nn.Module):
 
     Each modality has one projection, shared by its tokens and its pooled embedding, so that a loss on tokens
     also moves the embedding that zero-shot scores use. The text projection has a hidden layer, as the text
-    encoder is frozen.
+    encoder is usually frozen.
 
     Args:
         encoder: waveform [B, L, T] to :class:`EncoderOutput`.
@@ -83,7 +83,7 @@ class AlignmentModel(nn.Module):
 
     @property
     def token_temperature(self) -> Tensor:
-        """The same for the contrast by tokens."""
+        """Temperature of the contrastive token loss, also at least 0.01."""
         return self.log_token_temperature.exp().clamp_min(0.01)
 
 

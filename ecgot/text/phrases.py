@@ -1,7 +1,7 @@
 """The phrases that reports are made of: what each ECG's report says and does not say.
 
-Text alone is read here. A report is a set of statements, and most classes of disease are stated in few words;
-whether a phrase is said is a label that the report itself gives, for any phrase.
+Only text is read here. A report is a set of statements, and most disease classes are stated in few words, so
+whether a report contains a phrase is a label that needs no annotator.
 """
 
 import re

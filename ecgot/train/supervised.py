@@ -212,8 +212,9 @@ def class_probabilities(
     """Probabilities [n, C] of every record: for each class the maximum over crops.
 
     Args:
-        starts: of the crops, of ``crop`` samples each. Those beyond a record's end take no part, except that
-            the first is cut to the record.
+        starts: where crops of ``crop`` samples start. Crops that reach past a record's end are ignored,
+            except the first, which is cut to the record.
+        crop: samples in a crop.
     """
     classifier.eval()
     device = next(classifier.parameters()).device
