@@ -16,6 +16,10 @@ TOKEN_SIMILARITIES = ("ot", "best_match", "mean_match")
 # How a class is scored by its prompts, see ecgot.inference.zeroshot.class_scores.
 SCORES = ("phrase", "cosine", *TOKEN_SIMILARITIES)
 
+# Of ecgot supervise: training from scratch by the PTB-XL benchmark's protocol, or fine-tuning.
+SUPERVISED_ENCODER, SUPERVISED_GROUP, SUPERVISED_EPOCHS = "resnet1d_wang", "superclass", 50
+FINE_TUNED_GROUP, FINE_TUNED_EPOCHS = ALL, 8
+
 BEAMS = 4  # of the search for a report; 1 is greedy
 EVALUATION_FOLDS = (9,)
 RESAMPLES = 1000  # of the bootstrap over patients

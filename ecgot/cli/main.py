@@ -10,7 +10,20 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ecgot.choices import ALL, BEAMS, EVALUATION_FOLDS, GROUPS, RESAMPLES, SCORES, STAGES
+from ecgot.choices import (
+    ALL,
+    BEAMS,
+    EVALUATION_FOLDS,
+    FINE_TUNED_EPOCHS,
+    FINE_TUNED_GROUP,
+    GROUPS,
+    RESAMPLES,
+    SCORES,
+    STAGES,
+    SUPERVISED_ENCODER,
+    SUPERVISED_EPOCHS,
+    SUPERVISED_GROUP,
+)
 from ecgot.cli.tables import (
     print_benchmark,
     print_evaluation,
@@ -187,14 +200,18 @@ def train(
 @cli.command()
 @click.option("--data", type=PATH, required=True, help="Data set in PTB-XL's layout.")
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
-@click.option("--encoder", help="Encoder to train from scratch (default: resnet1d_wang).")
+@click.option("--encoder", help=f"Encoder to train from scratch (default: {SUPERVISED_ENCODER}).")
 @click.option("--from", "start", type=PATH, metavar="RUN", help="Fine-tune the aligned encoder of this run.")
 @click.option(
     "--group",
     type=click.Choice([*GROUPS, ALL]),
-    help="Label group, or all of them (default: superclass; with --from all).",
+    help=f"Label group, or all (default: {SUPERVISED_GROUP}; with --from {FINE_TUNED_GROUP}).",
 )
-@click.option("--epochs", type=click.IntRange(min=1), help="Default: 50; with --from 8.")
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    help=f"Default: {SUPERVISED_EPOCHS}; with --from {FINE_TUNED_EPOCHS}.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Default: 0.")
 @folds_option
 @resamples_option

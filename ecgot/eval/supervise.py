@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ecgot.choices import ALL, EVALUATION_FOLDS, GROUPS, RESAMPLES
+from ecgot.choices import ALL, EVALUATION_FOLDS, GROUPS, RESAMPLES, SUPERVISED_ENCODER
 from ecgot.data.dataset import EcgDataset
 from ecgot.data.ptbxl import Labels, check_patient_split
 from ecgot.errors import EcgotError
@@ -232,7 +232,7 @@ def _new_settings(request: SupervisedRequest) -> tuple[Config, SupervisedConfig]
         config = Config(
             seed=seed,
             data=DataConfig(root=root),
-            encoder=EncoderConfig(request.encoder_name or "resnet1d_wang"),
+            encoder=EncoderConfig(request.encoder_name or SUPERVISED_ENCODER),
         )
         return config, benchmark_config(request.group, request.epochs)
     config = start.config()

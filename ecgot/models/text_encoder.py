@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from ecgot.errors import EcgotError, first_line
-from ecgot.kernels.conv.geometry import length_mask
+from ecgot.kernels.lengths import length_mask
 from ecgot.models.encoders import masked_mean
 from ecgot.models.hugging_face import fingerprint, quiet_transformers
 from ecgot.text.statements import statements

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ecgot.errors import EcgotError
 from ecgot.files import save_tensors
+from ecgot.kernels.lengths import length_mask
 from ecgot.models.text_encoder import TextEncoder, TextTokens
 
 
@@ -33,9 +34,8 @@ class TokenStore:
     def batch(self, indices: Tensor) -> TextTokens:
         """The texts numbered ``indices`` [b], with tokens [b, M, D] in fp32 padded to the longest text."""
         start, stop = self.offsets[indices], self.offsets[indices + 1]
-        position = torch.arange(int((stop - start).max()))
-        mask = position < (stop - start)[:, None]
-        row = (start[:, None] + position).clamp_max(len(self.tokens) - 1)
+        mask = length_mask(stop - start, int((stop - start).max()))
+        row = (start[:, None] + torch.arange(mask.shape[1])).clamp_max(len(self.tokens) - 1)
         tokens = self.tokens[row].float().masked_fill(~mask[:, :, None], 0.0)
         return TextTokens(tokens, mask, self.pooled[indices])
 

@@ -13,7 +13,7 @@ from typing import Any
 from ecgot.data.record import STANDARD_LEADS
 from ecgot.errors import EcgotError
 from ecgot.models.language_models import SCRATCH
-from ecgot.models.losses import TOKEN_LOSSES
+from ecgot.models.losses import TOKEN_LOSSES, Transport
 from ecgot.models.text_encoder import MULTILINGUAL
 
 
@@ -91,9 +91,9 @@ class AlignConfig:
     phrase_max_words: int = _setting(7, _POSITIVE)
     token_weight: float = _setting(0.25, _NOT_NEGATIVE)
     token_loss: str = _setting("ot", _TOKEN_LOSS)  # of ecgot.models.losses.TOKEN_LOSSES
-    ot_eps: float = _setting(0.1, _POSITIVE)  # on the cosine cost, which lies in [0, 2]
-    ot_max_iter: int = _setting(50, _POSITIVE)
-    ot_tol: float = _setting(1e-3, _NOT_NEGATIVE)
+    ot_eps: float = _setting(Transport.eps, _POSITIVE)  # on the cosine cost, which lies in [0, 2]
+    ot_max_iter: int = _setting(Transport.max_iter, _POSITIVE)
+    ot_tol: float = _setting(Transport.tol, _NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)

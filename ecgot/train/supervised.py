@@ -17,7 +17,14 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from ecgot.choices import ALL, GROUPS
+from ecgot.choices import (
+    ALL,
+    FINE_TUNED_EPOCHS,
+    FINE_TUNED_GROUP,
+    GROUPS,
+    SUPERVISED_EPOCHS,
+    SUPERVISED_GROUP,
+)
 from ecgot.data.dataset import EcgDataset
 from ecgot.errors import EcgotError
 from ecgot.models.encoders import Encoder, encoder, fuse_norms, masked_mean, to_channels_last
@@ -47,8 +54,8 @@ class SupervisedConfig:
     """
 
     start: str = ""
-    group: str = "superclass"
-    epochs: int = 50
+    group: str = SUPERVISED_GROUP
+    epochs: int = SUPERVISED_EPOCHS
     batch_size: int = 128
     learning_rate: float = 1e-2
     encoder_learning_rate: float = 1e-2
@@ -65,15 +72,17 @@ class SupervisedConfig:
 
 def benchmark_config(group: str | None = None, epochs: int | None = None) -> SupervisedConfig:
     """Settings for training from scratch; None means the default."""
-    return SupervisedConfig(group=group or "superclass", epochs=50 if epochs is None else epochs)
+    return SupervisedConfig(
+        group=group or SUPERVISED_GROUP, epochs=SUPERVISED_EPOCHS if epochs is None else epochs
+    )
 
 
 def fine_tuning_config(start: Run, group: str | None = None, epochs: int | None = None) -> SupervisedConfig:
     """Settings for fine-tuning the aligned encoder of ``start``; None means the default."""
     return SupervisedConfig(
         start=str(start.folder.resolve()),
-        group=group or ALL,
-        epochs=8 if epochs is None else epochs,
+        group=group or FINE_TUNED_GROUP,
+        epochs=FINE_TUNED_EPOCHS if epochs is None else epochs,
         batch_size=64,
         learning_rate=1e-3,
         encoder_learning_rate=3e-4,

@@ -6,6 +6,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ecgot.kernels.lengths import length_mask
+
 Length = TypeVar("Length", int, Tensor)
 
 
@@ -70,16 +72,6 @@ def checked_geometry(stride: int, padding: int | tuple[int, int], dilation: int,
     if not all(isinstance(value, int) and value >= 0 for value in both):
         raise ValueError(f"padding: expected an integer >= 0 or a pair of them, got {padding!r}")
     return Geometry(stride, both[0], dilation, groups, both[1])
-
-
-def length_mask(lengths: Tensor, t: int) -> Tensor:
-    """[B, t], True for the first lengths[b] samples of record b.
-
-    >>> length_mask(torch.tensor([2, 0]), 3)
-    tensor([[ True,  True, False],
-            [False, False, False]])
-    """
-    return torch.arange(t, device=lengths.device) < lengths[:, None]
 
 
 def fill_past(x: Tensor, lengths: Tensor | None, value: float = 0.0) -> Tensor:

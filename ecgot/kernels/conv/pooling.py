@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from ecgot.kernels.conv import torch_conv1d
 from ecgot.kernels.conv.checks import check_lengths
-from ecgot.kernels.conv.geometry import Geometry, fill_past, length_mask
+from ecgot.kernels.conv.geometry import Geometry, fill_past
 from ecgot.kernels.conv.join import materialize
 from ecgot.kernels.conv.operands import LazyActivation
+from ecgot.kernels.lengths import length_mask
 
 _PAIRS = Geometry(stride=2, end=1)  # windows of two samples, and an odd last one
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ecgot.kernels.conv.geometry import Geometry, fill_past, length_mask
+from ecgot.kernels.conv.geometry import Geometry, fill_past
 from ecgot.kernels.conv.operands import PLAIN, Epilogue, LazyActivation, OutputGradient
+from ecgot.kernels.lengths import length_mask
 
 
 def convolve(

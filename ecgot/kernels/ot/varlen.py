@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecgot.kernels.lengths import length_mask
 from ecgot.kernels.ot import checks
 from ecgot.kernels.ot.outputs import SinkhornOutput
 from ecgot.kernels.ot.sinkhorn import sinkhorn
@@ -72,8 +73,8 @@ def sinkhorn_varlen(
 
 def _places(offsets: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """Index [B, longest] into the packed points, and the mask [B, longest] of the points that exist."""
+    mask = length_mask(offsets.diff(), longest)
     step = torch.arange(longest, device=offsets.device)
-    mask = step < offsets.diff()[:, None]
     return torch.where(mask, offsets[:-1, None] + step, 0), mask
 
 

@@ -24,7 +24,8 @@ from ecgot.kernels import (
     conv1d_norm,
     materialize,
 )
-from ecgot.kernels.conv.geometry import checked_geometry, fill_past, length_mask
+from ecgot.kernels.conv.geometry import checked_geometry, fill_past
+from ecgot.kernels.lengths import length_mask
 
 Norm = nn.BatchNorm1d | nn.SyncBatchNorm
 Layer = tuple[nn.Conv1d, Norm]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecgot.errors import EcgotError
-from ecgot.kernels.conv.geometry import length_mask
+from ecgot.kernels.lengths import length_mask
 from ecgot.models.encoders.layers import EncoderOutput, conv_act, encoder_input, masked_mean
 
 
