@@ -20,7 +20,7 @@ INTERPRETED := tests/kernels tests/benchmarks/test_kernel_cases.py \
 	--ignore=tests/kernels/resources --ignore=tests/kernels/conv/test_backends.py
 # The repository's rules and the subpackages whose tests take seconds: what make quick runs.
 FAST := $(wildcard tests/test_*.py) tests/bench/test_stopwatch.py tests/data tests/eval/test_auroc.py tests/runs \
-	tests/text tests/kernels/conv/test_conv1d.py tests/kernels/ot/test_sinkhorn_properties.py
+	tests/text tests/kernels/conv/test_conv1d.py tests/kernels/ot/test_properties.py
 SELECT := -m 'not slow'
 
 .PHONY: demo quick test test-all check format resources bench clean

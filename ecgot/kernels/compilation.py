@@ -4,6 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
+# Those that the kernels are compiled for, by Triton's names.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 class CompileCase(NamedTuple):
     """A kernel as one launch would compile it.

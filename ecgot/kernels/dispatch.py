@@ -15,6 +15,7 @@ import torch
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads the variable when a kernel is decorated. Reading it once here too keeps both in agreement.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+HIP = bool(torch.version.hip)  # torch is built for AMD's GPUs
 # The interpreter patches Triton's functions while it runs, so threads take turns.
 _TURN = threading.RLock() if INTERPRETED else contextlib.nullcontext()
 

@@ -52,6 +52,11 @@ def augmented(waveform: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor 
     return waveform * heard.to(device), lengths
 
 
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of everything random in an epoch, so that a resumed run draws the same numbers."""
+    return seed * 100_003 + epoch
+
+
 def epoch_order(
     count: int, batch_size: int, seed: int, epoch: int, lengths: Tensor | None = None
 ) -> list[Tensor]:
@@ -63,7 +68,7 @@ def epoch_order(
 
     A batch of one record is dropped: neither batch norm nor a contrast can use it.
     """
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     rows = torch.randperm(count, generator=generator)
     if lengths is not None:
         # Sorted only within pools of a few batches, so that a batch is still a random draw among its lengths.

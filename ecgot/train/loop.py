@@ -17,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ecgot.errors import EcgotError
 from ecgot.runs.progress import Progress
 from ecgot.runs.run import Run, shape_error
+from ecgot.train.batches import epoch_seed
 
 
 def warm_up_and_decay(optimizer: Optimizer, total: int) -> LRScheduler:
@@ -73,7 +74,7 @@ def train_epochs(
         progress.note(f"{stage}: resuming after epoch {first}")
     for number in range(first, schedule.epochs):
         start = time.perf_counter()
-        torch.manual_seed(run.config().seed * 100_003 + number)  # a resumed run draws the same numbers
+        torch.manual_seed(epoch_seed(run.config().seed, number))
         metrics = epoch(number, training.step) | validate(training.kept)
         metrics["seconds"] = time.perf_counter() - start
         metrics |= _peak_memory()

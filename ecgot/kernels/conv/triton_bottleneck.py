@@ -20,19 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecgot.kernels.compilation import CompileCase, compile_case
+from ecgot.kernels.compilation import DTYPES, CompileCase, compile_case
+from ecgot.kernels.conv.checks import PRECISIONS
 from ecgot.kernels.conv.geometry import Geometry
 from ecgot.kernels.conv.operands import FusedLayer
 from ecgot.kernels.conv.triton_tiles import (
     CONVENTIONS,
-    HIP,
     Configuration,
     activate,
     product_precision,
     record_length,
     unreadable,
 )
-from ecgot.kernels.dispatch import launch
+from ecgot.kernels.dispatch import HIP, launch
 
 MAX_CHANNELS = 64  # of m and of z, held by one program
 
@@ -213,10 +213,9 @@ def _configuration(dtype: torch.dtype, precision: str, hip: bool = HIP) -> Confi
 
 def compile_cases(hip: bool) -> Iterator[CompileCase]:
     """Every launch above."""
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     names = ("MASKED", "HAS_SCALE", "HAS_NARROW")
-    for name, dtype in dtypes.items():
-        precisions = ("fp32", "tf32", "ieee") if dtype == torch.float32 and not hip else ("fp32",)
+    for name, dtype in DTYPES.items():
+        precisions = PRECISIONS if dtype == torch.float32 and not hip else ("fp32",)
         for precision, *given in itertools.product(precisions, *[(False, True)] * 3):
             flags = dict(zip(names, given, strict=True))
             configuration = _configuration(dtype, str(precision), hip)

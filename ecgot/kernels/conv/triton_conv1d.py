@@ -34,13 +34,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecgot.kernels.compilation import CompileCase, compile_case
+from ecgot.kernels.compilation import DTYPES, CompileCase, compile_case
+from ecgot.kernels.conv.checks import PRECISIONS
 from ecgot.kernels.conv.geometry import Geometry
 from ecgot.kernels.conv.operands import PLAIN, Epilogue, LazyActivation, OutputGradient, in_dtype
 from ecgot.kernels.conv.triton_tiles import (
     ACTIVATION_CODES,
     CONVENTIONS,
-    HIP,
     Configuration,
     activate,
     affine,
@@ -49,7 +49,7 @@ from ecgot.kernels.conv.triton_tiles import (
     times_slope,
     unreadable,
 )
-from ecgot.kernels.dispatch import launch
+from ecgot.kernels.dispatch import HIP, launch
 
 # Programs of a weight's gradient: enough for the largest GPUs, and fixed, so that results do not depend on
 # the GPU.
@@ -753,10 +753,9 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
 
     hip: compile for AMD's GPUs, whatever torch itself is built for.
     """
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     flags = (False, True)
     norms = [(False, None), *((True, activation) for activation in ACTIVATION_CODES)]
-    for name, dtype in dtypes.items():
+    for name, dtype in DTYPES.items():
         for (norm, x_activation), masked in itertools.product(norms, flags):
             signal = {"NORM": norm, "X_ACTIVATION": ACTIVATION_CODES[x_activation], "MASKED": masked}
             for configuration in _configurations(_forward_configuration, dtype, hip):
@@ -781,7 +780,7 @@ def _configurations(made: Callable[..., Configuration], dtype: torch.dtype, hip:
     """Every configuration that ``made`` can return for a dtype, each once."""
     sizes = [1, 12, *(2**power for power in range(4, 8))]  # larger ones give no others
     found = {}
-    for precision in ("fp32", "tf32", "ieee") if dtype == torch.float32 and not hip else ("fp32",):
+    for precision in PRECISIONS if dtype == torch.float32 and not hip else ("fp32",):
         for first, c_in, c_out in itertools.product(sizes, repeat=3):
             channels = (first, c_out) if made is _weight_configuration else (first, c_in, c_out)
             configuration = made(*channels, dtype, _kind(c_in, c_out), precision, hip)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecgot.kernels.compilation import CompileCase, compile_case
+from ecgot.kernels.compilation import DTYPES, CompileCase, compile_case
 from ecgot.kernels.conv.operands import LazyActivation, in_dtype
 from ecgot.kernels.conv.triton_tiles import (
     ACTIVATION_CODES,
@@ -212,7 +212,7 @@ JOIN_CONFIGURATION = {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages"
 def compile_cases(hip: bool) -> Iterator[CompileCase]:
     """Every launch above, as :func:`ecgot.kernels.conv.triton_conv1d.compile_cases`; alike on every GPU."""
     norms = [(False, None), *((True, activation) for activation in ACTIVATION_CODES)]
-    for name in ("fp32", "fp16", "bf16"):
+    for name in DTYPES:
         for (r_norm, r_activation), activation, residual in itertools.product(
             norms, ACTIVATION_CODES, (False, True)
         ):

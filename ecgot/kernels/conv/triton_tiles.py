@@ -65,7 +65,6 @@ def unreadable(values: Tensor) -> bool:
 
 
 Configuration = dict[str, Any]
-HIP = bool(torch.version.hip)
 
 
 def product_precision(dtype: torch.dtype, precision: str, hip: bool) -> str:

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecgot.kernels.compilation import CompileCase, compile_case
-from ecgot.kernels.dispatch import launch
+from ecgot.kernels.compilation import DTYPES, CompileCase, compile_case
+from ecgot.kernels.dispatch import HIP, launch
 from ecgot.kernels.ot.checks import CENTRED_COSTS, COSTS
 from ecgot.kernels.ot.problem import PlanWeights, Problem
 from ecgot.kernels.ot.triton_tiles import (
@@ -170,7 +170,7 @@ def _sinkhorn_pull_kernel(
     tl.store(tile, grad.to(grad_x_ptr.dtype.element_ty), mask=(x_index < N)[:, None] & (d < D)[None, :])
 
 
-def _gradient_configuration(n: int, m: int, d: int, hip: bool = bool(torch.version.hip)) -> dict[str, Any]:
+def _gradient_configuration(n: int, m: int, d: int, hip: bool = HIP) -> dict[str, Any]:
     """Blocks and warps: the products need a smaller tile than the solver's loop."""
     block_n, block_m = min(block_size(n), MAX_GRADIENT_N), min(block_size(m), MAX_GRADIENT_M)
     cells = block_n * block_m
@@ -226,7 +226,7 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
     precisions = fp32_precisions(hip)
     for n, m, d in itertools.product(sides, sides, (16, 32, 64)):
         configuration = _gradient_configuration(n, m, d, hip)
-        for dtype, cost, used in itertools.product(("fp32", "fp16", "bf16"), COSTS, precisions):
+        for dtype, cost, used in itertools.product(DTYPES, COSTS, precisions):
             kind = {
                 "COST": COST_CODES[cost],
                 "CENTRED": cost in CENTRED_COSTS,

@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecgot.kernels.compilation import CompileCase, compile_case
-from ecgot.kernels.dispatch import launch
+from ecgot.kernels.compilation import DTYPES, CompileCase, compile_case
+from ecgot.kernels.dispatch import HIP, launch
 from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot.problem import Problem, Result, SolverSettings, start_temperature
 from ecgot.kernels.ot.triton_tiles import (
@@ -378,7 +378,7 @@ def fits_implicit(n: int, m: int) -> bool:
     return fits(n, m) and block_size(n) * block_size(m) <= MAX_IMPLICIT_TILE
 
 
-def tile_configuration(n: int, m: int, hip: bool = bool(torch.version.hip)) -> dict[str, Any]:
+def tile_configuration(n: int, m: int, hip: bool = HIP) -> dict[str, Any]:
     """Blocks and warps of a kernel that holds a whole n x m problem."""
     block_n, block_m = block_size(n), block_size(m)
     return {
@@ -479,9 +479,7 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
         if not fits(n, m):
             continue
         tile = tile_configuration(n, m, hip)
-        for dtype, cost, used in itertools.product(
-            ("fp32", "fp16", "bf16"), COST_CODES, fp32_precisions(hip)
-        ):
+        for dtype, cost, used in itertools.product(DTYPES, COST_CODES, fp32_precisions(hip)):
             centred = cost in CENTRED_COSTS
             kind = {"COST": COST_CODES[cost], "CENTRED": centred, "PRECISION": used}
             for pairs, balanced in itertools.product((False, True), repeat=2):

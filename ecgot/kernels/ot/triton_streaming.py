@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ecgot.kernels.compilation import CompileCase, compile_case
+from ecgot.kernels.compilation import DTYPES, CompileCase, compile_case
 from ecgot.kernels.dispatch import launch
 from ecgot.kernels.ot.checks import CENTRED_COSTS, COSTS
 from ecgot.kernels.ot.iteration import Softmins
@@ -123,7 +123,7 @@ def softmins(problem: Problem) -> Softmins:
 
 def compile_cases(hip: bool) -> Iterator[CompileCase]:
     """Every launch above, as in :func:`ecgot.kernels.ot.triton_onchip.compile_cases`."""
-    for dtype, cost, used in itertools.product(("fp32", "fp16", "bf16"), COSTS, fp32_precisions(hip)):
+    for dtype, cost, used in itertools.product(DTYPES, COSTS, fp32_precisions(hip)):
         centred = cost in CENTRED_COSTS
         flags = {"COST": COST_CODES[cost], "CENTRED": centred, "PRECISION": used}
         yield compile_case(_softmin_kernel, dtype, flags, CONFIGURATION, CONVENTIONS)

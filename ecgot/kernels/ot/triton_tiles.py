@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ecgot.kernels.compilation import Conventions
+from ecgot.kernels.dispatch import HIP
 from ecgot.kernels.ot.checks import COSTS
 from ecgot.kernels.ot.problem import Problem
 
@@ -136,7 +137,7 @@ def product_precision(problem: Problem) -> str:
 
     One TF32 product is exact for fp16 and bf16 points, unless a centre is subtracted from them first.
     """
-    if torch.version.hip:
+    if HIP:
         return "ieee"
     exact = problem.x.dtype in (torch.float16, torch.bfloat16) and problem.cost in ("cosine", "dot")
     return "tf32" if exact or problem.precision == "tf32" else "tf32x3"

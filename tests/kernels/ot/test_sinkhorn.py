@@ -1,74 +1,17 @@
 """The OT solver against oracles. Run with TRITON_INTERPRET=1 (or on a GPU) it tests the Triton kernels."""
 
-import importlib.util
 import math
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 
-from ecgot.kernels import SinkhornLoss, dispatch, sinkhorn
-from ecgot.kernels.ot import reference
+from ecgot.kernels import sinkhorn
+from tests.kernels.ot.problems import BACKEND, DEVICE, FP64, TOLERANCE, close, oracle, problem
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HAS_NUMBA = importlib.util.find_spec("numba") is not None
-FP64 = "numba" if DEVICE == "cpu" and HAS_NUMBA else "torch"
-BACKEND = "triton" if dispatch.INTERPRETED or DEVICE == "cuda" else FP64
-
-# (absolute value, absolute gradient), and why.
-TOLERANCE = {
-    torch.float64: (1e-9, 1e-6),  # the stopping tolerance of 1e-10 in the marginals
-    torch.float32: (2e-5, 1e-4),  # costs of about 30 eps carry 30 * 2^-24 into every exponent
-    torch.float16: (2e-2, 2e-2),  # the inputs are rounded to 2^-11
-}
 # No size is a multiple of anything; single points and single columns are in.
 SHAPES = [(3, 7, 5, 3), (2, 17, 33, 19), (2, 1, 9, 40), (1, 30, 1, 1), (2, 3, 3, 35)]
-
-
-def problem(shape, *, seed=0, masked=False, weighted=False, dtype=torch.float32) -> dict[str, Tensor]:
-    """A random problem; masked points hold NaN."""
-    batch, n, m, d = shape
-    generator = torch.Generator().manual_seed(seed)
-    rand = lambda *size: torch.rand(*size, generator=generator, dtype=torch.float64)  # noqa: E731
-    tensors = {"x": rand(batch, n, d) - 0.5, "y": rand(batch, m, d) - 0.3}
-    for points, mask, weight, count in (("x", "x_mask", "a", n), ("y", "y_mask", "b", m)):
-        keep = torch.ones(batch, count, dtype=torch.bool)
-        if masked:
-            keep = rand(batch, count) < 0.7
-            keep[:, count // 2] = True
-            tensors[mask] = keep
-            tensors[points] = tensors[points].masked_fill(~keep[..., None], math.nan)
-        if weighted:
-            w = (rand(batch, count) + 0.1) * keep
-            w[:, : count // 3] = 0  # points that exist and weigh nothing
-            w[:, count // 2] += 1e-3
-            w = w * keep
-            tensors[weight] = w / w.sum(1, keepdim=True)
-    return {
-        name: t.to(DEVICE, t.dtype if t.dtype == torch.bool or name in "ab" else dtype)
-        for name, t in tensors.items()
-    }
-
-
-def oracle(tensors, *, eps, cost, **stopping):
-    """The fp64 reference's values and gradients in x and y, by autograd through its iterations."""
-    leaves = {
-        name: t.detach().cpu().double().requires_grad_() if name in "xy" else t.cpu()
-        for name, t in tensors.items()
-    }
-    solutions = reference.sinkhorn(**leaves, eps=eps, cost=cost, **stopping)
-    value = torch.stack([s.value for s in solutions])
-    grads = torch.autograd.grad(value.sum(), (leaves["x"], leaves["y"]))
-    return value.detach(), grads, solutions
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(actual.detach().cpu().double(), expected, atol=tolerance, rtol=tolerance)
-
-
-# --- equal --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -174,9 +117,6 @@ def test_potentials_solve_the_dual():
     torch.testing.assert_close(out.value.double(), primal, atol=2e-5, rtol=0)
 
 
-# --- equal to other libraries -------------------------------------------------------------------------------
-
-
 def test_equals_pot():
     ot = pytest.importorskip("ot")
     tensors = problem((3, 13, 8, 5), weighted=True)
@@ -199,9 +139,6 @@ def test_equals_geomloss():
     expected = 2 * peer(tensors["x"].double(), tensors["y"].double())
     out = sinkhorn(**tensors, eps=eps, tol=1e-6)
     close(out.value, expected.cpu(), 1e-4)
-
-
-# --- true ---------------------------------------------------------------------------------------------------
 
 
 def test_single_points_cost_their_distance():
@@ -241,9 +178,6 @@ def test_symmetric_in_its_arguments():
     forth = sinkhorn(tensors["x"], tensors["y"], a=tensors["a"], b=tensors["b"], eps=0.2, tol=1e-6)
     back = sinkhorn(tensors["y"], tensors["x"], a=tensors["b"], b=tensors["a"], eps=0.2, tol=1e-6)
     torch.testing.assert_close(forth.value, back.value, atol=1e-5, rtol=0)
-
-
-# --- robust -------------------------------------------------------------------------------------------------
 
 
 def test_problems_do_not_see_their_batch_mates():
@@ -356,14 +290,6 @@ def test_weights_that_sum_to_one_but_for_rounding_converge():
     torch.testing.assert_close(out.value, sinkhorn(**tensors, eps=0.3, tol=1e-6, max_iter=5000).value)
 
 
-def test_plan_after_a_change_in_place_is_refused():
-    tensors = problem((2, 6, 5, 4))
-    out = sinkhorn(**tensors, eps=0.3)
-    tensors["x"] += 1
-    with pytest.raises(RuntimeError, match="plan: expected unchanged x, y, weights and masks"):
-        out.plan()
-
-
 def test_numbers_of_numpy_are_welcome():
     tensors = problem((2, 6, 5, 4))
     out = sinkhorn(**tensors, eps=np.float32(0.25), max_iter=np.int64(7), tol=np.float64(0))
@@ -393,15 +319,6 @@ def test_random_problems_equal_the_reference(seed):
     close(out.value, value, TOLERANCE[torch.float32][0])
     (grad,) = torch.autograd.grad(out.value.sum(), tensors["x"])
     close(grad, grads[0], TOLERANCE[torch.float32][1])
-
-
-def test_offsets_beyond_two_to_the_31():
-    step = 2**29  # elements between two points
-    storage = torch.empty(5 * step + 8, dtype=torch.float16).as_strided((1, 6, 4), (0, step, 1))
-    tensors = problem((1, 6, 5, 4), dtype=torch.float16)
-    storage.copy_(tensors["x"].cpu())
-    out = sinkhorn(storage.to(DEVICE) if DEVICE == "cpu" else tensors["x"], tensors["y"], eps=0.3)
-    torch.testing.assert_close(out.value, sinkhorn(**tensors, eps=0.3).value)
 
 
 @pytest.mark.parametrize("cost", ["sqeuclidean", "cosine"])
@@ -473,16 +390,6 @@ def test_nan_input_is_not_called_converged():
     assert out.converged.tolist() == [True, False]
     assert torch.isfinite(out.value[0])
     assert out.value[1].isnan()
-
-
-def test_too_large_for_the_chip_streams():
-    x = torch.randn(1, 300, 2, device=DEVICE)
-    assert sinkhorn(x, x, eps=0.5, max_iter=1).backend == (
-        "triton-streaming" if BACKEND == "triton" else BACKEND
-    )
-
-
-# --- composable ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optional", [False, True])
@@ -569,73 +476,3 @@ def test_autocast_solves_in_fp32():
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = sinkhorn(**tensors, eps=0.2)
     torch.testing.assert_close(out.value, sinkhorn(**tensors, eps=0.2).value)
-
-
-def test_loss_module_reduces():
-    tensors = problem((3, 5, 4, 3), masked=True)
-    settings = {"eps": 0.2, "cost": "cosine", "max_iter": 10, "tol": 1e-5}
-    values = sinkhorn(**tensors, **settings).value
-    for reduction, expected in (("none", values), ("sum", values.sum()), ("mean", values.mean())):
-        loss = SinkhornLoss(**settings, reduction=reduction)
-        torch.testing.assert_close(loss(**tensors), expected)
-
-
-# --- bad input ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": torch.zeros(2, 3)}, r"x: expected \[B, points, D\], got shape \(2, 3\)"),
-        (
-            {"x": torch.zeros(2, 5, 4)},
-            r"x and y: expected \[B, N, D\] and \[B, M, D\], got shapes \(2, 5, 4\) and \(2, 4, 3\)",
-        ),
-        (
-            {"x": torch.zeros(2, 5, 3, dtype=torch.int64)},
-            "x: expected a dense fp16, bf16, fp32 or fp64 tensor, got torch.int64",
-        ),
-        ({"x": [1.0]}, "x: expected a torch.Tensor, got list"),
-        ({"eps": 0.0}, r"eps: expected a number from 1e-30 to 1e\+30, got 0.0"),
-        ({"eps": math.nan}, "eps: expected a number .*, got nan"),
-        ({"eps": 1e31}, r"eps: expected a number .*, got 1e\+31"),
-        ({"x": torch.zeros(2, 5, 3).to_sparse()}, "x: expected a dense .*, got torch.sparse_coo"),
-        (
-            {"cost": "manhattan"},
-            "cost: expected one of 'sqeuclidean', 'euclidean', 'cosine', 'dot', got 'manhattan'",
-        ),
-        ({"max_iter": 0}, "max_iter: expected an integer >= 1, got 0"),
-        ({"tol": -1.0}, "tol: expected a number >= 0, got -1.0"),
-        ({"tol": math.inf}, "tol: expected a number >= 0, got inf"),
-        ({"a": torch.zeros(2, 5)}, "a: expected weights that sum to 1, got 0 in problem 0"),
-        ({"a": [0.2]}, "a: expected a torch.Tensor, got list"),
-        ({"x_mask": [True]}, "x_mask: expected a torch.Tensor, got list"),
-        (
-            {"x_mask": torch.ones(2, 5)},
-            r"x_mask: expected torch.bool \(2, 5\) on cpu, got torch.float32 \(2, 5\)",
-        ),
-        (
-            {"y_mask": torch.ones(2, 5, dtype=torch.bool)},
-            r"y_mask: expected torch.bool \(2, 4\) on cpu, got torch.bool \(2, 5\)",
-        ),
-        ({"a": torch.ones(2, 4)}, r"a: expected floating point \(2, 5\) on cpu, got torch.float32 \(2, 4\)"),
-        (
-            {"a": torch.full((2, 5), 0.3)},
-            "a: expected weights that sum to 1, got 1.5 in problem 0",
-        ),
-        (
-            {"b": torch.tensor([[0.5, 0.7, -0.2, 0.0]] * 2)},
-            "b: expected weights >= 0, got a negative or NaN weight",
-        ),
-    ],
-)
-def test_bad_input_is_named_in_one_line(change, message):
-    arguments = {"x": torch.zeros(2, 5, 3), "y": torch.zeros(2, 4, 3), "eps": 0.1} | change
-    with pytest.raises((ValueError, TypeError), match=message) as caught:
-        sinkhorn(**arguments)
-    assert "\n" not in str(caught.value)
-
-
-def test_bad_reduction():
-    with pytest.raises(ValueError, match="reduction: expected 'mean', 'sum' or 'none', got 'median'"):
-        SinkhornLoss(reduction="median")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ecgot.kernels import dispatch, sinkhorn, sinkhorn_divergence, sinkhorn_from_cost, sinkhorn_pairwise
 from ecgot.kernels.ot import torch_solver
 from ecgot.kernels.ot.problem import Problem, SolverSettings
-from tests.kernels.ot.test_sinkhorn import BACKEND, DEVICE, problem
+from tests.kernels.ot.problems import BACKEND, DEVICE, problem
 
 # fp64 takes other paths than Triton's, which are tested without the interpreter.
 fp64 = pytest.mark.skipif(dispatch.INTERPRETED, reason="fp64 does not run in Triton")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ecgot.kernels import dispatch, sinkhorn, sinkhorn_divergence, sinkhorn_from_cost, sinkhorn_pairwise
 from ecgot.kernels.ot import reference
-from tests.kernels.ot.test_sinkhorn import DEVICE
+from tests.kernels.ot.problems import DEVICE
 
 COSTS = ("sqeuclidean", "euclidean", "cosine", "dot")
 # The interpreter takes time for each problem and iteration, whatever their size: few of both, all sizes.

@@ -1,0 +1,97 @@
+"""Every solver gives the same: on chip, streaming, compiled loops, torch and torch in chunks of rows."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from ecgot.kernels import sinkhorn, sinkhorn_pairwise
+from ecgot.kernels.ot import torch_solver
+from tests.kernels.ot.problems import BACKEND, COSTS, DEVICE, close, oracle, problem, solved
+
+
+def test_offsets_beyond_two_to_the_31():
+    step = 2**29  # elements between two points
+    storage = torch.empty(5 * step + 8, dtype=torch.float16).as_strided((1, 6, 4), (0, step, 1))
+    tensors = problem((1, 6, 5, 4), dtype=torch.float16)
+    storage.copy_(tensors["x"].cpu())
+    out = sinkhorn(storage.to(DEVICE) if DEVICE == "cpu" else tensors["x"], tensors["y"], eps=0.3)
+    torch.testing.assert_close(out.value, sinkhorn(**tensors, eps=0.3).value)
+
+
+def test_too_large_for_the_chip_streams():
+    x = torch.randn(1, 300, 2, device=DEVICE)
+    assert sinkhorn(x, x, eps=0.5, max_iter=1).backend == (
+        "triton-streaming" if BACKEND == "triton" else BACKEND
+    )
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_large_problems_in_chunks_of_rows_are_the_same(cost, monkeypatch):
+    tensors = problem((2, 40, 30, 5), masked=True, weighted=True, dtype=torch.float64)
+    tensors = {k: t.cpu() for k, t in tensors.items()}
+    x = tensors["x"].nan_to_num(0.0).requires_grad_()
+    tensors["x"] = x
+    settings = {"eps": 0.1, "cost": cost, "tol": 1e-9, "scaling": 0.5, "max_iter": 5000}
+    whole = sinkhorn(**tensors, **settings)
+    (expected,) = torch.autograd.grad(whole.value.sum(), x)
+    monkeypatch.setattr(torch_solver, "MAX_CELLS", 300)
+    out = sinkhorn(**tensors, **settings)
+    assert out.backend == "torch-streaming"
+    torch.testing.assert_close(out.value, whole.value, atol=1e-7, rtol=0)
+    (grad,) = torch.autograd.grad(out.value.sum(), x)
+    torch.testing.assert_close(grad, expected, atol=1e-6, rtol=0)
+
+
+def test_streaming_kernel():
+    if BACKEND != "triton":
+        pytest.skip("of the Triton kernels: set TRITON_INTERPRET=1 or use a GPU")
+    tensors = problem((1, 260, 70, 5), masked=True, weighted=True)
+    value, grads, _ = oracle(tensors, eps=0.3, cost="sqeuclidean")
+    x, y = tensors["x"].requires_grad_(), tensors["y"].requires_grad_()
+    out = sinkhorn(**tensors, eps=0.3, tol=1e-5, scaling=0.5)
+    assert out.backend == "triton-streaming"
+    close(out.value, value, 3e-5)
+    for found, expected in zip(torch.autograd.grad(out.value.sum(), (x, y)), grads, strict=True):
+        close(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("rho", [{}, {"rho": 0.5}], ids=str)
+def test_torch_path_alone(rho, monkeypatch):
+    """What serves without numba, and on devices without Triton."""
+    monkeypatch.setattr("ecgot.kernels.ot.backends.backend", lambda problem: "torch")
+    tensors = problem((3, 9, 7, 4), masked=True, weighted=True)
+    value, _ = solved(tensors, eps=0.2, **{"rho_x": 0.5, "rho_y": 0.5} if rho else {})
+    x = tensors["x"].requires_grad_()
+    out = sinkhorn(**tensors, eps=0.2, tol=1e-6, max_iter=5000, scaling=0.5, **rho)
+    close(out.value, value, 3e-5)
+    pairs = sinkhorn_pairwise(
+        x, tensors["y"], x_mask=tensors["x_mask"], y_mask=tensors["y_mask"], a=tensors["a"], b=tensors["b"],
+        eps=0.2, tol=1e-6, max_iter=5000, **rho,
+    )  # fmt: skip
+    close(pairs.diagonal(), value, 3e-5)
+    (grad,) = torch.autograd.grad(pairs.trace(), x, retain_graph=True)
+    (expected,) = torch.autograd.grad(out.value.sum(), x)
+    torch.testing.assert_close(grad, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_many_threads_at_once_and_the_number_of_torchs_threads():
+    before = torch.get_num_threads()
+    batches = [problem((4, 9, 7, 4), seed=seed, masked=True) for seed in range(6)]
+    expected = [sinkhorn(**tensors, eps=0.5).value for tensors in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda tensors: sinkhorn(**tensors, eps=0.5).value, batches))
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    assert torch.get_num_threads() == before
+
+
+def test_fifty_thousand_points_need_no_matrix():
+    """One iteration at the advertised size would take long on a CPU: the chunk rule is what bounds memory."""
+    from ecgot.kernels.ot.backends import backend
+    from ecgot.kernels.ot.problem import Problem
+
+    x = torch.empty(1, 50_000, 64, device="meta")
+    weights = torch.empty(1, 50_000, device="meta")
+    eps = torch.empty(1, device="meta")
+    assert backend(Problem(x, x, weights, weights, None, None, eps, "dot")) == "torch-streaming"
