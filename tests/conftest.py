@@ -7,13 +7,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores; more threads would wait for each other
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from ecgot.data.dataset import EcgDataset, load_dataset
-from ecgot.data.synth import write_dataset
+# Fixtures import what they need: the kernels' tests also run where wfdb and transformers are not installed.
+if TYPE_CHECKING:
+    from ecgot.data.dataset import EcgDataset
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +29,8 @@ def ptbxl() -> Path:
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic data set of 900 records; do not write into it."""
+    from ecgot.data.synth import write_dataset
+
     folder = tmp_path_factory.mktemp("synthetic") / "data"
     write_dataset(folder, records=900, seed=1)
     return folder
@@ -36,6 +39,8 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic data set of 200 records, for runs that only test mechanics; do not write into it."""
+    from ecgot.data.synth import write_dataset
+
     folder = tmp_path_factory.mktemp("few") / "data"
     write_dataset(folder, records=200, seed=2)
     return folder
@@ -48,14 +53,18 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dataset(few: Path, cache_dir: Path) -> EcgDataset:
+def dataset(few: Path, cache_dir: Path) -> "EcgDataset":
     """The data set of 200 records, loaded."""
+    from ecgot.data.dataset import load_dataset
+
     return load_dataset(few, cache_dir=cache_dir)
 
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text encoder of two small layers with random weights, saved as Hugging Face does."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
     folder = tmp_path_factory.mktemp("bert")
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = ["sinus", "rhythm", "normal", "ecg", "left", "bundle", "branch", "block", "st", "wave"]

@@ -6,6 +6,13 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _true_fp32() -> None:
+    """What a kernel is compared with is fp32 on a GPU too, where torch's convolutions default to TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory holds NaN, so that an element a kernel forgot to write shows."""
