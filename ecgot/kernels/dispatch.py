@@ -8,6 +8,8 @@ import contextlib
 import importlib.util
 import os
 import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +21,10 @@ HIP = bool(torch.version.hip)  # torch is built for AMD's GPUs
 # The interpreter patches Triton's functions while it runs, so threads take turns.
 _TURN = threading.RLock() if INTERPRETED else contextlib.nullcontext()
 
+# Takes what launch() takes.
+Recorder = Callable[..., None]
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+
 
 def use_triton(*tensors: torch.Tensor | None) -> bool:
     """Whether the Triton kernels run on these tensors, which are on one device; ``None`` is ignored."""
@@ -27,6 +33,31 @@ def use_triton(*tensors: torch.Tensor | None) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
-    """Launch ``kernel[grid](...)`` of a Triton kernel; any thread may call it."""
-    with _TURN:
+    """Launch ``kernel[grid](...)`` of a Triton kernel on its tensors' device; any thread may call it."""
+    record = _recorder.get()
+    if record is not None:
+        record(kernel, grid, *arguments, **named)
+        return
+    with _TURN, _device_of((*arguments, *named.values())):
         kernel[grid](*arguments, **named)
+
+
+@contextlib.contextmanager
+def recording(record: Recorder) -> Iterator[None]:
+    """Within this context, and in this thread, ``launch`` hands its arguments to ``record`` instead."""
+    token = _recorder.set(record)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def _device_of(arguments: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Makes the first CUDA tensor's device current, as Triton launches on the current one."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and argument.is_cuda:
+            index = argument.get_device()
+            return (
+                contextlib.nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index)
+            )
+    return contextlib.nullcontext()
