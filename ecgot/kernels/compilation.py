@@ -1,4 +1,10 @@
-"""What a kernel needs to be compiled without a launch: types, constants, options, and a name for tables."""
+"""What a kernel needs to be compiled without a launch: types, constants, options, and a name for tables.
+
+A launcher compiles a kernel for what it knows of a call's arguments: an integer that is 1 becomes a
+constant, and multiples of 16, addresses among them, are declared to be such, which makes loads wider and
+address arithmetic shorter. ``compile_case`` does the same for a typical call: torch's memory is aligned, and
+integers have the values of ``EXAMPLES``, where a family's conventions give no others.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,11 +15,25 @@ import torch
 # Those that the kernels are compiled for, by Triton's names.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+# A typical call: clouds of 128 points in 256 dimensions; a convolution of 64 channels over 250 samples of 256
+# records, to 64 channels, with stride 1; contiguous tensors. Others are neither 1 nor multiples of 16.
+EXAMPLES = {
+    **dict.fromkeys(("N", "M"), 128),
+    **dict.fromkeys(("D", "stride_xn", "stride_yn"), 256),
+    **dict.fromkeys(("stride_xb", "stride_yb"), 128 * 256),
+    **dict.fromkeys(("T", "T_OUT"), 250),
+    **dict.fromkeys(("C_IN", "C_OUT", "channels", "stride_xt"), 64),
+    **dict.fromkeys(("ROWS", "ROWS_OF_PART"), 250 * 256),
+    **dict.fromkeys(("stride_xd", "stride_yd", "stride_xc", "GROUPS", "STRIDE", "DILATION", "TAP_STEP"), 1),
+}
+DIVISOR = 16  # of integers and addresses that are declared to be its multiples
+
 
 class CompileCase(NamedTuple):
     """A kernel as one launch would compile it.
 
     signature: Triton's type of each argument, "constexpr" for constants. options: num_warps and num_stages.
+    divisible: names of the arguments that are multiples of 16.
     """
 
     name: str
@@ -21,6 +41,7 @@ class CompileCase(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int]
+    divisible: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,12 +53,14 @@ class Conventions:
         types: Triton types of further arguments by name; other scalars are i32.
         tile: the constants that name the tile; all ``BLOCK_*`` unless given.
         words: for constants that stand as a word of their own in the name, how to spell their values.
+        examples: values of integer arguments by name in a typical call, before those of ``EXAMPLES``.
     """
 
     in_dtype: frozenset[str]
     types: Mapping[str, str]
     tile: tuple[str, ...] | None = None
     words: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
+    examples: Mapping[str, int] = field(default_factory=dict)
 
 
 def compile_case(
@@ -68,9 +91,34 @@ def compile_case(
             return "i32"
         return f"*{dtype}" if name in conventions.in_dtype else "*fp32"
 
-    signature = {name: argument_type(name) for name in kernel.arg_names}
+    types = {name: argument_type(name) for name in kernel.arg_names}
+    values = {**EXAMPLES, **conventions.examples}
+    integers = {
+        name: values[name] for name, kind in types.items() if kind in ("i32", "i64") and name in values
+    }
     name = _case_name(dtype, flags, constants, conventions)
-    return CompileCase(name, kernel, signature, constants, options)
+    signature, constants, divisible = specialised(types, constants, integers)
+    return CompileCase(name, kernel, signature, constants, options, divisible)
+
+
+def specialised(
+    types: Mapping[str, str], constants: Mapping[str, Any], integers: Mapping[str, int]
+) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
+    """Signature, constants and names of multiples of 16 of a launch with aligned tensors.
+
+    Args:
+        types: of all arguments, "constexpr" for constants.
+        constants: their values.
+        integers: values of the integers among the other arguments, as far as they are known.
+    """
+    ones = {name: 1 for name, value in integers.items() if value == 1}
+    signature = {name: "constexpr" if name in ones else kind for name, kind in types.items()}
+    divisible = [
+        name
+        for name, kind in signature.items()
+        if kind.startswith("*") or (name in integers and name not in ones and integers[name] % DIVISOR == 0)
+    ]
+    return signature, {**constants, **ones}, tuple(divisible)
 
 
 def _case_name(

@@ -56,8 +56,7 @@ def _device_of(arguments: Iterable[Any]) -> contextlib.AbstractContextManager[An
     """Makes the first CUDA tensor's device current, as Triton launches on the current one."""
     for argument in arguments:
         if isinstance(argument, torch.Tensor) and argument.is_cuda:
-            index = argument.get_device()
-            return (
-                contextlib.nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index)
-            )
+            if argument.get_device() != torch.cuda.current_device():
+                return torch.cuda.device(argument.get_device())
+            break
     return contextlib.nullcontext()

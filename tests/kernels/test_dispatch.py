@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ class Kernel:
     def __init__(self) -> None:
         self.launches: list[tuple] = []
 
-    def __getitem__(self, grid: tuple[int, ...]):
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments, **named: self.launches.append(
             (grid, arguments, named, torch.cuda.current_device())
         )
@@ -25,11 +25,11 @@ class Kernel:
 class OnGpu(torch.Tensor):
     """Claims to be on a GPU, by number."""
 
-    index = 1
+    number = 1
     is_cuda = True
 
     def get_device(self) -> int:
-        return self.index
+        return self.number
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def on_gpu(index: int) -> torch.Tensor:
     tensor = torch.zeros(2).as_subclass(OnGpu)
-    tensor.index = index
+    tensor.number = index
     return tensor
 
 

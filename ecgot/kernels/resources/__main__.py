@@ -1,14 +1,21 @@
-"""What the package's Triton kernels need on several GPUs; no GPU is needed.
+"""What the package's Triton kernels need on several GPUs, and which kernels a call starts; no GPU is needed.
 
     python -m ecgot.kernels.resources [--all] [--targets sm_90,gfx942] [--kernel SUBSTRING]
                                       [--spills any|inner|none] [--json]
 
-compiles the configurations that the launchers can pick, or a representative part of them (the default), and
-prints one line for each of them and target: whether it compiled; registers and spilled bytes per thread;
-shared bytes per program; and the exponentials, multiply-adds, matrix products and stack accesses in the inner
-loop, as found by ecgot.kernels.resources.machine_code. "-" means unknown: the tool or the loop is missing.
-Exit code 1 if anything does not compile or spills (--spills says which spills count), 2 if an argument is
-wrong.
+compiles the configurations that the launchers can pick, or a representative part of them (the default), as
+the launcher does for the typical call of ecgot.kernels.compilation. One line for each of them and target says
+whether it compiled; registers and spilled bytes per thread; shared bytes and warps of a program; how many
+programs a multiprocessor holds; and of the inner loop, as found by ecgot.kernels.resources.machine_code: a
+warp's instructions, the same times warps, and among them barriers, shuffles, exponentials, multiply-adds,
+matrix products and stack accesses. "-" means unknown: the tool or the loop is missing. One line for each
+target sums up. Exit code 1 if anything does not compile or spills (--spills says which spills count), 2 if an
+argument is wrong.
+
+    python -m ecgot.kernels.resources --launches [SUBSTRING] [--list]
+
+counts the kernels that the calls of ecgot.kernels.resources.workloads start, torch's and Triton's, and the
+bytes that these move, as ecgot.kernels.resources.launches says; with --list by kernel.
 """
 
 import argparse
@@ -34,7 +41,32 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the check; returns the exit code."""
+    """Run the check or the count; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    targets = options.targets.split(",")
+    problem = _unusable(targets)
+    if problem is None and options.launches is not None:
+        problem = _count(options.launches, options.list)
+        if problem is None:
+            return 0
+    jobs = []
+    if problem is None:
+        jobs = [(case, target) for target in targets for case in cases(target, options.all, options.kernel)]
+        problem = None if jobs else f"--kernel: expected a part of a kernel's name, got {options.kernel!r}"
+    if problem:
+        print(f"resources: {problem}", file=sys.stderr)
+        return 2
+    outcomes = _run(jobs, printing=not options.json)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
+    else:
+        for target in targets:
+            print(f"{target}: {_summary([each for each in outcomes if each.target == target])}")
+    failed, spilling, inner = _totals(outcomes)
+    return 1 if failed or {"any": spilling, "inner": inner, "none": 0}[options.spills] else 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m ecgot.kernels.resources",
         description=__doc__,
@@ -52,25 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="which spills make the exit code 1: any, those with stack accesses in the inner loop, or none",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list")
-    options = parser.parse_args(arguments)
-    targets = options.targets.split(",")
-    problem = _unusable(targets)
-    jobs = []
-    if problem is None:
-        jobs = [(case, target) for target in targets for case in cases(target, options.all, options.kernel)]
-        problem = None if jobs else f"--kernel: expected a part of a kernel's name, got {options.kernel!r}"
-    if problem:
-        print(f"resources: {problem}", file=sys.stderr)
-        return 2
-    outcomes = _run(jobs, printing=not options.json)
-    failed = sum(outcome.error is not None for outcome in outcomes)
-    spilling = sum(bool(outcome.spilled_bytes) for outcome in outcomes)
-    inner = sum(bool(outcome.stack_accesses) for outcome in outcomes)
-    if options.json:
-        print(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
-    else:
-        print(f"{len(outcomes)} compilations, {failed} failed, {spilling} spilling, {inner} in inner loops")
-    return 1 if failed or {"any": spilling, "inner": inner, "none": 0}[options.spills] else 0
+    parser.add_argument(
+        "--launches",
+        nargs="?",
+        const="",
+        metavar="SUBSTRING",
+        help="count kernels of the calls with this in the name (default: of all)",
+    )
+    parser.add_argument("--list", action="store_true", help="with --launches: kernels by name")
+    return parser
 
 
 def _run(jobs: Sequence[tuple[Case, str]], printing: bool) -> list[Outcome]:
@@ -98,6 +120,26 @@ def _unusable(targets: Sequence[str]) -> str | None:
     return None
 
 
+def _count(substring: str, listing: bool) -> str | None:
+    """Print what the workloads start; what is wrong with their choice."""
+    from ecgot.kernels.resources.launches import count
+    from ecgot.kernels.resources.workloads import WORKLOADS
+
+    chosen = [name for name in WORKLOADS if substring in name]
+    if not chosen:
+        return f"--launches: expected a part of {', '.join(map(repr, WORKLOADS))}, got {substring!r}"
+    width = max(map(len, chosen))
+    for name in chosen:
+        found = count(WORKLOADS[name]())
+        print(
+            f"{name:{width}} torch {found.torch:5} triton {found.triton:4} total {found.total:5} "
+            f"MB {found.megabytes:9.1f}"
+        )
+        for kernel, times, megabytes in found.by_name() if listing else ():
+            print(f"    {times:5} {kernel:40} MB {megabytes:9.1f}")
+    return None
+
+
 def _line(outcome: Outcome) -> str:
     if outcome.error is not None:
         return f"FAILED {outcome.target:7} {outcome.case}: {outcome.error}"
@@ -105,6 +147,12 @@ def _line(outcome: Outcome) -> str:
         ("registers", outcome.registers, 3),
         ("spilled", outcome.spilled_bytes, 5),
         ("shared", outcome.shared_bytes, 6),
+        ("warps", outcome.warps, 2),
+        ("programs", outcome.programs, 2),
+        ("instructions", outcome.instructions, 5),
+        ("x warps", outcome.issued, 6),
+        ("barriers", outcome.barriers, 2),
+        ("shuffles", outcome.shuffles, 3),
         ("exp", outcome.exponentials, 4),
         ("multiply-add", outcome.multiply_adds, 5),
         ("matrix", outcome.matrix_products, 4),
@@ -113,6 +161,20 @@ def _line(outcome: Outcome) -> str:
     shown = " ".join(f"{name} {'-' if value is None else value:>{width}}" for name, value, width in columns)
     status = "SPILLS" if outcome.spilled_bytes else "ok"
     return f"{status:6} {outcome.target:7} {shown} {outcome.case}"
+
+
+def _summary(outcomes: Sequence[Outcome]) -> str:
+    failed, spilling, inner = _totals(outcomes)
+    return f"{len(outcomes)} compilations, {failed} failed, {spilling} spilling, {inner} in inner loops"
+
+
+def _totals(outcomes: Sequence[Outcome]) -> tuple[int, int, int]:
+    """How many failed, spill, and do so in the inner loop."""
+    return (
+        sum(outcome.error is not None for outcome in outcomes),
+        sum(bool(outcome.spilled_bytes) for outcome in outcomes),
+        sum(bool(outcome.stack_accesses) for outcome in outcomes),
+    )
 
 
 if __name__ == "__main__":

@@ -13,22 +13,48 @@ from ecgot.kernels.compilation import CompileCase
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU as Triton names it.
+    """A GPU as Triton names it, and what its multiprocessor shares among programs.
 
-    shared_bytes: the most shared memory that one program can have there.
+    Attributes:
+        shared_bytes: the most shared memory that one program can have.
+        registers: of 32 bits, of each of the four schedulers.
+        warps: the most that each scheduler can hold.
+        programs: the most that a multiprocessor can hold (AMD: of more than one warp).
+        shared_total: bytes of shared memory.
+        shared_reserved: bytes that the system takes of it for each program.
     """
 
     backend: str
     architecture: int | str
     warp_size: int
     shared_bytes: int
+    registers: int
+    warps: int
+    programs: int
+    shared_total: int
+    shared_reserved: int
+
+    def resident(self, warps: int, registers: int, shared_bytes: int) -> int:
+        """How many programs a multiprocessor holds at a time.
+
+        Args:
+            warps: of a program.
+            registers: of a thread; they are given out in eights.
+            shared_bytes: of a program.
+        """
+        of_warp = math.ceil(max(registers, 1) / 8) * 8 * self.warp_size
+        by_registers = SCHEDULERS * min(self.warps, self.registers // of_warp) // warps
+        by_memory = self.shared_total // max(shared_bytes + self.shared_reserved, 1)
+        return min(self.programs, by_registers, by_memory)
 
 
+SCHEDULERS = 4  # of a multiprocessor
+# CUDA C++ programming guide, "Technical specifications per compute capability"; LLVM's AMDGPUBaseInfo.cpp.
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 * 1024),
-    "sm_90": Target("cuda", 90, 32, 227 * 1024),
-    "sm_100": Target("cuda", 100, 32, 227 * 1024),
-    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+    "sm_80": Target("cuda", 80, 32, 163 * 1024, 16384, 16, 32, 164 * 1024, 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024, 16384, 16, 32, 228 * 1024, 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024, 16384, 16, 32, 228 * 1024, 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, 512 * 64, 8, 16, 64 * 1024, 0),
 }
 # Each has compile_cases(hip), made by the functions that its launchers call.
 MODULES = (
@@ -51,6 +77,7 @@ class Case:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     options: tuple[tuple[str, int], ...]
+    divisible: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.name}"
@@ -76,8 +103,15 @@ def cases(target: str, everything: bool = False, kernel: str = "") -> Iterator[C
 
 
 def _named(module: str, case: CompileCase) -> Case:
-    parts = (tuple(part.items()) for part in (case.signature, case.constants, case.options))
-    return Case(module, case.kernel.__name__, case.name, *parts)
+    return Case(
+        module,
+        case.kernel.__name__,
+        case.name,
+        tuple(case.signature.items()),
+        tuple(case.constants.items()),
+        tuple(case.options.items()),
+        case.divisible,
+    )
 
 
 def _representative(of_kernel: Iterable[Case]) -> Iterable[Case]:

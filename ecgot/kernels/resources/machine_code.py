@@ -1,4 +1,4 @@
-"""Loops in disassembled machine code, and the exponentials and multiply-adds in them.
+"""Loops in disassembled machine code, and the instructions in them: all, and those of some kinds.
 
 ``parse_sass`` reads what ``cuobjdump -sass`` prints, ``parse_amdgcn`` what LLVM writes for AMD. The rest is
 common to both: basic blocks, dominators, natural loops (Aho et al. 2006, "Compilers", 9.6), counts.
@@ -30,11 +30,21 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Work:
-    """Arithmetic of one thread; matrix products of one or several warps, whose size depends on the target.
+    """What a warp issues.
 
-    stack_accesses: loads and stores of spilled values.
+    Attributes:
+        instructions: all of them.
+        barriers: those that wait for a program's other warps.
+        shuffles: those that exchange values between the threads of a warp.
+        exponentials: of one thread.
+        multiply_adds: of one thread; a packed instruction makes two.
+        matrix_products: of one or several warps; their size depends on the target.
+        stack_accesses: loads and stores of spilled values.
     """
 
+    instructions: int = 0
+    barriers: int = 0
+    shuffles: int = 0
     exponentials: int = 0
     multiply_adds: int = 0
     matrix_products: int = 0
@@ -53,6 +63,7 @@ _AMD_LINE = re.compile(r"^(?:([.\w$]+):|\s+([a-z]+_\w+)([^;\n]*))", re.MULTILINE
 _AMD_MULTIPLY_ADD = re.compile(
     r"v_(pk_)?(fma|fmac|mad|mac|fma[am]k|mad[am]k|fma_mix(lo|hi)?)_(legacy_)?[bf]\d\d"
 )
+_AMD_SHUFFLE = re.compile(r"ds_b?permute_|ds_swizzle_|v_permlane|v_\w+_dpp\b")
 _AMD_MATRIX = re.compile(r"v_(s?mfmac?|s?wmmac?)_")
 
 
@@ -115,15 +126,18 @@ def _weight(work: Work) -> tuple[int, int]:
 
 
 def count(instructions: Iterable[Instruction]) -> Work:
-    """Exponentials, multiply-adds (two in a packed instruction), matrix products and stack accesses."""
-    exponentials = multiply_adds = matrix_products = stack_accesses = 0
+    """The instructions by kind."""
+    total = barriers = shuffles = exponentials = multiply_adds = matrix_products = stack_accesses = 0
     for each in instructions:
         base = each.opcode.partition(".")[0]
+        total += 1
+        barriers += base in ("BAR", "s_barrier")
+        shuffles += base in ("SHFL", "REDUX") or bool(_AMD_SHUFFLE.match(base))
         exponentials += each.opcode.startswith(("MUFU.EX2", "v_exp_f"))
         matrix_products += base.endswith("MMA") or bool(_AMD_MATRIX.match(base))
         multiply_adds += _multiply_adds(base, each.operands)
         stack_accesses += base in ("STL", "LDL") or base.startswith(("scratch_load", "scratch_store"))
-    return Work(exponentials, multiply_adds, matrix_products, stack_accesses)
+    return Work(total, barriers, shuffles, exponentials, multiply_adds, matrix_products, stack_accesses)
 
 
 def _multiply_adds(opcode: str, operands: str) -> int:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ecgot.kernels.resources.cases import TARGETS, Case
+from ecgot.kernels.compilation import DIVISOR
+from ecgot.kernels.resources.cases import TARGETS, Case, Target
 from ecgot.kernels.resources.machine_code import (
     Instruction,
     inner_work,
@@ -26,9 +27,18 @@ TENSOR_MEMORY_COLUMNS = 512  # the most that one program can have, on GPUs with 
 class Outcome:
     """What a case needs on a target; numbers that are not known are None.
 
-    error is None where the case compiled and can be launched. registers, spilled_bytes, exponentials and
-    multiply_adds are per thread, matrix_products per warp or several warps, shared_bytes per program. The
-    last four are those of the inner loop, and None if there is none.
+    Attributes:
+        error: None where the case compiled and can be launched.
+        registers, spilled_bytes: per thread.
+        shared_bytes: per program.
+        warps: of a program.
+        programs: that a multiprocessor holds at a time.
+        instructions: of a warp in the inner loop, all of them; this and the following are None without one.
+        barriers, shuffles: those among them that wait for the other warps, and that exchange values between
+            threads of the warp.
+        exponentials, multiply_adds: among them, per thread.
+        matrix_products: among them, each of the warp or of several.
+        stack_accesses: loads and stores of spilled values among them.
     """
 
     case: str
@@ -37,33 +47,64 @@ class Outcome:
     registers: int | None = None
     spilled_bytes: int | None = None
     shared_bytes: int | None = None
+    warps: int | None = None
+    programs: int | None = None
+    instructions: int | None = None
+    barriers: int | None = None
+    shuffles: int | None = None
     exponentials: int | None = None
     multiply_adds: int | None = None
     matrix_products: int | None = None
     stack_accesses: int | None = None
 
+    @property
+    def issued(self) -> int | None:
+        """Instructions that a program issues in one pass through the inner loop."""
+        return None if self.instructions is None or self.warps is None else self.instructions * self.warps
+
 
 def check(case: Case, target: str) -> Outcome:
     """Compile one case for one target."""
+    try:
+        found = compiled(case, target)
+    except Exception as error:  # compilers fail in many ways, each of which is a result
+        return Outcome(str(case), target, str(error).strip().partition("\n")[0] or repr(error))
+    needed = found.metadata
+    outcome = Outcome(
+        str(case),
+        target,
+        launch_refusal(needed, target),
+        shared_bytes=needed.shared,
+        warps=needed.num_warps,
+    )
+    if TARGETS[target].backend == "hip":
+        return _with_machine_code(outcome, *_amd(found.asm["amdgcn"]))
+    listing = _disassembled(found.asm["cubin"])
+    return outcome if listing is None else _with_machine_code(outcome, *_nvidia(listing))
+
+
+def compiled(case: Case, target: str) -> Any:
+    """The kernel as Triton compiles it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(case.module), case.kernel)
     gpu = TARGETS[target]
+    source = ASTSource(kernel, dict(case.signature), dict(case.constants), _attributes(case, kernel, gpu))
     chip = GPUTarget(gpu.backend, gpu.architecture, gpu.warp_size)
-    try:
-        source = ASTSource(kernel, dict(case.signature), constexprs=dict(case.constants))
-        compiled = triton.compile(source, target=chip, options=dict(case.options))
-    except Exception as error:  # compilers fail in many ways, each of which is a result
-        return Outcome(str(case), target, str(error).strip().partition("\n")[0] or repr(error))
-    outcome = Outcome(
-        str(case), target, launch_refusal(compiled.metadata, target), shared_bytes=compiled.metadata.shared
-    )
-    if gpu.backend == "hip":
-        return _with_machine_code(outcome, *_amd(compiled.asm["amdgcn"]))
-    listing = _disassembled(compiled.asm["cubin"])
-    return outcome if listing is None else _with_machine_code(outcome, *_nvidia(listing))
+    return triton.compile(source, target=chip, options=dict(case.options))
+
+
+def _attributes(case: Case, kernel: Any, gpu: Target) -> dict[tuple[int], list[list[Any]]]:
+    """What Triton is told of arguments, by their place, as its launcher does."""
+    known: dict[tuple[int], list[list[Any]]] = {}
+    for name in case.divisible:
+        given: list[list[Any]] = [["tt.divisibility", DIVISOR]]
+        if gpu.backend == "hip" and dict(case.signature)[name].startswith("*"):
+            given.append(["tt.pointer_range", 32])  # tensors of less than 2 GB
+        known[(kernel.arg_names.index(name),)] = given
+    return known
 
 
 def launch_refusal(metadata: Any, target: str) -> str | None:
@@ -81,12 +122,16 @@ def _with_machine_code(
     outcome: Outcome, instructions: Sequence[Instruction], registers: int, spilled_bytes: int
 ) -> Outcome:
     work = inner_work(instructions)
+    assert outcome.warps is not None
+    assert outcome.shared_bytes is not None
+    needed = outcome.warps, registers, outcome.shared_bytes
     error = None if stores_anything(instructions) else "the machine code stores nothing"
     return dataclasses.replace(
         outcome,
         error=outcome.error or error,
         registers=registers,
         spilled_bytes=spilled_bytes,
+        programs=TARGETS[outcome.target].resident(*needed),
         **({} if work is None else dataclasses.asdict(work)),
     )
 
