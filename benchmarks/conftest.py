@@ -151,7 +151,7 @@ def measure(benchmark: BenchmarkFixture, device: torch.device, request: pytest.F
             times = summary(benchmark.stats.stats.data)
             row: Row = {"benchmark": name, "provider": provider, "case": case} | _columns(times)
             row["max_error"] = "" if math.isnan(error) else f"{error:.2e}"
-            request.config.stash[ROWS].append(row | (work or Work()).rates(times.median_ms))
+            _keep(request.config, [row | (work or Work()).rates(times.median_ms)])
 
     return run
 
@@ -171,7 +171,7 @@ def compare(device: torch.device, request: pytest.FixtureRequest) -> Compare:
         for group in groups:
             found = _compare_group({provider: makers[provider] for provider in group}, work or Work(), device)
             rows += [{"benchmark": name, "case": case} | row for row in found]
-        request.config.stash[ROWS].extend(rows)
+        _keep(request.config, rows)
         for row in rows:
             print(f"{name} {case} {row['provider']}: {row.get('median_ms', '-')} ms {row.get('refused', '')}")
         _fail_where_refused(rows)
@@ -208,7 +208,7 @@ def record(request: pytest.FixtureRequest) -> Record:
 
     def run(name: str, measurements: list[Measurement]) -> None:
         rows = [_shown(measurement.as_row()) for measurement in measurements]
-        request.config.stash[ROWS].extend({"benchmark": name} | row for row in rows)
+        _keep(request.config, [{"benchmark": name} | row for row in rows])
         _fail_where_refused(rows)
 
     return run
@@ -242,16 +242,16 @@ def _shown(values: Mapping[str, Any]) -> Row:
 # --- CSV ----------------------------------------------------------------------------------------------------
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
-) -> None:
-    """Write the CSV of a complete session."""
-    path, rows = config.getoption("--csv"), config.stash[ROWS]
-    if path is None:
-        return
-    finished = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
-    if not (finished and rows):
-        terminalreporter.write_line(f"{path}: not written, the session is not complete or measured nothing")
-        return
-    write_rows(path, [config.stash[STAMP] | row for row in rows], COLUMNS)
-    terminalreporter.write_line(f"{path}: {len(rows)} measurements")
+def _keep(config: pytest.Config, rows: list[Row]) -> None:
+    """Take rows and write the CSV anew, so that a session that is killed leaves what it has measured."""
+    config.stash[ROWS].extend(rows)
+    path = config.getoption("--csv")
+    if path is not None:
+        write_rows(path, [config.stash[STAMP] | row for row in config.stash[ROWS]], COLUMNS)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what the CSV holds."""
+    path = config.getoption("--csv")
+    if path is not None:
+        terminalreporter.write_line(f"{path}: {len(config.stash[ROWS])} measurements")

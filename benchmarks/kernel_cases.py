@@ -34,7 +34,8 @@ from ecgot.kernels.dispatch import HAS_TRITON, INTERPRETED
 class Sizes:
     """Sizes of transport problems and of a convolution.
 
-    streamed_n: points of a problem that does not fit on chip. dtype: of the convolutions; transport is fp32.
+    streamed_n: points of a problem that does not fit on chip. dtype: of the convolutions and of "solver";
+    other transport is fp32.
     """
 
     batch: int
@@ -67,6 +68,13 @@ def run_sinkhorn(sizes: Sizes) -> Iterator[Tensor]:
     few = slice(0, 32)
     plan = sinkhorn(x[:, few], y[:, few], **options).plan()
     yield from torch.autograd.grad(plan.square().sum(), (x, y))
+
+
+def run_solver(sizes: Sizes) -> Iterator[Tensor]:
+    """On chip, as a loss is trained with: squared distances of points in a network's dtype."""
+    x, y = (draw(sizes.batch, count, sizes.d, dtype=sizes.dtype) for count in (sizes.n, sizes.m))
+    value = sinkhorn(x, y, eps=0.1 * sizes.d, max_iter=sizes.iterations, tol=0.0).value
+    yield from torch.autograd.grad(value.sum(), (x, y))
 
 
 def run_streaming(sizes: Sizes) -> Iterator[Tensor]:
@@ -120,6 +128,7 @@ def run_bottleneck(sizes: Sizes) -> Iterator[Tensor]:
 
 CASES: dict[str, Callable[[Sizes], Iterator[Tensor]]] = {
     "sinkhorn": run_sinkhorn,
+    "solver": run_solver,
     "streaming": run_streaming,
     "pairs": run_pairs,
     "convolution": run_convolution,

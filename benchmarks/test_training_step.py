@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.conftest import Measure
-from benchmarks.test_encoders import AsImage, compiled
+from benchmarks.encoders import AsImage, compiled
 from ecgot.bench.providers import OURS
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import EncoderOutput, encoder, masked_mean, plain_encoder

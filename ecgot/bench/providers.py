@@ -143,10 +143,10 @@ def _graph(
     """x, y to values, plan and gradients, recorded once and replayed; each replay overwrites its results."""
     x, y = torch.empty(shape_x, device=device), torch.empty(shape_y, device=device)
     torch.compiler.reset()  # torch compiles a function for only a few shapes
-    half_step = torch.compile(_half_step, dynamic=False)
+    compiled = torch.compile(half_step, dynamic=False)
 
     def solve() -> tuple[Tensor, ...]:
-        return solve_by_envelope(x, y, case, steps, half_step)
+        return solve_by_envelope(x, y, case, steps, compiled)
 
     x.normal_(), y.normal_()
     side = torch.cuda.Stream()
@@ -167,25 +167,39 @@ def _graph(
     return replay
 
 
-def _half_step(exponent: Tensor, potential: Tensor, log_count: float, dim: int) -> Tensor:
+def half_step(exponent: Tensor, potential: Tensor, log_count: float, dim: int) -> Tensor:
+    """A potential in units of eps from the other, which runs over ``dim`` of the exponent [B, N, M]."""
     return log_count - torch.logsumexp(exponent + potential.unsqueeze(3 - dim), dim=dim)
 
 
 @torch.no_grad()
 def solve_by_envelope(
-    x: Tensor, y: Tensor, case: Case, steps: int, half_step: Callable[..., Tensor] = _half_step
+    x: Tensor,
+    y: Tensor,
+    case: Case,
+    steps: int,
+    step: Callable[..., Tensor] = half_step,
+    gradients: bool = True,
 ) -> tuple[Tensor, ...]:
-    """Values [B], plan [B, N, M], and the gradients of the values in x and y with the plan held fixed."""
+    """Values [B], plan [B, N, M], and the gradients of the values in x and y with the plan held fixed.
+
+    Args:
+        step: :func:`half_step`, or what it was compiled to.
+        gradients: without them the values alone.
+    """
     exponent = -_cost(x, y) / case.eps
     log_n, log_m = math.log(x.shape[1]), math.log(y.shape[1])
     g = torch.zeros_like(y[:, :, 0])
     for _ in range(steps):
-        f = half_step(exponent, g, log_m, 2)
-        g = half_step(exponent, f, log_n, 1)
+        f = step(exponent, g, log_m, 2)
+        g = step(exponent, f, log_n, 1)
+    value = case.eps * (f.mean(1) + g.mean(1))
+    if not gradients:
+        return (value,)
     plan = _plan(exponent, f, g)
     grad_x = 2 * (plan.sum(2)[:, :, None] * x - plan @ y)
     grad_y = 2 * (plan.sum(1)[:, :, None] * y - plan.mT @ x)
-    return case.eps * (f.mean(1) + g.mean(1)), plan, grad_x, grad_y
+    return value, plan, grad_x, grad_y
 
 
 # --- who runs where -----------------------------------------------------------------------------------------

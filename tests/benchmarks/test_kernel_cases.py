@@ -29,4 +29,4 @@ def test_every_kernel_is_launched_and_gives_numbers(monkeypatch, capsys):
 def test_an_unknown_case_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         kernel_cases.main(["softmax"])
-    assert "CASE: expected one of sinkhorn, streaming" in capsys.readouterr().err
+    assert "CASE: expected one of sinkhorn, solver, streaming" in capsys.readouterr().err
