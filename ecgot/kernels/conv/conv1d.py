@@ -135,5 +135,5 @@ class _Convolution(torch.autograd.Function):
         if lengths is not None:
             lengths = settings.geometry.output_length(lengths, weight.shape[2])
         whole = OutputGradient(grad, lengths=lengths)
-        grad_x, _, _, grad_weight = gradients(whole, weight, settings, signal, (needs_x, needs_weight))
+        (grad_x, *_), grad_weight = gradients(whole, weight, settings, signal, (needs_x, needs_weight))
         return None, grad_x, grad_weight, None, grad_bias, grad_scale, grad_shift, grad_residual

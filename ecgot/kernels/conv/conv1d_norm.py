@@ -36,7 +36,7 @@ from ecgot.kernels.conv.operands import (
     Recompute,
     Settings,
 )
-from ecgot.kernels.conv.operators import forward, gradients
+from ecgot.kernels.conv.operators import for_kernels, forward, gradients, normalised
 from ecgot.kernels.dispatch import use_triton
 
 
@@ -82,7 +82,10 @@ def conv1d_norm(
     tensor([0., 0., 1., 1.])
     """
     check_activation("x", x)
-    values, weight = cast_by_autocast(x.values, weight)
+    (values,) = cast_by_autocast(x.values)
+    fused = _on_kernels(values, norm)
+    if not fused:  # the kernels cast weights where they read them
+        (weight,) = cast_by_autocast(weight)
     settings = checked_settings(stride, padding, dilation, groups, precision, backend)
     t_out = check_shapes(values, weight, settings.geometry)
     check_choice("activation", activation, ACTIVATIONS)
@@ -102,10 +105,22 @@ def conv1d_norm(
     cache = None
     if recompute and residual is not None and not torch.compiler.is_compiling():
         cache = Recompute(needed_twice=not detached)
-    y = _normalised(x, weight, norm, _Call(settings, x.activation, detached, cache))
+    run = _fused if fused else _normalised
+    y = run(x, weight, norm, _Call(settings, x.activation, detached, cache))
     if residual is None:
         return dataclasses.replace(y, activation=activation)
     return join(y, residual, activation, cache)
+
+
+def _on_kernels(values: Tensor, norm: BatchNorm) -> bool:
+    """Whether the kernels make the norm's vectors, running statistics and gradients too.
+
+    Not under torch.compile, which fuses that algebra itself and must see what is updated in place, and not
+    for statistics over processes.
+    """
+    if not isinstance(norm, BatchNorm) or not norm.uses_batch_statistics or norm.process_group is not None:
+        return False
+    return use_triton(values) and values.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 
 class _Call(NamedTuple):
@@ -152,6 +167,14 @@ def _evaluated(
     return LazyActivation(y, lengths=_output_lengths(x, weight, settings))
 
 
+def _fused(x: LazyActivation, weight: Tensor, norm: BatchNorm, call: _Call) -> LazyActivation:
+    """As :func:`_normalised`, all in kernels: the norm's vectors, running statistics and gradients."""
+    lengths = _output_lengths(x, weight, call.settings)
+    y, vectors = _ConvolutionNorm.apply(call, norm, weight, norm.gamma, norm.beta, lengths, *x.tensors())
+    mean, scale, shift, *_ = vectors.detach()
+    return LazyActivation(y, mean, scale, shift, None, lengths, None, vectors)
+
+
 def _normalised(x: LazyActivation, weight: Tensor, norm: BatchNorm, call: _Call) -> LazyActivation:
     """With the batch's statistics: the convolution's output and what normalises it, without activation."""
     lengths = _output_lengths(x, weight, call.settings)
@@ -175,7 +198,9 @@ def _output_lengths(x: LazyActivation, weight: Tensor, settings: Settings) -> Te
 
 @torch.no_grad()
 def _update_running(norm: BatchNorm, count: Any, mean: Tensor, var: Tensor) -> None:
-    """Move the running statistics towards the batch's, count being its samples."""
+    """Count the batch and move the running statistics towards its, count being its samples."""
+    if norm.batches is not None:
+        norm.batches.add_(1)
     if norm.running_mean is None or norm.running_var is None:
         return
     rest = max(count - 1, 1) if isinstance(count, int) else (count - 1).clamp_min(1)
@@ -220,14 +245,63 @@ class _Convolution(torch.autograd.Function):
         y, mean, lengths, weight, *x_tensors = ctx.saved_tensors
         settings, x_activation, detached, recompute = ctx.call
         x = LazyActivation.from_tensors(x_tensors, x_activation)
-        _, needs_weight, _, needs_values, _, needs_scale, needs_shift, *_ = ctx.needs_input_grad
-        needs_x = needs_values or (x.scale is not None and (needs_scale or needs_shift))
+        needs_weight, needs_x = ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:])
         whole = OutputGradient(grad.contiguous())
         if not detached:
             y = y if recompute is None else recompute.take((weight, *x_tensors))
             count = y.shape[0] * y.shape[1] if lengths is None else lengths.sum()
             whole = OutputGradient(whole.g, y, mean, grad_mean / count, 2 * grad_var / count, lengths)
-        grad_values, grad_shift, grad_scale, grad_weight = gradients(
-            whole, weight, settings, x, (needs_x, needs_weight)
-        )
-        return None, grad_weight, None, *x.gradients(grad_values, grad_shift, grad_scale)
+        of_x, grad_weight = gradients(whole, weight, settings, x, (needs_x, needs_weight))
+        return None, grad_weight, None, *of_x
+
+
+class _ConvolutionNorm(torch.autograd.Function):
+    """y and its norm's vectors. The gradient in the vectors brings c0, c1 and those in gamma and beta."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        norm: BatchNorm,
+        weight: Tensor,
+        _gamma: Tensor,
+        _beta: Tensor,
+        lengths: Tensor | None,
+        *x_tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        settings, x_activation, _, recompute = call
+        x = LazyActivation.from_tensors(x_tensors, x_activation)
+        laid = for_kernels(x, weight, settings)  # once for all passes
+
+        def make(laid: Tensor, *x_tensors: Tensor | None) -> Tensor:
+            return forward(LazyActivation.from_tensors(x_tensors, x_activation), laid, settings)[0]
+
+        y, vectors = normalised(x, laid, norm, settings, lengths)
+        if recompute is not None:
+            recompute.make, recompute.inputs = make, (laid, *x_tensors)
+        saved = y if recompute is None else None
+        ctx.save_for_backward(saved, vectors, lengths, weight, laid, *x_tensors)
+        ctx.call, ctx.dtypes = call, (norm.gamma.dtype, norm.beta.dtype)
+        ctx.set_materialize_grads(False)
+        return y, vectors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, of_vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+        y, vectors, lengths, weight, laid, *x_tensors = ctx.saved_tensors
+        settings, x_activation, _, recompute = ctx.call
+        x = LazyActivation.from_tensors(x_tensors, x_activation)
+        needs_weight, needs_x = ctx.needs_input_grad[2], any(ctx.needs_input_grad[6:])
+        if of_vectors is None and grad is None:
+            return (None,) * (6 + len(x_tensors))
+        y = y if recompute is None else recompute.take((laid, *x_tensors))
+        whole = OutputGradient(torch.zeros_like(y) if grad is None else grad.contiguous(), lengths=lengths)
+        grad_gamma = grad_beta = None
+        if of_vectors is not None:
+            c0, c1, grad_gamma, grad_beta, _ = of_vectors.unbind()
+            grad_gamma, grad_beta = (
+                g.to(dtype) for g, dtype in zip((grad_gamma, grad_beta), ctx.dtypes, strict=True)
+            )
+            whole = OutputGradient(whole.g, y, vectors[0], c0, c1, lengths)
+        of_x, grad_weight = gradients(whole, laid, settings, x, (needs_x, needs_weight), weight)
+        return None, None, grad_weight, grad_gamma, grad_beta, None, *of_x

@@ -47,7 +47,7 @@ def join(
         residual = fill_residual(residual)
     check_choice("activation", activation, ACTIVATIONS)
     r_activation = None if residual is None else residual.activation
-    r_tensors = [None] * 6 if residual is None else residual.tensors()
+    r_tensors = [None] * 7 if residual is None else residual.tensors()
     call = _Call(residual is not None, r_activation, activation, recompute)
     return LazyActivation(_Join.apply(call, *x.tensors(), *r_tensors), lengths=x.lengths)
 
@@ -86,8 +86,8 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
-        y, *y_rest = tensors[:6]
-        r, *r_rest = tensors[6:]
+        y, *y_rest = tensors[:7]
+        r, *r_rest = tensors[7:]
         x = LazyActivation.from_tensors((y, *y_rest), None)
         residual = LazyActivation.from_tensors((r, *r_rest), call.r_activation) if call.has_residual else None
         z = join_forward(x, residual, call.activation)
@@ -103,17 +103,12 @@ class _Join(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         z, y, *rest = ctx.saved_tensors
-        y_rest, r, r_rest, inputs = rest[:5], rest[5], rest[6:11], rest[11:]
+        y_rest, r, r_rest, inputs = rest[:6], rest[6], rest[7:13], rest[13:]
         if call.recompute is not None:
             y = call.recompute.compute(inputs)
         x = LazyActivation.from_tensors((y, *y_rest), None)
         residual = None
         if call.has_residual:  # y stands in for values that are not needed
             residual = LazyActivation.from_tensors((y if r is None else r, *r_rest), call.r_activation)
-        grad_y, grad_r, sums = join_gradients(grad.contiguous(), z, x, residual, call.activation)
-        of_y = x.gradients(grad_y, sums[0], sums[1])
-        if residual is None:
-            return None, *of_y, *[None] * 6
-        if residual.mean is None:
-            return None, *of_y, grad_r, *[None] * 5
-        return None, *of_y, *residual.gradients(grad_r, sums[2], sums[3])
+        of_x, of_residual = join_gradients(grad.contiguous(), z, x, residual, call.activation)
+        return None, *of_x, *of_residual

@@ -23,6 +23,8 @@ class LazyActivation:
     """Activations [B, T, C]: values, or act((values - mean) * scale + shift), not yet materialized.
 
     A batch norm leaves its result in this form, and the convolution after it normalises what it reads.
+    Gradients reach the norm through whatever reads the activation (a convolution, :func:`join`,
+    :func:`max_pool1d`).
 
     Attributes:
         values: [B, T, C], any strides.
@@ -33,6 +35,10 @@ class LazyActivation:
         rstd: [C], 1 / sqrt(variance + eps), where mean and rstd are the values' own statistics, detached: the
             gradient in the values then includes what goes through the statistics. Used by the torch path,
             which saves passes over memory by it.
+        vectors: [5, C], fp32: mean, scale, shift, rstd and 1 / n of the norm that the kernels have made, n
+            being the samples behind its statistics. Mean, scale and shift are then views of it without a
+            gradient of their own; what is differentiable is this, by the numbers that the convolution before
+            takes: c0, c1 (see :class:`OutputGradient`), and the gradients in gamma and beta.
     """
 
     values: Tensor
@@ -42,23 +48,41 @@ class LazyActivation:
     activation: str | None = None
     lengths: Tensor | None = None
     rstd: Tensor | None = None
+    vectors: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """values, mean, scale, shift, rstd and lengths: what an autograd function takes and saves."""
-        return self.values, self.mean, self.scale, self.shift, self.rstd, self.lengths
+        """Values, mean, scale, shift, rstd, lengths, vectors: what an autograd function takes and saves."""
+        return self.values, self.mean, self.scale, self.shift, self.rstd, self.lengths, self.vectors
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Any], activation: str | None) -> "LazyActivation":
         """The inverse of :meth:`tensors`."""
-        values, mean, scale, shift, rstd, lengths = tensors
-        return cls(values, mean, scale, shift, activation, lengths, rstd)
+        values, mean, scale, shift, rstd, lengths, vectors = tensors
+        return cls(values, mean, scale, shift, activation, lengths, rstd, vectors)
 
-    def gradients(self, values: Tensor | None, shift: Tensor | None, scale: Tensor | None) -> Gradients:
-        """Gradients of :meth:`tensors`, given those in values, shift and scale."""
-        if shift is None or self.rstd is not None:
-            return values, None, scale, shift, None, None
+    def gradients(
+        self, values: Tensor | None, shift: Tensor | None, scale: Tensor | None, vectors: Tensor | None = None
+    ) -> Gradients:
+        """Gradients of :meth:`tensors`, given those in values, shift and scale.
+
+        vectors: in place of shift's and scale's, where the kernels have merged them already.
+        """
+        if vectors is not None:
+            return values, None, None, None, None, None, vectors
+        if shift is None or scale is None:
+            return values, *[None] * 6
+        if self.vectors is not None:
+            return values, None, None, None, None, None, self._of_vectors(shift, scale)
         assert self.scale is not None
-        return values, -self.scale * shift, scale, shift, None, None
+        mean = None if self.rstd is not None else -self.scale * shift
+        return values, mean, scale, shift, None, None, None
+
+    def _of_vectors(self, shift: Tensor, scale: Tensor) -> Tensor:
+        """What ``_merge_sums_kernel`` of ``triton_statistics`` makes, in torch."""
+        assert self.vectors is not None
+        _, by, _, rstd, share = self.vectors
+        gamma, share = scale * rstd, -by * share
+        return torch.stack([share * shift, share * rstd * gamma, gamma, shift, torch.zeros_like(shift)])
 
     def flatten(self, name: str, prefix: str) -> dict[str, Any]:
         """As arguments of a registered operator: the values by ``name``, the rest with a prefix."""
@@ -71,6 +95,7 @@ class LazyActivation:
         return cls(given[name], **{field: given.get(f"{prefix}{field}") for field in _BESIDE_VALUES})
 
 
+VECTORS = 5  # rows of LazyActivation.vectors
 _BESIDE_VALUES = ("mean", "scale", "shift", "activation", "lengths", "rstd")
 
 
@@ -86,6 +111,8 @@ class BatchNorm:
         training: normalise by the batch's statistics, over the samples inside each length; also done without
             running statistics.
         process_group: statistics over its processes, as in ``torch.nn.SyncBatchNorm``; None for this one's.
+        batches: [], int64, counted up by one in training, as ``num_batches_tracked`` of torch's modules; None
+            for no count.
     """
 
     gamma: Tensor
@@ -96,6 +123,7 @@ class BatchNorm:
     momentum: float = 0.1
     training: bool = True
     process_group: Any = None
+    batches: Tensor | None = None
 
     @property
     def uses_batch_statistics(self) -> bool:

@@ -5,7 +5,7 @@ CPU going through the dispatcher costs as much as a small layer's work.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,16 @@ from torch import Tensor
 from ecgot.kernels.conv import torch_conv1d
 from ecgot.kernels.conv.backends import choose
 from ecgot.kernels.conv.geometry import Geometry
-from ecgot.kernels.conv.operands import PLAIN, Epilogue, LazyActivation, OutputGradient, Settings
+from ecgot.kernels.conv.operands import (
+    PLAIN,
+    VECTORS,
+    BatchNorm,
+    Epilogue,
+    Gradients,
+    LazyActivation,
+    OutputGradient,
+    Settings,
+)
 from ecgot.kernels.dispatch import use_triton
 
 Named = dict[str, Any]  # a flat operator's arguments by name
@@ -60,28 +69,82 @@ def forward(
     return _forward_operator(given | {"weight": weight, "statistics": statistics, "lengths": lengths})
 
 
-def gradients(
-    grad: OutputGradient, weight: Tensor, settings: Settings, x: LazyActivation, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in x.values, its shift and scale (where it is normalised) and the weight.
+def for_kernels(x: LazyActivation, weight: Tensor, settings: Settings) -> Tensor:
+    """The weight as the kernels of every pass of this convolution read it; itself where torch convolves."""
+    from ecgot.kernels.conv import triton_conv1d
 
-    needs: whether that in x is wanted, with its shift and scale, and whether that in the weight is.
+    if choose("forward", x.values, weight, settings.geometry, settings.backend) == "torch":
+        return weight
+    return triton_conv1d.readable(weight, x.values.dtype)
+
+
+def normalised(
+    x: LazyActivation, weight: Tensor, norm: BatchNorm, settings: Settings, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y [B, T_out, C_out] and the norm's vectors [C_out], see :class:`LazyActivation`; on a GPU, eagerly.
+
+    Moves the norm's running statistics in training. lengths: [B], of the output, given where x has lengths.
+    """
+    from ecgot.kernels.conv import triton_conv1d, triton_statistics
+
+    if choose("forward", x.values, weight, settings.geometry, settings.backend) == "triton":
+        y, tiles = triton_conv1d.convolve(
+            *(x, weight, settings.geometry),
+            statistics=True,
+            lengths=lengths,
+            precision=settings.precision,
+        )
+        assert tiles is not None
+        return y, triton_statistics.normalise(tiles, norm)
+    y, mean, var = _forward(x, weight.to(x.values.dtype), settings, PLAIN, True, lengths)
+    count = var.new_full((1,), y.shape[0] * y.shape[1]) if lengths is None else lengths.sum()[None].to(var)
+    one_tile = triton_statistics.TileStatistics(count, mean[None], (var * count)[None])
+    return y, triton_statistics.normalise(one_tile, norm)
+
+
+def gradients(
+    grad: OutputGradient,
+    weight: Tensor,
+    settings: Settings,
+    x: LazyActivation,
+    needs: tuple[bool, bool],
+    like: Tensor | None = None,
+) -> tuple[Gradients, Tensor | None]:
+    """Gradients of ``x.tensors()`` and of the weight.
+
+    Args:
+        grad: the gradient in y.
+        weight: [C_out, C_in / groups, K]; for the kernels in any dtype and layout.
+        settings: the convolution's.
+        x: what it read.
+        needs: whether those of x are wanted, and whether the weight's is.
+        like: the weight by whose dtype and layout to make its gradient; the weight itself where omitted.
     """
     needs_x, needs_weight = needs
+    like = weight if like is None else like
     if torch.compiler.is_compiling():
         given = grad.flatten() | x.flatten("x", "x_") | _flat_settings(settings)
         given |= {"weight": weight, "needs_x": needs_x, "needs_weight": needs_weight}
-        found = _gradient_operator(given)
+        grad_x, shift, scale, grad_weight = _gradient_operator(given)
+        found = _Found(grad_x, shift, scale, None, grad_weight)
     else:
-        found = _gradients(grad, weight, settings, x, needs)
-    grad_x, shift, scale, grad_weight = found
-    norm = needs_x and x.mean is not None
-    return (
-        grad_x if needs_x else None,
-        shift if norm else None,
-        scale if norm else None,
-        grad_weight if needs_weight else None,
-    )
+        found = _gradients(grad, weight, settings, x, needs, like)
+    of_weight = found.weight if needs_weight else None
+    if not needs_x:
+        return x.gradients(None, None, None), of_weight
+    if x.mean is None:
+        return x.gradients(found.x, None, None), of_weight
+    return x.gradients(found.x, found.shift, found.scale, found.vectors), of_weight
+
+
+class _Found(NamedTuple):
+    """Gradients of a convolution; vectors in place of shift and scale where the kernels merge them."""
+
+    x: Tensor | None
+    shift: Tensor | None
+    scale: Tensor | None
+    vectors: Tensor | None
+    weight: Tensor | None
 
 
 def _flat_settings(settings: Settings) -> Named:
@@ -104,9 +167,10 @@ def _forward(
     given = (x, weight, geometry, epilogue)
     options: Named = {"statistics": statistics, "lengths": lengths}
     if choose("forward", x.values, weight, geometry, settings.backend) == "triton":
-        from ecgot.kernels.conv import triton_conv1d
+        from ecgot.kernels.conv import triton_conv1d, triton_statistics
 
-        y, mean, var = triton_conv1d.convolve(*given, **options, precision=settings.precision)
+        y, tiles = triton_conv1d.convolve(*given, **options, precision=settings.precision)
+        mean, var = (None, None) if tiles is None else triton_statistics.moments(tiles)
     else:
         y, mean, var = torch_conv1d.convolve(*given, **options)
     kind = torch.promote_types(x.values.dtype, torch.float32)
@@ -117,40 +181,59 @@ def _forward(
 
 
 def _gradients(
-    grad: OutputGradient, weight: Tensor, settings: Settings, x: LazyActivation, needs: tuple[bool, bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: OutputGradient,
+    weight: Tensor,
+    settings: Settings,
+    x: LazyActivation,
+    needs: tuple[bool, bool],
+    like: Tensor,
+) -> _Found:
     geometry, precision = settings.geometry, settings.precision
     triton_x, triton_weight = (
         needed and choose(what, x.values, weight, geometry, settings.backend) == "triton"
         for what, needed in zip(("input_gradient", "weight_gradient"), needs, strict=True)
     )
-    # Torch makes both at once, as they share what they read.
-    grad_x, shift, scale, grad_weight = torch_conv1d.gradients(
-        grad, weight, geometry, x, needs[0] and not triton_x, needs[1] and not triton_weight
-    )
+    torch_x, torch_weight = needs[0] and not triton_x, needs[1] and not triton_weight
+    found = _Found(None, None, None, None, None)
+    if torch_x or torch_weight:  # at once, as they share what they read
+        of_x = weight.to(x.values.dtype)
+        grad_x, shift, scale, grad_weight = torch_conv1d.gradients(
+            grad, of_x, geometry, x, torch_x, torch_weight
+        )
+        grad_x = None if grad_x is None else grad_x.contiguous()
+        grad_weight = None if grad_weight is None else _as(like, grad_weight)
+        found = _Found(grad_x, shift, scale, None, grad_weight)
     if triton_x or triton_weight:
         from ecgot.kernels.conv import triton_conv1d
 
         if triton_x:
-            grad_x, shift, scale = triton_conv1d.input_gradient(
-                grad, weight, geometry, x, precision=precision
-            )
+            grad_x, merged = triton_conv1d.input_gradient(grad, weight, geometry, x, precision=precision)
+            found = found._replace(x=grad_x)
+            if merged is not None and x.vectors is not None:
+                found = found._replace(vectors=merged)
+            elif merged is not None:
+                found = found._replace(shift=merged[0], scale=merged[1])
         if triton_weight:
-            k = weight.shape[2]
-            grad_weight = triton_conv1d.weight_gradient(grad, x, geometry, k, precision=precision)
-            grad_weight = grad_weight.to(weight.dtype)
-    none = x.values.new_empty(0)
-    no_sums = x.values.new_empty(0, dtype=torch.promote_types(x.values.dtype, torch.float32))
+            grad_weight = triton_conv1d.weight_gradient(grad, x, geometry, like, precision=precision)
+            found = found._replace(weight=grad_weight)
+    return found
+
+
+def _flat_gradients(found: _Found, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As an operator returns them: tensors of their own, empty for what there is not."""
+    kind = torch.promote_types(x.dtype, torch.float32)
+    none, no_sums = x.new_empty(0), x.new_empty(0, dtype=kind)
     return (
-        none if grad_x is None else grad_x.contiguous(),
-        no_sums if shift is None else shift,
-        no_sums.clone() if scale is None else scale,
-        none.clone() if grad_weight is None else _strided_as(weight, grad_weight),
+        none if found.x is None else found.x,
+        no_sums if found.shift is None else found.shift.clone(),
+        no_sums.clone() if found.scale is None else found.scale.clone(),
+        none.clone() if found.weight is None else found.weight,
     )
 
 
-def _strided_as(weight: Tensor, gradient: Tensor) -> Tensor:
-    return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
+def _as(weight: Tensor, gradient: Tensor) -> Tensor:
+    same = gradient.stride() == weight.stride() and gradient.dtype == weight.dtype
+    return gradient if same else torch.empty_like(weight).copy_(gradient)
 
 
 def _fake_forward(given: Named) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,12 +281,16 @@ _gradient_operator = _register(
     "Tensor x, Tensor? x_mean, Tensor? x_scale, Tensor? x_shift, Tensor? x_rstd, str? x_activation, "
     "Tensor? x_lengths, bool needs_x, bool needs_weight, str precision, str backend",
     "(Tensor, Tensor, Tensor, Tensor)",
-    lambda given: _gradients(
-        OutputGradient.unflatten(given),
-        given["weight"],
-        _named_settings(given),
-        LazyActivation.unflatten(given, "x", "x_"),
-        (given["needs_x"], given["needs_weight"]),
+    lambda given: _flat_gradients(
+        _gradients(
+            OutputGradient.unflatten(given),
+            given["weight"],
+            _named_settings(given),
+            LazyActivation.unflatten(given, "x", "x_"),
+            (given["needs_x"], given["needs_weight"]),
+            given["weight"],
+        ),
+        given["x"],
     ),
     _fake_gradients,
 )
@@ -221,23 +308,36 @@ def join_forward(y: LazyActivation, residual: LazyActivation | None, activation:
 
 def join_gradients(
     grad: Tensor, z: Tensor | None, y: LazyActivation, residual: LazyActivation | None, activation: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a join from that in its output z: in y and the residual, and in their shifts and scales.
+) -> tuple[Gradients, Gradients]:
+    """Gradients of ``y.tensors()`` and ``residual.tensors()`` (all None without one) from that in z.
 
     Args:
         grad: [B, T, C].
-        z: [B, T, C], read where the activation is ReLU.
+        z: [B, T, C], the join's output, read where the activation is ReLU.
         y, residual: as in :func:`join_forward`; the residual's values are read where it is normalised or the
             activation is GELU or SiLU.
-
-    Returns:
-        [B, T, C] in y.values and in residual.values (empty without one); [4, C] in y's shift and scale, and
-        in the residual's.
     """
-    if not torch.compiler.is_compiling():
-        return _join_gradients(grad, z, y, residual, activation)
-    given = _flat_join(y, residual, activation)
-    return _join_gradient_operator(given | {"grad": grad, "z": z, "has_residual": residual is not None})
+    if torch.compiler.is_compiling():
+        given = _flat_join(y, residual, activation) | {"grad": grad, "z": z}
+        grad_y, grad_r, sums = _join_gradient_operator(given | {"has_residual": residual is not None})
+        of_y, of_r = _of_norm(sums[:2]), _of_norm(sums[2:])
+    else:
+        grad_y, grad_r, of_its, of_residuals = _join_gradients(grad, z, y, residual, activation)
+        of_y, of_r = _of_norm(of_its), _of_norm(of_residuals)
+    if residual is None:
+        return y.gradients(grad_y, *of_y), (None,) * 7
+    if residual.mean is None:
+        return y.gradients(grad_y, *of_y), residual.gradients(grad_r, None, None)
+    return y.gradients(grad_y, *of_y), residual.gradients(grad_r, *of_r)
+
+
+def _of_norm(sums: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Merged sums, [2, C] or [5, C], as the last arguments of :meth:`LazyActivation.gradients`."""
+    if sums is None:
+        return None, None
+    if len(sums) == VECTORS:
+        return None, None, sums
+    return sums[0], sums[1]
 
 
 def _flat_join(y: LazyActivation, residual: LazyActivation | None, activation: str | None) -> Named:
@@ -262,16 +362,23 @@ def _join_forward(y: LazyActivation, residual: LazyActivation | None, activation
 
 def _join_gradients(
     grad: Tensor, z: Tensor | None, y: LazyActivation, residual: LazyActivation | None, activation: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """In y.values and residual.values, and the sums of both norms, see :func:`_of_norm`."""
     if use_triton(y.values) and y.values.dtype != torch.float64:
         from ecgot.kernels.conv import triton_join
 
-        grad_y, grad_r, sums = triton_join.join_gradient(grad, z, y, residual, activation)
-    else:
-        grad_y, grad_r, sums = torch_conv1d.join_gradient(grad, z, y, residual, activation)
-    grad_r = y.values.new_empty(0) if grad_r is None else grad_r.contiguous()
-    # An operator must not return one of its inputs.
-    return grad_y.contiguous(), grad_r.clone() if grad_r is grad else grad_r, sums
+        return triton_join.join_gradient(grad, z, y, residual, activation)
+    grad_y, grad_r, sums = torch_conv1d.join_gradient(grad, z, y, residual, activation)
+    return grad_y.contiguous(), None if grad_r is None else grad_r.contiguous(), sums[:2], sums[2:]
+
+
+def _flat_join_gradients(given: Named) -> tuple[Tensor, Tensor, Tensor]:
+    """As an operator returns them: the sums as [4, C], and no tensor that came in."""
+    grad, (y, residual, activation) = given["grad"], _named_join(given)
+    grad_y, grad_r, of_y, of_r = _join_gradients(grad, given["z"], y, residual, activation)
+    grad_r = y.values.new_empty(0) if grad_r is None else grad_r
+    sums = torch.cat([of_y, of_y if of_r is None else of_r])
+    return grad_y, grad_r.clone() if grad_r is grad else grad_r, sums
 
 
 def _fake_join_gradients(given: Named) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,6 +401,6 @@ _join_gradient_operator = _register(
     "Tensor? r, Tensor? r_mean, Tensor? r_scale, Tensor? r_shift, Tensor? r_rstd, str? r_activation, "
     "bool has_residual, str? activation",
     "(Tensor, Tensor, Tensor)",
-    lambda given: _join_gradients(given["grad"], given["z"], *_named_join(given)),
+    _flat_join_gradients,
     _fake_join_gradients,
 )

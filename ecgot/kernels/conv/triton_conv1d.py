@@ -38,6 +38,7 @@ from ecgot.kernels.compilation import DTYPES, CompileCase, compile_case
 from ecgot.kernels.conv.checks import PRECISIONS
 from ecgot.kernels.conv.geometry import Geometry
 from ecgot.kernels.conv.operands import PLAIN, Epilogue, LazyActivation, OutputGradient, in_dtype
+from ecgot.kernels.conv.triton_statistics import TileStatistics, merge_sums, sum_parts
 from ecgot.kernels.conv.triton_tiles import (
     ACTIVATION_CODES,
     CONVENTIONS,
@@ -54,7 +55,6 @@ from ecgot.kernels.dispatch import HIP, launch
 # Programs of a weight's gradient: enough for the largest GPUs, and fixed, so that results do not depend on
 # the GPU.
 WEIGHT_PROGRAMS = 512
-MERGED_TILES = tl.constexpr(64)  # of statistics, at a time
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _conv1d_fwd_kernel(
     x_scale_ptr,
     x_shift_ptr,
     x_lengths_ptr,
-    weight_ptr,  # [K, C_IN / groups, C_OUT]
+    weight_ptr,  # [C_OUT, C_IN / groups, K], strided
     bias_ptr,
     scale_ptr,
     shift_ptr,
@@ -114,6 +114,9 @@ def _conv1d_fwd_kernel(
     stride_xb,
     stride_xt,
     stride_xc,
+    stride_wo,
+    stride_wc,
+    stride_wk,
     STRIDE,
     PADDING,
     DILATION,
@@ -159,7 +162,7 @@ def _conv1d_fwd_kernel(
             x = _load_operand(
                 pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, o_valid, NORM, X_ACTIVATION
             )
-            w = tl.load(weight_ptr + k * channels + o, o_valid, 0.0)
+            w = tl.load(weight_ptr + k * stride_wk + o * stride_wo, o_valid, 0.0)
             accumulator += x.to(tl.float32) * w.to(tl.float32)[None, :]
     elif KIND == "narrow":
         for start in range(0, K * C_IN, BLOCK_C):
@@ -173,9 +176,8 @@ def _conv1d_fwd_kernel(
             x = _load_operand(
                 pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, r_valid, NORM, X_ACTIVATION
             )
-            w = tl.load(
-                weight_ptr + r[:, None] * channels + o[None, :], r_valid[:, None] & o_valid[None, :], 0.0
-            )
+            w_tile = weight_ptr + (k * stride_wk + (r % C_IN) * stride_wc)[:, None] + (o * stride_wo)[None, :]
+            w = tl.load(w_tile, r_valid[:, None] & o_valid[None, :], 0.0).to(x.dtype)
             accumulator += tl.dot(x, w, input_precision=PRECISION)
     else:
         tiles_c = tl.cdiv(C_IN, BLOCK_C)
@@ -190,8 +192,8 @@ def _conv1d_fwd_kernel(
             x = _load_operand(
                 pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, c_valid, NORM, X_ACTIVATION
             )
-            w_tile = weight_ptr + (k * C_IN + local_c)[:, None] * channels + o[None, :]
-            w = tl.load(w_tile, c_valid[:, None] & o_valid[None, :], 0.0)
+            w_tile = weight_ptr + (k * stride_wk + local_c * stride_wc)[:, None] + (o * stride_wo)[None, :]
+            w = tl.load(w_tile, c_valid[:, None] & o_valid[None, :], 0.0).to(x.dtype)
             accumulator += tl.dot(x, w, input_precision=PRECISION)
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + o, o_valid, 0.0).to(tl.float32)[None, :]
@@ -217,36 +219,6 @@ def _conv1d_fwd_kernel(
         tl.store(count_ptr + tl.program_id(0), count, tl.program_id(1) == 0)
 
 
-@triton.jit
-def _merge_statistics_kernel(
-    count_ptr, mean_ptr, m2_ptr, merged_mean_ptr, merged_var_ptr, TILES, C, BLOCK_O: tl.constexpr
-):
-    """Mean and biased variance of each channel from the tiles' n, mean and M2, in the tiles' order."""
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    o_valid = o < C
-    total = tl.zeros((MERGED_TILES,), dtype=tl.float32)
-    sums = tl.zeros((MERGED_TILES, BLOCK_O), dtype=tl.float32)
-    for start in range(0, TILES, MERGED_TILES):
-        tile = start + tl.arange(0, MERGED_TILES)
-        offset = tile.to(tl.int64)[:, None] * C + o[None, :]
-        valid = (tile < TILES)[:, None] & o_valid[None, :]
-        count = tl.load(count_ptr + tile, tile < TILES, 0.0)
-        total += count
-        sums += count[:, None] * tl.load(mean_ptr + offset, valid, 0.0)
-    n = tl.maximum(tl.sum(total, axis=0), 1.0)
-    mean = tl.sum(sums, axis=0) / n
-    squares = tl.zeros((MERGED_TILES, BLOCK_O), dtype=tl.float32)
-    for start in range(0, TILES, MERGED_TILES):
-        tile = start + tl.arange(0, MERGED_TILES)
-        offset = tile.to(tl.int64)[:, None] * C + o[None, :]
-        valid = (tile < TILES)[:, None] & o_valid[None, :]
-        count = tl.load(count_ptr + tile, tile < TILES, 0.0)
-        deviation = tl.load(mean_ptr + offset, valid, 0.0) - mean[None, :]
-        squares += tl.load(m2_ptr + offset, valid, 0.0) + count[:, None] * deviation * deviation
-    tl.store(merged_mean_ptr + o, mean, o_valid)
-    tl.store(merged_var_ptr + o, tl.sum(squares, axis=0) / n, o_valid)
-
-
 # --- gradient in x ------------------------------------------------------------------------------------------
 
 
@@ -258,7 +230,7 @@ def _conv1d_dgrad_kernel(
     c0_ptr,
     c1_ptr,
     y_lengths_ptr,
-    weight_ptr,  # [K, C_OUT, C_IN / groups]
+    weight_ptr,  # [C_OUT, C_IN / groups, K], strided
     x_ptr,
     x_mean_ptr,
     x_scale_ptr,
@@ -276,6 +248,9 @@ def _conv1d_dgrad_kernel(
     stride_xb,
     stride_xt,
     stride_xc,
+    stride_wo,
+    stride_wc,
+    stride_wk,
     STRIDE,
     PADDING,
     DILATION,
@@ -331,7 +306,7 @@ def _conv1d_dgrad_kernel(
             g = _load_gradient(
                 g_ptr + offset, y_ptr + offset, valid, y_mean_ptr, c0_ptr, c1_ptr, o, c_valid, STATISTICS
             )
-            w = tl.load(weight_ptr + k * channels_out + o, c_valid, 0.0)
+            w = tl.load(weight_ptr + k * stride_wk + o * stride_wo, c_valid, 0.0)
             accumulator += g.to(tl.float32) * w.to(tl.float32)[None, :]
         else:
             local = (step % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -342,8 +317,8 @@ def _conv1d_dgrad_kernel(
             g = _load_gradient(
                 g_ptr + offset, y_ptr + offset, valid, y_mean_ptr, c0_ptr, c1_ptr, o, o_valid, STATISTICS
             )
-            w_tile = weight_ptr + (k * channels_out + o)[:, None] * C_IN + local_c[None, :]
-            w = tl.load(w_tile, o_valid[:, None] & c_valid[None, :], 0.0)
+            w_tile = weight_ptr + (k * stride_wk + o * stride_wo)[:, None] + (local_c * stride_wc)[None, :]
+            w = tl.load(w_tile, o_valid[:, None] & c_valid[None, :], 0.0).to(g.dtype)
             accumulator += tl.dot(g, w, input_precision=PRECISION)
     valid = (t < record_length(x_lengths_ptr, batch, T, MASKED))[:, None] & c_valid[None, :]
     if NORM:
@@ -482,15 +457,22 @@ def convolve(
     statistics: bool = False,
     lengths: Tensor | None = None,
     precision: str = "fp32",
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [B, T_out, C_out]; with statistics its mean and biased variance [C_out] over all valid samples.
+) -> tuple[Tensor, TileStatistics | None]:
+    """y [B, T_out, C_out]; with statistics those of each tile, over all valid samples.
 
-    lengths [B]: of the output, given where x has lengths.
+    Args:
+        x, geometry, epilogue: the convolution.
+        weight: [C_out, C_in / groups, K], in any floating-point dtype: products are made in that of x.
+        statistics: whether to reduce the tiles' statistics.
+        lengths: [B], of the output, given where x has lengths.
+        precision: of fp32 products.
     """
     if unreadable(x.values):
-        wide = (in_dtype(x, torch.float32), weight.float(), geometry, _floats(epilogue))
-        y, mean, var = convolve(*wide, statistics=statistics, lengths=lengths)
-        return y.to(x.values.dtype), mean, var
+        # Rounded to what the kernels would multiply.
+        rounded = weight.to(x.values.dtype).float()
+        wide = (in_dtype(x, torch.float32), rounded, geometry, _floats(epilogue))
+        y, tiles_of_y = convolve(*wide, statistics=statistics, lengths=lengths)
+        return y.to(x.values.dtype), tiles_of_y
     batch, t, _ = x.values.shape
     c_out, c_in, k = weight.shape
     t_out = int(geometry.output_length(t, k))
@@ -504,6 +486,7 @@ def convolve(
         torch.empty(shape if statistics else 0, dtype=torch.float32, device=y.device)
         for shape in ((tiles,), (tiles, c_out), (tiles, c_out))
     )
+    weight = readable(weight, x.values.dtype)
     optional = {name: getattr(epilogue, name) for name in ("bias", "scale", "shift", "residual")}
     optional |= {
         name: None if optional[name] is None else optional[name].float() for name in ("scale", "shift")
@@ -512,7 +495,7 @@ def convolve(
         launch(
             _conv1d_fwd_kernel,
             (tiles, _column_programs(c_out, geometry.groups, configuration["BLOCK_O"], kind)),
-            weight_ptr=weight.permute(2, 1, 0).contiguous(),
+            weight_ptr=weight,
             y_lengths_ptr=x.values if lengths is None else lengths,
             y_ptr=y,
             count_ptr=count,
@@ -525,39 +508,33 @@ def convolve(
             STATISTICS=statistics,
             **_operand_arguments(x),
             **_sizes(x.values, weight, geometry, t_out),
+            **_weight_strides(weight),
             **configuration,
         )
-    return (y, *_merged(count, mean, m2)) if statistics else (y, None, None)
+    return y, TileStatistics(count, mean, m2) if statistics else None
 
 
-def _merged(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:
-    tiles, channels = mean.shape
-    merged_mean, merged_var = (mean.new_zeros(channels) for _ in range(2))
-    if tiles:
-        grid = (triton.cdiv(channels, 16),)
-        launch(
-            _merge_statistics_kernel,
-            grid,
-            count,
-            mean,
-            m2,
-            merged_mean,
-            merged_var,
-            tiles,
-            channels,
-            BLOCK_O=16,
-        )
-    return merged_mean, merged_var
+def readable(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight [C_out, C_in / groups, K] whose channels lie side by side, in memory that loads can join.
+
+    That is the weight itself where it has such channels, whatever its dtype; a copy in ``dtype`` otherwise.
+    """
+    c_out, c_in, k = weight.shape
+    if weight.stride(0) == 1 or c_out == 1 or (weight.stride(1) == 1 and c_in > 1):
+        return weight
+    laid = torch.empty(k, c_in, c_out, dtype=dtype, device=weight.device).permute(2, 1, 0)
+    return laid.copy_(weight)
 
 
 def input_gradient(
     grad: OutputGradient, weight: Tensor, geometry: Geometry, x: LazyActivation, *, precision: str = "fp32"
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradient in x.values [B, T, C_in], and in its shift and scale [C_in] where it is normalised."""
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient in x.values [B, T, C_in], and its sums [2 or 5, C_in], see ``merge_sums``, of a norm."""
     if unreadable(x.values):
-        wide = (in_dtype(grad, torch.float32), weight.float(), geometry, in_dtype(x, torch.float32))
-        grad_x, shift, scale = input_gradient(*wide)
-        return grad_x.to(x.values.dtype), shift, scale
+        rounded = weight.to(x.values.dtype).float()
+        wide = (in_dtype(grad, torch.float32), rounded, geometry, in_dtype(x, torch.float32))
+        grad_x, merged = input_gradient(*wide)
+        return grad_x.to(x.values.dtype), merged
     batch, t, channels = x.values.shape
     c_out, c_in, _ = weight.shape
     kind = _kind(c_in, c_out // geometry.groups)
@@ -568,11 +545,12 @@ def input_gradient(
     grad_x = torch.empty(batch, t, channels, dtype=x.values.dtype, device=x.values.device)
     tiles = batch * geometry.stride * triton.cdiv(triton.cdiv(t, geometry.stride), configuration["BLOCK_T"])
     sums = torch.empty((2, tiles, channels) if norm else 0, dtype=torch.float32, device=grad_x.device)
+    weight = readable(weight, x.values.dtype)
     if grad_x.numel():
         launch(
             _conv1d_dgrad_kernel,
             (tiles, _column_programs(channels, geometry.groups, configuration["BLOCK_C"], kind)),
-            weight_ptr=weight.permute(2, 0, 1).contiguous(),
+            weight_ptr=weight,
             grad_x_ptr=grad_x,
             sum_ptr=sums[0] if norm else sums,
             product_ptr=sums[1] if norm else sums,
@@ -580,20 +558,20 @@ def input_gradient(
             **_gradient_arguments(grad),
             **_operand_arguments(x),
             **_sizes(x.values, weight, geometry, grad.g.shape[1]),
+            **_weight_strides(weight),
             **configuration,
         )
-    # torch's sum over the first axis is deterministic: no atomics.
-    return (grad_x, sums[0].sum(0), sums[1].sum(0)) if norm else (grad_x, None, None)
+    return grad_x, merge_sums(sums, x) if norm else None
 
 
 def weight_gradient(
-    grad: OutputGradient, x: LazyActivation, geometry: Geometry, k: int, *, precision: str = "fp32"
+    grad: OutputGradient, x: LazyActivation, geometry: Geometry, like: Tensor, *, precision: str = "fp32"
 ) -> Tensor:
-    """The gradient in the weight [C_out, C_in / groups, k], in fp32."""
+    """The gradient in a weight [C_out, C_in / groups, K], in dtype and layout ``like`` that weight."""
     if unreadable(x.values):
-        return weight_gradient(in_dtype(grad, torch.float32), in_dtype(x, torch.float32), geometry, k)
-    batch, t_out, c_out = grad.g.shape
-    c_in = x.values.shape[2] // geometry.groups
+        return weight_gradient(in_dtype(grad, torch.float32), in_dtype(x, torch.float32), geometry, like)
+    batch, t_out, _ = grad.g.shape
+    c_out, c_in, k = like.shape
     kind = _kind(c_in, c_out // geometry.groups)
     configuration = _weight_configuration(c_in * k, c_out // geometry.groups, x.values.dtype, kind, precision)
     columns = _column_programs(c_out, geometry.groups, configuration["BLOCK_O"], kind)
@@ -602,8 +580,7 @@ def weight_gradient(
     chunks = triton.cdiv(rows, 4 * configuration["BLOCK_M"])
     parts = max(1, min(chunks, triton.cdiv(WEIGHT_PROGRAMS, columns * taps)))
     rows_of_part = triton.cdiv(triton.cdiv(rows, parts), configuration["BLOCK_M"]) * configuration["BLOCK_M"]
-    partial = torch.empty(parts, k * c_in, c_out, dtype=torch.float32, device=x.values.device)
-    sizes = _sizes(x.values, grad.g.new_empty(c_out, c_in, k, device="meta"), geometry, t_out)
+    partial = torch.empty(parts, k, c_in, c_out, dtype=torch.float32, device=x.values.device)
     if rows:
         launch(
             _conv1d_wgrad_kernel,
@@ -613,12 +590,12 @@ def weight_gradient(
             ROWS_OF_PART=rows_of_part,
             **_gradient_arguments(grad),
             **_operand_arguments(x),
-            **sizes,
+            **_sizes(x.values, like, geometry, t_out),
             **configuration,
         )
     else:
         partial.zero_()
-    return partial.sum(0).view(k, c_in, c_out).permute(2, 1, 0)
+    return sum_parts(partial, like)
 
 
 def _floats(epilogue: Epilogue) -> Epilogue:
@@ -671,6 +648,10 @@ def _sizes(x: Tensor, weight: Tensor, geometry: Geometry, t_out: int) -> dict[st
         "PADDING": geometry.padding,
         "DILATION": geometry.dilation,
     }
+
+
+def _weight_strides(weight: Tensor) -> dict[str, int]:
+    return dict(zip(("stride_wo", "stride_wc", "stride_wk"), weight.stride(), strict=True))
 
 
 def _column_programs(channels: int, groups: int, block: int, kind: str) -> int:
@@ -771,9 +752,6 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
                     yield compile_case(
                         kernel, name, signal | {"STATISTICS": statistics}, configuration, CONVENTIONS
                     )
-    yield compile_case(
-        _merge_statistics_kernel, "fp32", {}, {"BLOCK_O": 16, "num_warps": 4, "num_stages": 1}, CONVENTIONS
-    )
 
 
 def _configurations(made: Callable[..., Configuration], dtype: torch.dtype, hip: bool) -> list[Configuration]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ecgot.kernels.compilation import DTYPES, CompileCase, compile_case
 from ecgot.kernels.conv.operands import LazyActivation, in_dtype
+from ecgot.kernels.conv.triton_statistics import merge_sums
 from ecgot.kernels.conv.triton_tiles import (
     ACTIVATION_CODES,
     CONVENTIONS,
@@ -83,7 +84,7 @@ def _join_bwd_kernel(
     z_ptr,
     grad_y_ptr,
     grad_r_ptr,
-    sums_ptr,  # [4, tiles of rows, C]: of grad, grad * (y - mean), and the same of r
+    sums_ptr,  # [4 or 2, tiles of rows, C]: of grad, grad * (y - mean), and the same of a normalised r
     ROWS,
     C,
     R_NORM: tl.constexpr,
@@ -142,20 +143,22 @@ def join(y: LazyActivation, residual: LazyActivation | None, activation: str | N
 
 def join_gradient(
     g: Tensor, z: Tensor | None, y: LazyActivation, residual: LazyActivation | None, activation: str | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of a join from z's: in y.values and residual.values [B, T, C], and sums [4, C].
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Gradients of a join from z's: in y.values and residual.values [B, T, C], and sums of y's and of its.
 
-    The sums are the gradients in y's shift and scale, and in the residual's, where it is normalised. z is
-    read where the activation is ReLU; the residual where it is normalised, or with another activation.
+    The sums are what ``merge_sums`` returns, None for a residual that is not normalised. z is read where the
+    activation is ReLU; the residual where it is normalised, or with another activation.
     """
     if unreadable(g):
         r = None if residual is None else in_dtype(residual, torch.float32)
         wide = (g.float(), None if z is None else z.float(), in_dtype(y, torch.float32), r)
-        grad_y, grad_r, sums = join_gradient(*wide, activation)
-        return grad_y.to(g.dtype), None if grad_r is None else grad_r.to(g.dtype), sums
+        grad_y, grad_r, of_y, of_r = join_gradient(*wide, activation)
+        return grad_y.to(g.dtype), None if grad_r is None else grad_r.to(g.dtype), of_y, of_r
     grad_y = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     grad_r = None if residual is None else torch.empty_like(grad_y)
-    sums = torch.zeros(4, _join_grid(g)[0], g.shape[2], dtype=torch.float32, device=g.device)
+    r_norm = residual is not None and residual.mean is not None
+    rows, tiles = 4 if r_norm else 2, _join_grid(g)[0]
+    sums = torch.empty(rows, tiles, g.shape[2], dtype=torch.float32, device=g.device)
     if g.numel():
         launch(
             _join_bwd_kernel,
@@ -167,7 +170,8 @@ def join_gradient(
             sums_ptr=sums,
             **_join_arguments(y, residual, activation),
         )
-    return grad_y, grad_r, sums.sum(1)
+    of_r = merge_sums(sums[2:], residual) if residual is not None and r_norm else None
+    return grad_y, grad_r, merge_sums(sums[:2], y), of_r
 
 
 def _join_grid(z: Tensor) -> tuple[int, int]:

@@ -82,10 +82,16 @@ CONVENTIONS = Conventions(
     in_dtype=frozenset(
         f"{name}_ptr"
         for name in (
-            *("x", "y", "z", "g", "r", "grad_x", "grad_y", "grad_r"),
+            *("x", "y", "z", "g", "r", "grad", "grad_x", "grad_y", "grad_r"),
             *("weight", "bias", "residual", "middle", "wide", "narrow"),
         )
     ),
-    types={"x_lengths_ptr": "*i32", "y_lengths_ptr": "*i32"},
+    types={
+        "x_lengths_ptr": "*i32",
+        "y_lengths_ptr": "*i32",
+        "batches_ptr": "*i64",
+        "eps": "fp32",
+        "momentum": "fp32",
+    },
     words={"KIND": str},
 )

@@ -63,6 +63,7 @@ MODULES = (
     "ecgot.kernels.ot.triton_streaming",
     "ecgot.kernels.conv.triton_conv1d",
     "ecgot.kernels.conv.triton_join",
+    "ecgot.kernels.conv.triton_statistics",
     "ecgot.kernels.conv.triton_bottleneck",
 )
 

@@ -177,19 +177,18 @@ def _output_lengths(
 
 
 def _batch_norm(norm: Norm, channels: slice) -> BatchNorm:
-    """A module as the kernels take it; counts the batch, as the module would."""
+    """A module as the kernels take it; they count the batch, as the module would."""
     momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.num_batches_tracked is not None:
-        if not channels.start:  # once, where several convolutions share a norm
-            norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # a plain average of all batches
-            momentum = 1.0 / float(norm.num_batches_tracked)
+    first = not channels.start  # several convolutions that share a norm count a batch once
+    if norm.training and norm.num_batches_tracked is not None and norm.momentum is None:
+        momentum = 1.0 / (float(norm.num_batches_tracked) + first)  # a plain average of all batches
     vectors: Sequence[Any] = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     if channels != slice(None):
         vectors = [None if vector is None else vector[channels] for vector in vectors]
     gamma, beta, mean, var = vectors
     training = norm.training or norm.running_mean is None
-    return BatchNorm(gamma, beta, mean, var, norm.eps, momentum, training, _process_group(norm))
+    batches = norm.num_batches_tracked if norm.training and first else None
+    return BatchNorm(gamma, beta, mean, var, norm.eps, momentum, training, _process_group(norm), batches)
 
 
 def _process_group(norm: nn.Module) -> object | None:
