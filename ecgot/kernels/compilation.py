@@ -97,28 +97,36 @@ def compile_case(
         name: values[name] for name, kind in types.items() if kind in ("i32", "i64") and name in values
     }
     name = _case_name(dtype, flags, constants, conventions)
-    signature, constants, divisible = specialised(types, constants, integers)
+    signature, constants, divisible = specialised(kernel, types, constants, integers)
     return CompileCase(name, kernel, signature, constants, options, divisible)
 
 
 def specialised(
-    types: Mapping[str, str], constants: Mapping[str, Any], integers: Mapping[str, int]
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], integers: Mapping[str, int]
 ) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
     """Signature, constants and names of multiples of 16 of a launch with aligned tensors.
 
     Args:
+        kernel: says which arguments are not to be looked at, where it is compiled, not interpreted.
         types: of all arguments, "constexpr" for constants.
         constants: their values.
         integers: values of the integers among the other arguments, as far as they are known.
     """
-    ones = {name: 1 for name, value in integers.items() if value == 1}
+    parameters = getattr(kernel, "params", ())
+    general = {each.name for each in parameters if each.do_not_specialize}
+    unaligned = general | {each.name for each in parameters if each.do_not_specialize_on_alignment}
+    ones = {name: 1 for name, value in integers.items() if value == 1 and name not in general}
     signature = {name: "constexpr" if name in ones else kind for name, kind in types.items()}
     divisible = [
         name
         for name, kind in signature.items()
-        if kind.startswith("*") or (name in integers and name not in ones and integers[name] % DIVISOR == 0)
+        if name not in unaligned and (kind.startswith("*") or _divisible(integers.get(name)))
     ]
     return signature, {**constants, **ones}, tuple(divisible)
+
+
+def _divisible(value: int | None) -> bool:
+    return value is not None and value % DIVISOR == 0
 
 
 def _case_name(

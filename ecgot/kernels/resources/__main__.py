@@ -16,6 +16,11 @@ argument is wrong.
 
 counts the kernels that the calls of ecgot.kernels.resources.workloads start, torch's and Triton's, and the
 bytes that these move, as ecgot.kernels.resources.launches says; with --list by kernel.
+
+    python -m ecgot.kernels.resources --predict [SUBSTRING]
+
+prints the table of docs/benchmarks.md: the same calls, and the time on an H100 that
+ecgot.kernels.resources.model predicts.
 """
 
 import argparse
@@ -30,7 +35,10 @@ from typing import NoReturn
 
 from ecgot.kernels.dispatch import HAS_TRITON
 from ecgot.kernels.resources.cases import TARGETS, Case, cases
+from ecgot.kernels.resources.launches import count
 from ecgot.kernels.resources.outcome import Outcome, check
+from ecgot.kernels.resources.predictions import table
+from ecgot.kernels.resources.workloads import WORKLOADS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,14 +49,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the check or the count; returns the exit code."""
+    """Run the check, the count or the prediction; returns the exit code."""
     options = _parser().parse_args(arguments)
     targets = options.targets.split(",")
     problem = _unusable(targets)
-    if problem is None and options.launches is not None:
-        problem = _count(options.launches, options.list)
-        if problem is None:
-            return 0
+    for option, show in (("launches", _count), ("predict", _predict)):
+        part = getattr(options, option)
+        if problem is None and part is not None:
+            chosen = [name for name in WORKLOADS if part in name]
+            if chosen:
+                show(chosen, options.list)
+                return 0
+            problem = f"--{option}: expected a part of {', '.join(map(repr, WORKLOADS))}, got {part!r}"
     jobs = []
     if problem is None:
         jobs = [(case, target) for target in targets for case in cases(target, options.all, options.kernel)]
@@ -91,6 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SUBSTRING",
         help="count kernels of the calls with this in the name (default: of all)",
     )
+    parser.add_argument(
+        "--predict",
+        nargs="?",
+        const="",
+        metavar="SUBSTRING",
+        help="predict the time of the calls with this in the name (default: of all)",
+    )
     parser.add_argument("--list", action="store_true", help="with --launches: kernels by name")
     return parser
 
@@ -120,24 +139,22 @@ def _unusable(targets: Sequence[str]) -> str | None:
     return None
 
 
-def _count(substring: str, listing: bool) -> str | None:
-    """Print what the workloads start; what is wrong with their choice."""
-    from ecgot.kernels.resources.launches import count
-    from ecgot.kernels.resources.workloads import WORKLOADS
-
-    chosen = [name for name in WORKLOADS if substring in name]
-    if not chosen:
-        return f"--launches: expected a part of {', '.join(map(repr, WORKLOADS))}, got {substring!r}"
-    width = max(map(len, chosen))
-    for name in chosen:
+def _count(names: Sequence[str], listing: bool) -> None:
+    width = max(map(len, names))
+    for name in names:
         found = count(WORKLOADS[name]())
         print(
             f"{name:{width}} torch {found.torch:5} triton {found.triton:4} total {found.total:5} "
-            f"MB {found.megabytes:9.1f}"
+            f"MB {found.megabytes:9.1f}",
+            flush=True,
         )
         for kernel, times, megabytes in found.by_name() if listing else ():
             print(f"    {times:5} {kernel:40} MB {megabytes:9.1f}")
-    return None
+
+
+def _predict(names: Sequence[str], _listing: bool) -> None:
+    for row in table(names):
+        print(row, flush=True)
 
 
 def _line(outcome: Outcome) -> str:

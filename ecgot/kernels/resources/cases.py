@@ -97,13 +97,14 @@ def cases(target: str, everything: bool = False, kernel: str = "") -> Iterator[C
         found = importlib.import_module(module).compile_cases(TARGETS[target].backend == "hip")
         for each in found:
             if kernel in each.kernel.__name__:
-                case = _named(module, each)
+                case = named(module, each)
                 kernels.setdefault(case.kernel, {})[case] = None
     for of_kernel in kernels.values():
         yield from of_kernel if everything else _representative(of_kernel)
 
 
-def _named(module: str, case: CompileCase) -> Case:
+def named(module: str, case: CompileCase) -> Case:
+    """A case whose kernel stands in a module."""
     return Case(
         module,
         case.kernel.__name__,

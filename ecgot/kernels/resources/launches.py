@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 from ecgot.kernels import dispatch
 
@@ -55,11 +56,15 @@ class Launch:
     Attributes:
         name: of the Triton kernel or torch's operator.
         bytes: of all tensors that it reads or writes.
+        products: floating-point operations of torch's matrix products and convolutions.
+        half: whether these multiply numbers of 16 bits.
         kernel, grid, arguments: of a Triton kernel; arguments by name, with options such as num_warps.
     """
 
     name: str
     bytes: int
+    products: int = 0
+    half: bool = False
     kernel: Any = None
     grid: tuple[int, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -190,18 +195,24 @@ class _Counter(TorchDispatchMode):
         if not _is_free(func, name):
             written = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
             written += _mutated(func, args, kwargs)
-            read = [] if _only_writes(name) else [*args, *kwargs.values()]
-            for _ in range(_kernels(name, args) if any(map(_on_gpu, written)) else 0):
-                self._note(name, [*written, *tree_leaves(read)])
+            values = [*written, *([] if _only_writes(name) else tree_leaves((args, kwargs)))]
+            kernels = _kernels(name, args) if any(map(_on_gpu, written)) else 0
+            formula = flop_registry.get(func.overloadpacket)
+            products = formula(*args, **kwargs, out_val=result) if formula and kernels else 0
+            for _ in range(kernels):
+                self._note(name, values, products // kernels)
         return result
 
     def note_triton(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
         """What ``dispatch.launch`` hands over."""
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
-        self.found.append(Launch(kernel.__name__, _bytes(given.values()), kernel, grid, given))
+        self.found.append(
+            Launch(kernel.__name__, _bytes(given.values()), kernel=kernel, grid=grid, arguments=given)
+        )
 
-    def _note(self, name: str, values: Iterable[Any]) -> None:
-        self.found.append(Launch(name, _bytes(values)))
+    def _note(self, name: str, values: list[Any], products: int = 0) -> None:
+        half = all(value.itemsize == 2 for value in values if isinstance(value, Tensor))
+        self.found.append(Launch(name, _bytes(values), products, half))
 
 
 def _parts(func: Any) -> Callable[..., Any] | None:

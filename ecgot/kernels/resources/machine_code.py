@@ -54,6 +54,7 @@ class Work:
         return bool(self.exponentials or self.multiply_adds or self.matrix_products)
 
 
+WAITING = 8  # instructions that a loop which only waits may have
 _SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;", re.MULTILINE)
 _SASS_ENDS = ("EXIT", "RET", "BRX", "BRXU", "JMX", "JMXU", "KILL")
 _SASS_MULTIPLY_ADDS = {"FFMA": 1, "FFMA32I": 1, "DFMA": 1, "FFMA2": 2, "HFMA2": 2}
@@ -115,10 +116,53 @@ def inner_work(instructions: Sequence[Instruction]) -> Work | None:
     and exponentials: a kernel that builds a tile by matrix products and then iterates on it spends its time
     in the iteration. If all have matrix products, it is the one with the most of them.
     """
-    loops = [(loop, work) for loop in _loops(instructions) if (work := count(instructions[i] for i in loop))]
-    inner = [work for loop, work in loops if not any(other < loop for other, _ in loops)]
-    plain = [work for work in inner if not work.matrix_products]
-    return max(plain or inner, key=_weight, default=None)
+    loops = _loops(instructions)
+    main = _main(instructions, loops)
+    return None if main is None else count(instructions[i] for i in main)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """A kernel's instructions by how often they run.
+
+    Attributes:
+        once: in no loop.
+        between: in a loop around others.
+        main: of the inner loop, see :func:`inner_work`.
+        others: of the other loops that hold none.
+    """
+
+    once: list[Instruction]
+    between: list[Instruction]
+    main: list[Instruction]
+    others: list[Instruction]
+
+
+def regions(instructions: Sequence[Instruction]) -> Regions:
+    """All instructions; loops of a few that compute nothing are part of what is around them."""
+    every = _loops(instructions)
+    main = _main(instructions, every)
+    loops = [loop for loop in every if len(loop) > WAITING or count(instructions[i] for i in loop)]
+    found = Regions([], [], [], [])
+    for i, instruction in enumerate(instructions):
+        around = [loop for loop in loops if i in loop]
+        smallest = min(around, key=len, default=None)
+        if smallest is None:
+            found.once.append(instruction)
+        elif smallest == main:
+            found.main.append(instruction)
+        elif any(other < smallest for other in loops):
+            found.between.append(instruction)
+        else:
+            found.others.append(instruction)
+    return found
+
+
+def _main(instructions: Sequence[Instruction], loops: Iterable[frozenset[int]]) -> frozenset[int] | None:
+    working = [(loop, work) for loop in loops if (work := count(instructions[i] for i in loop))]
+    inner = [each for each in working if not any(other < each[0] for other, _ in working)]
+    plain = [each for each in inner if not each[1].matrix_products]
+    return max(plain or inner, key=lambda each: _weight(each[1]), default=(None, None))[0]
 
 
 def _weight(work: Work) -> tuple[int, int]:

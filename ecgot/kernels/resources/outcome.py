@@ -77,10 +77,8 @@ def check(case: Case, target: str) -> Outcome:
         shared_bytes=needed.shared,
         warps=needed.num_warps,
     )
-    if TARGETS[target].backend == "hip":
-        return _with_machine_code(outcome, *_amd(found.asm["amdgcn"]))
-    listing = _disassembled(found.asm["cubin"])
-    return outcome if listing is None else _with_machine_code(outcome, *_nvidia(listing))
+    code = disassembled(found, target)
+    return outcome if code is None else _with_machine_code(outcome, *code)
 
 
 def compiled(case: Case, target: str) -> Any:
@@ -94,6 +92,14 @@ def compiled(case: Case, target: str) -> Any:
     source = ASTSource(kernel, dict(case.signature), dict(case.constants), _attributes(case, kernel, gpu))
     chip = GPUTarget(gpu.backend, gpu.architecture, gpu.warp_size)
     return triton.compile(source, target=chip, options=dict(case.options))
+
+
+def disassembled(found: Any, target: str) -> tuple[list[Instruction], int, int] | None:
+    """Instructions, registers and spilled bytes of what :func:`compiled` returned; None without the tool."""
+    if TARGETS[target].backend == "hip":
+        return _amd(found.asm["amdgcn"])
+    listing = _disassembled(found.asm["cubin"])
+    return None if listing is None else _nvidia(listing)
 
 
 def _attributes(case: Case, kernel: Any, gpu: Target) -> dict[tuple[int], list[list[Any]]]:

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecgot.kernels.conv.conv1d_norm import conv1d_norm
+from ecgot.kernels.conv.join import materialize
+from ecgot.kernels.conv.operands import BatchNorm, LazyActivation
 from ecgot.kernels.ot.pairwise import sinkhorn_pairwise
 from ecgot.kernels.ot.sinkhorn import sinkhorn
 from ecgot.kernels.resources.launches import as_on_gpu
@@ -48,6 +51,21 @@ def _derived(value: Tensor) -> None:
     torch.autograd.backward(value, torch.empty_like(value))
 
 
+def _convolutions() -> Call:
+    """Two layers, as the second reads what the first one's norm is to normalise."""
+    x, weights = _points(256, 250, 64, grad=True), [_points(64, 64, 5, dtype=FP32, grad=True) for _ in "12"]
+    vectors = [[_points(64, dtype=FP32, grad=grad) for grad in (True, True, False, False)] for _ in weights]
+
+    def train() -> None:
+        y = LazyActivation(x)
+        for weight, (gamma, beta, mean, var) in zip(weights, vectors, strict=True):
+            norm = BatchNorm(gamma, beta, running_mean=mean, running_var=var, training=True)
+            y = conv1d_norm(y, weight, norm, padding=2, activation="relu")
+        _derived(materialize(y).values)
+
+    return train
+
+
 def _encoder(training: bool, dtype: torch.dtype) -> Call:
     """xresnet1d101 on 10 s at 100 Hz: tokens, or the gradients of all parameters from one in the tokens."""
     from ecgot.models.encoders import encoder, fuse_norms
@@ -85,6 +103,7 @@ WORKLOADS: dict[str, Callable[[], Call]] = {
     "pairwise sqeuclidean bf16 512x512 64x32x128": lambda: _pairs(False),
     "pairwise sqeuclidean bf16 512x512 64x32x128 and gradient": lambda: _pairs(True),
     "streaming sqeuclidean fp32 10000x10000x64, 16 iterations": _streaming,
+    "conv1d_norm bf16 256x250x64 k5 twice and gradient": _convolutions,
     "xresnet1d101 bf16 256x12x1000 inference": lambda: _encoder(False, BF16),
     "xresnet1d101 fp32 256x12x1000 inference": lambda: _encoder(False, FP32),
     "xresnet1d101 bf16 256x12x1000 training step": lambda: _encoder(True, BF16),
