@@ -101,20 +101,20 @@ def run_step(call: Call, name: str) -> None:
     call.tell("started", name)
     end = min(start + step.seconds, call.end)
     with _warming(call, step):
-        done = _run_tests(call, name, end) if not step.module else _run_items(call, name, end)
+        state, why = _run_tests(call, name, end) if not step.module else _run_items(call, name, end)
     seconds = f"{time.perf_counter() - start:.1f}"
-    call.tell("done" if done else "cut off", name, seconds=seconds)
+    call.tell(state, name, seconds=seconds, **({"why": why} if why else {}))
 
 
-def _run_items(call: Call, name: str, end: float) -> bool:
-    """Run a step's items in as many processes as it wants; False where the time is over first."""
+def _run_items(call: Call, name: str, end: float) -> tuple[str, str]:
+    """Run a step's items in as many processes as it wants; how that ended, and why if it failed."""
     step = call.steps[name]
     processes = {share: _start_items(call, name, share) for share in range(step.workers)}
     try:
         while processes:
             _wait(call, list(processes.values()), end)
             if time.perf_counter() >= end:
-                return False
+                return "cut off", ""
             for share, process in list(processes.items()):
                 if process.code() is None:
                     continue
@@ -122,7 +122,7 @@ def _run_items(call: Call, name: str, end: float) -> bool:
                 del processes[share]
                 if process.code() and _blame(call, name, process):
                     processes[share] = _start_items(call, name, share)
-        return True
+        return "done", ""
     finally:
         for process in processes.values():
             process.kill()
@@ -163,8 +163,8 @@ def _warming(call: Call, step: Step) -> Iterator[None]:
             process.kill()
 
 
-def _run_tests(call: Call, name: str, end: float) -> bool:
-    """Run the kernels' tests that are not known yet; False where the time is over first."""
+def _run_tests(call: Call, name: str, end: float) -> tuple[str, str]:
+    """Run the kernels' tests that are not known yet; how that ended, and why if it failed."""
     known = {row["test"] for row in journal.rows(call.out, journal.TESTS, call.commit)}
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(known))
@@ -179,11 +179,10 @@ def _run_tests(call: Call, name: str, end: float) -> bool:
         finally:
             process.kill()
     if process.code() in (0, 1, 5):  # 5: none was left to run
-        return True
-    if time.perf_counter() < end:
-        call.tell("note", name, why=f"pytest ended with {process.code()}: {process.last}")
-        return True
-    return False
+        return "done", ""
+    if time.perf_counter() >= end:
+        return "cut off", ""
+    return "failed", f"pytest ended with {process.code()}: {process.last}"
 
 
 def _wait(call: Call, processes: Sequence["Process"], end: float) -> None:

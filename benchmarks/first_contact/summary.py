@@ -10,7 +10,8 @@ from benchmarks.first_contact.steps import Step
 from ecgot.bench.providers import OURS
 from ecgot.files import write_text
 
-LONGEST_LIST = 40
+LONGEST_LIST, SHORT_LIST = 40, 8
+LOST = ("failed", "crashed", "given up")
 Row = Mapping[str, str]
 
 
@@ -29,7 +30,9 @@ def text(out: Path, commit: str, steps: Mapping[str, Step]) -> str:
     told = journal.events(out, commit)
     device = next((row["device"] for row in (*measured, *tests)), "nothing measured yet")
     lines = [f"# First contact: {device}, {commit}", ""]
-    lines += [f"- {each}" for each in (*_kernels(measured), *_tests(tests, told), *_goals(measured))]
+    lines += [
+        f"- {each}" for each in (*_kernels(measured), *_lost(told), *_tests(tests, told), *_goals(measured))
+    ]
     lines += ["", *_failures(measured, tests, told), *_table(measured), *_machine(measured)]
     lines += _steps(told, steps)
     return "\n".join(lines) + "\n"
@@ -54,6 +57,14 @@ def _kernels(measured: Sequence[Row]) -> Iterator[str]:
         return
     named = ", ".join(f"{item} ({count})" for item, count in wrong.items())
     yield f"Kernels: WRONG in {sum(wrong.values())} of {len(checks)} comparisons with fp64: {named}."
+
+
+def _lost(told: Sequence[Row]) -> Iterator[str]:
+    """The items that came to no result, of ecgot and its peers; why stands further down."""
+    lost = [each["item"] for each in told if each["item"] and each["event"] in LOST]
+    if lost:
+        more = f" and {len(lost) - SHORT_LIST} more" if len(lost) > SHORT_LIST else ""
+        yield f"Failed or crashed: {', '.join(lost[:SHORT_LIST])}{more}."
 
 
 def _tests(tests: Sequence[Row], told: Sequence[Row]) -> Iterator[str]:
@@ -99,7 +110,7 @@ def _failures(measured: Sequence[Row], tests: Sequence[Row], told: Sequence[Row]
         if row["outcome"] == "failed" and row["test"] not in seen:
             seen.add(row["test"])
             lines.append(f"- {row['test']}: {row['message']}")
-    ends = ("failed", "crashed", "given up", "note")
+    ends = (*LOST, "note")
     lines += [
         f"- {each['step']} {each['item']}: {each['event']}, {each['why']}"
         for each in told

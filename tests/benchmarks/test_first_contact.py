@@ -290,16 +290,19 @@ def test_the_summary_begins_with_what_is_wrong(tmp_path):
     for test, outcome in (("t.py::a", "passed"), ("t.py::b", "failed"), ("t.py::b", "passed")):
         row = {"test": test, "outcome": outcome, "message": "it broke" * (outcome == "failed")}
         journal.append(tmp_path, journal.TESTS, stamped | row)
+    journal.tell(tmp_path, COMMIT, "crashed", "small", "pairs D=1", why="exit code -11")
     lines = summary.text(tmp_path, COMMIT, STEPS).splitlines()
     assert lines[0] == f"# First contact: a GPU, {COMMIT}"
-    assert lines[2:6] == [
+    assert lines[2:7] == [
         "- Kernels: WRONG in 1 of 2 comparisons with fp64: on chip D=1 (1).",
+        "- Failed or crashed: pairs D=1.",
         "- Tests: 1 failed, 1 passed; not all of them ran.",
         "- Failed tests: t.py (1)",
         f"- Goals: 0 met, 0 missed, {len(goals.GOALS)} not measured.",
     ]
     assert "- t.py::b: it broke" in lines
-    assert "- small: not reached" in lines
+    assert "- small pairs D=1: crashed, exit code -11" in lines
+    assert "- networks: not reached" in lines
 
 
 # --- what tools say -----------------------------------------------------------------------------------------
