@@ -81,21 +81,65 @@ def conv1d_norm(
     >>> materialize(y).values.flatten()
     tensor([0., 0., 1., 1.])
     """
+    settings = checked_settings(stride, padding, dilation, groups, precision, backend)
+    return _run(x, weight, norm, _Request(settings, activation, residual, recompute))[0]
+
+
+def conv1d_norm_beside(
+    x: LazyActivation,
+    weight: Tensor,
+    norm: BatchNorm,
+    *,
+    stride: int = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    precision: str = "fp32",
+    backend: str = "auto",
+) -> tuple[LazyActivation, LazyActivation]:
+    """As :func:`conv1d_norm`, and x once more, for a shortcut beside the convolution.
+
+    In the kernels the gradient that comes back through that x is added where the convolution's own is
+    written, which saves autograd a pass over memory.
+
+    >>> x, one = LazyActivation(torch.tensor([[[1.0], [3.0]]])), torch.ones(1)
+    >>> y, again = conv1d_norm_beside(x, torch.ones(1, 1, 1), BatchNorm(one, 0 * one, eps=0.0))
+    >>> join(y, again).values.flatten()
+    tensor([0., 4.])
+    """
+    settings = checked_settings(stride, padding, dilation, groups, precision, backend)
+    return _run(x, weight, norm, _Request(settings, activation, keeps_input=True))
+
+
+class _Request(NamedTuple):
+    """What is asked of a convolution and its norm; keeps_input: x once more."""
+
+    settings: Settings
+    activation: str | None
+    residual: LazyActivation | None = None
+    recompute: bool = False
+    keeps_input: bool = False
+
+
+def _run(
+    x: LazyActivation, weight: Tensor, norm: BatchNorm, request: _Request
+) -> tuple[LazyActivation, LazyActivation]:
+    settings, activation, residual, recompute, keeps_input = request
     check_activation("x", x)
     (values,) = cast_by_autocast(x.values)
     fused = _on_kernels(values, norm)
     if not fused:  # the kernels cast weights where they read them
         (weight,) = cast_by_autocast(weight)
-    settings = checked_settings(stride, padding, dilation, groups, precision, backend)
     t_out = check_shapes(values, weight, settings.geometry)
     check_choice("activation", activation, ACTIVATIONS)
     check_norm(norm, weight)
-    x = dataclasses.replace(x, values=values, lengths=check_lengths(x.lengths, values))
+    given, x = x, dataclasses.replace(x, values=values, lengths=check_lengths(x.lengths, values))
     if residual is not None:
         check_activation("residual", residual, (values.shape[0], t_out, weight.shape[0]), values)
         residual = fill_residual(residual)
     if not norm.uses_batch_statistics:
-        return _evaluated(x, weight, norm, settings, residual, activation)
+        return _evaluated(x, weight, norm, settings, residual, activation), given
     alone = x.lengths is None and norm.process_group is None
     if norm.training and alone and values.shape[0] * t_out == 1:
         raise ValueError("x: expected 2 or more output samples per channel in training, got 1")
@@ -105,11 +149,14 @@ def conv1d_norm(
     cache = None
     if recompute and residual is not None and not torch.compiler.is_compiling():
         cache = Recompute(needed_twice=not detached)
-    run = _fused if fused else _normalised
-    y = run(x, weight, norm, _Call(settings, x.activation, detached, cache))
+    call = _Call(settings, x.activation, detached, cache, keeps_input and x.mean is None)
+    if fused:
+        y, given = _fused(x, weight, norm, call, given)
+    else:
+        y = _normalised(x, weight, norm, call)
     if residual is None:
-        return dataclasses.replace(y, activation=activation)
-    return join(y, residual, activation, cache)
+        return dataclasses.replace(y, activation=activation), given
+    return join(y, residual, activation, cache), given
 
 
 def _on_kernels(values: Tensor, norm: BatchNorm) -> bool:
@@ -127,12 +174,14 @@ class _Call(NamedTuple):
     """What the autograd function gets beside tensors.
 
     detached: the statistics' gradient is left to whatever normalises. recompute: None where y is saved.
+    keeps_input: x comes out once more.
     """
 
     settings: Settings
     x_activation: str | None
     detached: bool
     recompute: Recompute | None
+    keeps_input: bool
 
 
 def _evaluated(
@@ -167,12 +216,20 @@ def _evaluated(
     return LazyActivation(y, lengths=_output_lengths(x, weight, settings))
 
 
-def _fused(x: LazyActivation, weight: Tensor, norm: BatchNorm, call: _Call) -> LazyActivation:
-    """As :func:`_normalised`, all in kernels: the norm's vectors, running statistics and gradients."""
+def _fused(
+    x: LazyActivation, weight: Tensor, norm: BatchNorm, call: _Call, given: LazyActivation
+) -> tuple[LazyActivation, LazyActivation]:
+    """As :func:`_normalised`, all in kernels: the norm's vectors, running statistics and gradients.
+
+    And ``given``, which x was before autocast: with the values that the function returns where it keeps them.
+    """
     lengths = _output_lengths(x, weight, call.settings)
-    y, vectors = _ConvolutionNorm.apply(call, norm, weight, norm.gamma, norm.beta, lengths, *x.tensors())
+    tensors = (weight, norm.gamma, norm.beta, lengths, *x.tensors())
+    y, vectors, *kept = _ConvolutionNorm.apply(call, norm, *tensors)
+    if kept:
+        given = dataclasses.replace(given, values=kept[0])
     mean, scale, shift, *_ = vectors.detach()
-    return LazyActivation(y, mean, scale, shift, None, lengths, None, vectors)
+    return LazyActivation(y, mean, scale, shift, None, lengths, None, vectors), given
 
 
 def _normalised(x: LazyActivation, weight: Tensor, norm: BatchNorm, call: _Call) -> LazyActivation:
@@ -225,7 +282,7 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, weight: Tensor, lengths: Tensor | None, *x_tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        settings, x_activation, detached, recompute = call
+        settings, x_activation, detached, recompute, _ = call
 
         def make(weight: Tensor, *x_tensors: Tensor | None) -> Tensor:
             return forward(LazyActivation.from_tensors(x_tensors, x_activation), weight, settings)[0]
@@ -243,7 +300,7 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
         y, mean, lengths, weight, *x_tensors = ctx.saved_tensors
-        settings, x_activation, detached, recompute = ctx.call
+        settings, x_activation, detached, recompute, _ = ctx.call
         x = LazyActivation.from_tensors(x_tensors, x_activation)
         needs_weight, needs_x = ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:])
         whole = OutputGradient(grad.contiguous())
@@ -256,7 +313,10 @@ class _Convolution(torch.autograd.Function):
 
 
 class _ConvolutionNorm(torch.autograd.Function):
-    """y and its norm's vectors. The gradient in the vectors brings c0, c1 and those in gamma and beta."""
+    """y, its norm's vectors, and perhaps x.values once more.
+
+    The gradient in the vectors brings c0, c1 and the gradients in gamma and beta.
+    """
 
     @staticmethod
     def forward(
@@ -268,8 +328,8 @@ class _ConvolutionNorm(torch.autograd.Function):
         _beta: Tensor,
         lengths: Tensor | None,
         *x_tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        settings, x_activation, _, recompute = call
+    ) -> tuple[Tensor | None, ...]:
+        settings, x_activation, _, recompute, keeps_input = call
         x = LazyActivation.from_tensors(x_tensors, x_activation)
         laid = for_kernels(x, weight, settings)  # once for all passes
 
@@ -283,17 +343,19 @@ class _ConvolutionNorm(torch.autograd.Function):
         ctx.save_for_backward(saved, vectors, lengths, weight, laid, *x_tensors)
         ctx.call, ctx.dtypes = call, (norm.gamma.dtype, norm.beta.dtype)
         ctx.set_materialize_grads(False)
-        return y, vectors
+        return (y, vectors, x.values) if keeps_input else (y, vectors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, of_vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, of_vectors: Tensor | None, of_kept: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         y, vectors, lengths, weight, laid, *x_tensors = ctx.saved_tensors
-        settings, x_activation, _, recompute = ctx.call
+        settings, x_activation, _, recompute, _ = ctx.call
         x = LazyActivation.from_tensors(x_tensors, x_activation)
         needs_weight, needs_x = ctx.needs_input_grad[2], any(ctx.needs_input_grad[6:])
         if of_vectors is None and grad is None:
-            return (None,) * (6 + len(x_tensors))
+            return *[None] * 6, *x.gradients(of_kept, None, None)
         y = y if recompute is None else recompute.take((laid, *x_tensors))
         whole = OutputGradient(torch.zeros_like(y) if grad is None else grad.contiguous(), lengths=lengths)
         grad_gamma = grad_beta = None
@@ -303,5 +365,5 @@ class _ConvolutionNorm(torch.autograd.Function):
                 g.to(dtype) for g, dtype in zip((grad_gamma, grad_beta), ctx.dtypes, strict=True)
             )
             whole = OutputGradient(whole.g, y, vectors[0], c0, c1, lengths)
-        of_x, grad_weight = gradients(whole, laid, settings, x, (needs_x, needs_weight), weight)
+        of_x, grad_weight = gradients(whole, laid, settings, x, (needs_x, needs_weight), weight, of_kept)
         return None, None, grad_weight, grad_gamma, grad_beta, None, *of_x

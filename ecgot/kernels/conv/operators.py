@@ -109,6 +109,7 @@ def gradients(
     x: LazyActivation,
     needs: tuple[bool, bool],
     like: Tensor | None = None,
+    beside: Tensor | None = None,
 ) -> tuple[Gradients, Tensor | None]:
     """Gradients of ``x.tensors()`` and of the weight.
 
@@ -119,6 +120,7 @@ def gradients(
         x: what it read.
         needs: whether those of x are wanted, and whether the weight's is.
         like: the weight by whose dtype and layout to make its gradient; the weight itself where omitted.
+        beside: [B, T, C_in], a further gradient in x.values, where x is materialized; eagerly.
     """
     needs_x, needs_weight = needs
     like = weight if like is None else like
@@ -128,7 +130,7 @@ def gradients(
         grad_x, shift, scale, grad_weight = _gradient_operator(given)
         found = _Found(grad_x, shift, scale, None, grad_weight)
     else:
-        found = _gradients(grad, weight, settings, x, needs, like)
+        found = _gradients(grad, weight, settings, x, needs, like, beside)
     of_weight = found.weight if needs_weight else None
     if not needs_x:
         return x.gradients(None, None, None), of_weight
@@ -187,6 +189,7 @@ def _gradients(
     x: LazyActivation,
     needs: tuple[bool, bool],
     like: Tensor,
+    beside: Tensor | None = None,
 ) -> _Found:
     geometry, precision = settings.geometry, settings.precision
     triton_x, triton_weight = (
@@ -200,14 +203,16 @@ def _gradients(
         grad_x, shift, scale, grad_weight = torch_conv1d.gradients(
             grad, of_x, geometry, x, torch_x, torch_weight
         )
-        grad_x = None if grad_x is None else grad_x.contiguous()
+        grad_x = None if grad_x is None else (grad_x if beside is None else grad_x + beside).contiguous()
         grad_weight = None if grad_weight is None else _as(like, grad_weight)
         found = _Found(grad_x, shift, scale, None, grad_weight)
     if triton_x or triton_weight:
         from ecgot.kernels.conv import triton_conv1d
 
         if triton_x:
-            grad_x, merged = triton_conv1d.input_gradient(grad, weight, geometry, x, precision=precision)
+            grad_x, merged = triton_conv1d.input_gradient(
+                grad, weight, geometry, x, beside, precision=precision
+            )
             found = found._replace(x=grad_x)
             if merged is not None and x.vectors is not None:
                 found = found._replace(vectors=merged)

@@ -236,6 +236,7 @@ def _conv1d_dgrad_kernel(
     x_scale_ptr,
     x_shift_ptr,
     x_lengths_ptr,
+    beside_ptr,
     grad_x_ptr,
     sum_ptr,  # [tiles of samples, C_IN]
     product_ptr,
@@ -255,6 +256,7 @@ def _conv1d_dgrad_kernel(
     PADDING,
     DILATION,
     TAP_STEP,  # between the taps of a phase: STRIDE / gcd(STRIDE, DILATION)
+    HAS_BESIDE: tl.constexpr,
     STATISTICS: tl.constexpr,
     NORM: tl.constexpr,
     X_ACTIVATION: tl.constexpr,
@@ -335,6 +337,8 @@ def _conv1d_dgrad_kernel(
     elif MASKED:
         accumulator = tl.where(valid, accumulator, 0.0)
     offset = (batch * T + t)[:, None] * channels_in + c[None, :]
+    if HAS_BESIDE:
+        accumulator += tl.load(beside_ptr + offset, t_valid[:, None] & c_valid[None, :], 0.0).to(tl.float32)
     tl.store(
         grad_x_ptr + offset,
         accumulator.to(grad_x_ptr.dtype.element_ty),
@@ -527,13 +531,22 @@ def readable(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def input_gradient(
-    grad: OutputGradient, weight: Tensor, geometry: Geometry, x: LazyActivation, *, precision: str = "fp32"
+    grad: OutputGradient,
+    weight: Tensor,
+    geometry: Geometry,
+    x: LazyActivation,
+    beside: Tensor | None = None,
+    *,
+    precision: str = "fp32",
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient in x.values [B, T, C_in], and its sums [2 or 5, C_in], see ``merge_sums``, of a norm."""
+    """The gradient in x.values [B, T, C_in], and its sums [2 or 5, C_in], see ``merge_sums``, of a norm.
+
+    beside: [B, T, C_in], a gradient to add, where x is materialized.
+    """
     if unreadable(x.values):
         rounded = weight.to(x.values.dtype).float()
         wide = (in_dtype(grad, torch.float32), rounded, geometry, in_dtype(x, torch.float32))
-        grad_x, merged = input_gradient(*wide)
+        grad_x, merged = input_gradient(*wide, None if beside is None else beside.float())
         return grad_x.to(x.values.dtype), merged
     batch, t, channels = x.values.shape
     c_out, c_in, _ = weight.shape
@@ -551,7 +564,9 @@ def input_gradient(
             _conv1d_dgrad_kernel,
             (tiles, _column_programs(channels, geometry.groups, configuration["BLOCK_C"], kind)),
             weight_ptr=weight,
+            beside_ptr=grad_x if beside is None else beside.contiguous(),
             grad_x_ptr=grad_x,
+            HAS_BESIDE=beside is not None,
             sum_ptr=sums[0] if norm else sums,
             product_ptr=sums[1] if norm else sums,
             TAP_STEP=geometry.stride // math.gcd(geometry.stride, geometry.dilation),
@@ -749,9 +764,10 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
                 (_conv1d_wgrad_kernel, _weight_configuration),
             ):
                 for configuration, statistics in itertools.product(_configurations(made, dtype, hip), flags):
-                    yield compile_case(
-                        kernel, name, signal | {"STATISTICS": statistics}, configuration, CONVENTIONS
-                    )
+                    flags_of_it = signal | {"STATISTICS": statistics}
+                    if kernel is _conv1d_dgrad_kernel:
+                        flags_of_it["HAS_BESIDE"] = statistics and not norm
+                    yield compile_case(kernel, name, flags_of_it, configuration, CONVENTIONS)
 
 
 def _configurations(made: Callable[..., Configuration], dtype: torch.dtype, hip: bool) -> list[Configuration]:

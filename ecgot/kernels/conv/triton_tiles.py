@@ -82,7 +82,7 @@ CONVENTIONS = Conventions(
     in_dtype=frozenset(
         f"{name}_ptr"
         for name in (
-            *("x", "y", "z", "g", "r", "grad", "grad_x", "grad_y", "grad_r"),
+            *("x", "y", "z", "g", "r", "grad", "beside", "grad_x", "grad_y", "grad_r"),
             *("weight", "bias", "residual", "middle", "wide", "narrow"),
         )
     ),

@@ -24,6 +24,7 @@ from ecgot.kernels import (
     conv1d_norm,
     materialize,
 )
+from ecgot.kernels.conv.conv1d_norm import conv1d_norm_beside
 from ecgot.kernels.conv.geometry import checked_geometry, fill_past
 from ecgot.kernels.lengths import length_mask
 
@@ -148,6 +149,16 @@ def conv_norm(
     )
 
 
+def conv_norm_beside(
+    x: LazyActivation, conv: nn.Conv1d, norm: Norm, activation: str | None = None
+) -> tuple[LazyActivation, LazyActivation]:
+    """As :func:`conv_norm`, and x once more, for a shortcut, see :func:`conv1d_norm_beside`."""
+    if _is_fused(norm):
+        return conv_norm(x, conv, norm, activation), x
+    norms = _batch_norm(norm, slice(None))
+    return conv1d_norm_beside(x, conv.weight, norms, activation=activation, **_geometry(conv))
+
+
 def materialize_shared(x: LazyActivation) -> LazyActivation:
     """x for several convolutions, materialized once where each would otherwise do it again.
 
@@ -225,8 +236,8 @@ def bottlenecks(x: LazyActivation, blocks: Sequence[BottleneckBlock]) -> LazyAct
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         narrow, middle, wide = block.layers()
         x = materialize_shared(x)
+        y, x = conv_norm_beside(x, *narrow, "relu") if narrowed is None else (narrowed, x)
         residual = block.shortcut_of(x)
-        y = conv_norm(x, *narrow, "relu") if narrowed is None else narrowed
         if all(_is_fused(norm) for _, norm in (narrow, middle, wide)):
             layers = [middle, wide] if following is None else [middle, wide, following.layers()[0]]
             x, narrowed = _fused_bottleneck(y, layers, residual)

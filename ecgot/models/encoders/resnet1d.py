@@ -16,6 +16,7 @@ from ecgot.models.encoders.layers import (
     Layer,
     bottlenecks,
     conv_norm,
+    conv_norm_beside,
     encoder_input,
     encoder_output,
     materialize_shared,
@@ -129,11 +130,10 @@ class BasicBlock(PlainBasicBlock):
 
     def forward(self, x: LazyActivation) -> LazyActivation:  # type: ignore[override]
         """x [B, T, C_in] to [B, ceil(T / stride), C_out]."""
-        residual = x
         if len(self.shortcut):
             x = materialize_shared(x)
-            residual = conv_norm(x, *self.shortcut)
-        y = conv_norm(x, self.conv1, self.bn1, "relu")
+        y, x = conv_norm_beside(x, self.conv1, self.bn1, "relu")
+        residual = conv_norm(x, *self.shortcut) if len(self.shortcut) else x
         return conv_norm(y, self.conv2, self.bn2, "relu", residual=residual)
 
 
