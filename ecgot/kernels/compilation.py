@@ -18,13 +18,15 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # A typical call: clouds of 128 points in 256 dimensions; a convolution of 64 channels over 250 samples of 256
 # records, to 64 channels, with stride 1; contiguous tensors. Others are neither 1 nor multiples of 16.
 EXAMPLES = {
-    **dict.fromkeys(("N", "M"), 128),
-    **dict.fromkeys(("D", "stride_xn", "stride_yn"), 256),
+    **dict.fromkeys(("N", "M", "padded"), 128),
+    **dict.fromkeys(("D", "W", "stride_xn", "stride_yn"), 256),
     **dict.fromkeys(("stride_xb", "stride_yb"), 128 * 256),
     **dict.fromkeys(("T", "T_OUT"), 250),
-    **dict.fromkeys(("C_IN", "C_OUT", "channels", "stride_xt"), 64),
+    **dict.fromkeys(("C_IN", "C_OUT", "C", "width", "stride_xt", "stride_wc"), 64),
+    **dict.fromkeys(("TILES", "stride_wk"), 64 * 64),
     **dict.fromkeys(("ROWS", "ROWS_OF_PART"), 250 * 256),
-    **dict.fromkeys(("stride_xd", "stride_yd", "stride_xc", "GROUPS", "STRIDE", "DILATION", "TAP_STEP"), 1),
+    **dict.fromkeys(("stride_xd", "stride_yd", "stride_xc", "stride_wo"), 1),
+    **dict.fromkeys(("GROUPS", "STRIDE", "DILATION", "TAP_STEP"), 1),
 }
 DIVISOR = 16  # of integers and addresses that are declared to be its multiples
 

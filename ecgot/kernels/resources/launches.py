@@ -207,7 +207,9 @@ class _Counter(TorchDispatchMode):
         """What ``dispatch.launch`` hands over."""
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
         # Aliases: autograd copies a gradient that somebody else holds, where it would take it over.
-        given = {name: value.detach() if isinstance(value, Tensor) else value for name, value in given.items()}
+        given = {
+            name: value.detach() if isinstance(value, Tensor) else value for name, value in given.items()
+        }
         self.found.append(
             Launch(kernel.__name__, _bytes(given.values()), kernel=kernel, grid=grid, arguments=given)
         )

@@ -105,11 +105,16 @@ def disassembled(found: Any, target: str) -> tuple[list[Instruction], int, int] 
 def _attributes(case: Case, kernel: Any, gpu: Target) -> dict[tuple[int], list[list[Any]]]:
     """What Triton is told of arguments, by their place, as its launcher does."""
     known: dict[tuple[int], list[list[Any]]] = {}
-    for name in case.divisible:
-        given: list[list[Any]] = [["tt.divisibility", DIVISOR]]
-        if gpu.backend == "hip" and dict(case.signature)[name].startswith("*"):
+    types = dict(case.signature)
+    for place, parameter in enumerate(kernel.params):
+        given: list[list[Any]] = []
+        if parameter.name in case.divisible:
+            given.append(["tt.divisibility", DIVISOR])
+        pointer = types[parameter.name].startswith("*")
+        if gpu.backend == "hip" and pointer and not parameter.do_not_specialize:
             given.append(["tt.pointer_range", 32])  # tensors of less than 2 GB
-        known[(kernel.arg_names.index(name),)] = given
+        if given:
+            known[(place,)] = given
     return known
 
 

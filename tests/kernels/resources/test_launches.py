@@ -104,7 +104,32 @@ def test_a_triton_launch_is_noted_with_its_arguments() -> None:
     assert found(launches) == [("_some_kernel", 120 + 8)]
     assert (launches.torch, launches.triton, launches.total) == (0, 1, 1)
     assert launches.each[0].grid == (3, 2)
-    assert launches.each[0].arguments == {"x_ptr": x, "y_ptr": y, "N": 30, "other_ptr": x, "num_warps": 4}
+    arguments = launches.each[0].arguments
+    assert {name: value for name, value in arguments.items() if not isinstance(value, Tensor)} == {
+        "N": 30,
+        "num_warps": 4,
+    }
+    assert arguments["y_ptr"].dtype == torch.bfloat16
+    assert arguments["other_ptr"].shape == x.shape
+
+
+def test_a_noted_tensor_is_not_held() -> None:
+    """Or autograd would copy gradients where it takes them over."""
+    x = meta(10, grad=True)
+
+    class Launching(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(_ctx: object, grad: Tensor) -> Tensor:
+            made = torch.empty_like(grad)
+            dispatch.launch(KERNEL, (1,), grad, made, 10)
+            return made
+
+    names = [each.name for each in count(lambda: Launching.apply(x).backward(meta(10))).each]
+    assert names == ["clone", "_some_kernel"]
 
 
 def test_parts_of_one_storage_count_each() -> None:

@@ -139,10 +139,13 @@ def test_a_call_has_a_row_and_so_have_its_long_kernels() -> None:
         Estimate("torch", 9, 10.0, 10e-6, "bytes", None),
         Estimate("_short_kernel", 1, 0.1, 1e-6, "bytes", code()),
     ]
-    assert list(predictions.rows("a call", found)) == [
-        "| a call | 11 | 40 |  |  | 112 (123) |  | not measured |",
+    assert list(predictions.rows("pairwise call", found)) == [
+        "| pairwise call | 11 | 40 |  |  | 112 (123) |  | not measured (`transport`) |",
         "| - _long_kernel | 1 | 30 | 250 x 4 | 2 | 90 | instructions |  |",
         "| - torch | 9 | 10 | - | - | 10 | bytes |  |",
     ]
+    assert {name.split()[0] for name in WORKLOADS} == set(predictions.STEPS)
     width = predictions.HEAD[0].count("|")
-    assert {row.count("|") for row in (*predictions.HEAD, *predictions.rows("a call", found))} == {width}
+    assert {row.count("|") for row in (*predictions.HEAD, *predictions.rows("pairwise call", found))} == {
+        width
+    }
