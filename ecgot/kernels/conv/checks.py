@@ -10,12 +10,14 @@ from ecgot.kernels.conv.geometry import Geometry, checked_geometry
 from ecgot.kernels.conv.operands import ACTIVATIONS, BatchNorm, Epilogue, LazyActivation, Settings
 
 PRECISIONS = ("fp32", "tf32", "ieee")
+# Asked here and not at a call, which torch 2.11 then would not compile whole.
+AUTOCAST = {each for each in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(each)}
 
 
 def cast_by_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where it is on; fp64 stays, as in torch."""
     device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device not in AUTOCAST or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

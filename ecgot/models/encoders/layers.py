@@ -24,6 +24,7 @@ from ecgot.kernels import (
     conv1d_norm,
     materialize,
 )
+from ecgot.kernels.conv.checks import AUTOCAST
 from ecgot.kernels.conv.conv1d_norm import conv1d_norm_beside
 from ecgot.kernels.conv.geometry import checked_geometry, fill_past
 from ecgot.kernels.lengths import length_mask
@@ -327,7 +328,7 @@ def _fused_bottleneck(
 def _fused_layer(conv: nn.Conv1d, norm: Norm, channels: slice, x: Tensor) -> FusedLayer:
     """In autocast's dtype where it is on; made once in a copy of :func:`fuse_norms`, else at every call."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device in AUTOCAST and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else conv.weight.dtype
     made = conv.__dict__.get(FUSED)
     if made is None:
