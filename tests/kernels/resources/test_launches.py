@@ -75,6 +75,22 @@ def test_composite_operators_are_their_parts() -> None:
     assert [name for name, _ in found(count(lambda: x[2:].backward(meta(8, 3))))] == ["zeros", "copy_"]
 
 
+@pytest.mark.parametrize("needed", [False, True])
+def test_each_gradient_of_a_convolution_is_a_kernel(needed: bool) -> None:
+    x, weight = meta(2, 3, 10, grad=True), meta(4, 3, 5, grad=needed)
+    launches = count(lambda: nn.functional.conv1d(x, weight).backward(meta(2, 4, 6)))
+    assert [name for name, _ in found(launches)] == ["convolution", *["convolution_backward"] * (1 + needed)]
+
+
+def test_a_registered_operator_runs_as_on_a_gpu() -> None:
+    @torch.library.custom_op("ecgot::counted", mutates_args=())
+    def counted(x: Tensor) -> Tensor:
+        assert x.device.type == "cuda"
+        return x.contiguous().to(torch.float16).reshape(-1).clone()  # composite below autograd
+
+    assert found(count(lambda: counted(meta(10, 3)))) == [("_to_copy", 180), ("clone", 120)]
+
+
 def test_work_on_nothing_is_none() -> None:
     assert count(lambda: meta(0, 3) + 1).total == 0
 
