@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ecgot.kernels.dispatch import use_triton
 from ecgot.kernels.ot import torch_solver
-from ecgot.kernels.ot.iteration import iterate
 from ecgot.kernels.ot.problem import PlanWeights, Problem, Result, SolverSettings
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
@@ -59,7 +58,7 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tu
     if name == "triton-streaming":
         from ecgot.kernels.ot import triton_streaming
 
-        return iterate(problem, triton_streaming.softmins(problem), init, settings), cache
+        return triton_streaming.solve(problem, init, settings), cache
     return torch_solver.solve(problem, init, settings), cache
 
 

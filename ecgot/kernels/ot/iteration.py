@@ -1,19 +1,44 @@
-"""Sinkhorn's iteration in torch, on any device and in any dtype.
+"""Sinkhorn's algorithm for problems whose costs do not stay on a chip, on any device and in any dtype.
 
-``Softmins`` hides how a log-sum-exp over the other side is formed (from a stored cost matrix, in chunks of
-rows, or by a streaming kernel); ``iterate`` is the algorithm, and the stopping rule, for all of them.
+``run`` is the algorithm: annealing, the order of updates, the stopping rule, and when to look at it.
+``Updates`` is what it moves: ``TorchUpdates`` here, from log-sum-exps that ``Softmins`` forms (from a stored
+cost matrix, or in chunks of rows), and the kernels of ``triton_streaming``.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ecgot.kernels.ot.problem import MAX_ANNEALING, Problem, Result, SolverSettings, start_temperature
 
-CHECK_EVERY = 16  # iterations between checks for convergence on a GPU, where each check waits for it
+CHECK_EVERY = 16  # iterations between looks for convergence on a GPU, where each look waits for it
+MAX_CAPTURED = 100  # iterations that a CUDA graph records, and as many steps of annealing
+
+
+class Updates(Protocol):
+    """The potentials of a batch in units of eps, and how far each problem is.
+
+    Attributes:
+        going: [B], not 0 where a problem goes on; the others keep their potentials.
+    """
+
+    going: Tensor
+
+    def anneal(self, temperature: Tensor, following: Tensor, hot: Tensor) -> None:
+        """f from g, then g from f, at a temperature [B], where ``hot`` [B]; ``following`` is the next one."""
+
+    def start(self) -> None:
+        """f from g at eps."""
+
+    def advance(self) -> None:
+        """One iteration: g from f, the next f from g, the marginal error, and which problems go on."""
+
+    def result(self) -> Result:
+        """f [B, N] and g [B, M] of each problem's last iteration, its error [B], and its iterations [B]."""
 
 
 @dataclass
@@ -31,65 +56,110 @@ class Softmins:
 
 def iterate(problem: Problem, softmins: Softmins, init: Tensor | None, settings: SolverSettings) -> Result:
     """Potentials f [B, N] and g [B, M] in units of the cost, marginal error [B], iterations [B]."""
-    eps = problem.eps[:, None]
-    a, _ = problem.weights()
-    tau_x, tau_y = (tau[:, None] for tau in problem.damping())
-    g = torch.zeros_like(problem.b) if init is None else init / eps
-    g, annealing = _annealed(problem, softmins, g, settings.scaling)
+    temperatures = annealing(problem, settings.scaling)
+    return run(TorchUpdates(problem, softmins, init, settings.tol), temperatures, problem, settings)
 
-    solvable, tiny = problem.solvable(), torch.finfo(a.dtype).tiny
-    f = torch.zeros_like(problem.a)
-    error = torch.where(solvable, math.inf, 0.0).to(a.dtype)
-    iterations = torch.where(solvable, annealing, 0)
-    going = solvable
-    f_next = -tau_x * softmins.rows(g, None)
-    for iteration in range(1, settings.max_iter + 1):
-        f_now = f_next
-        g_now = -tau_y * softmins.columns(f_now, None)
-        f_next = -tau_x * softmins.rows(g_now, None)
-        # With f at its fixed point row i sums to a_i exp(-f_i / rho); it is off by the step to the next f.
-        # Far clouds: the target underflows while the step to it overflows, and 0 * inf would be NaN.
-        target = torch.exp(-(1 / tau_x - 1) * f_now).clamp_min(tiny)
-        step = torch.expm1((f_now - f_next) / tau_x).abs()
-        residual = torch.where(a > 0, a * (target * step), 0.0).sum(1)  # points without weight may overflow
-        f, g = torch.where(going[:, None], f_now, f), torch.where(going[:, None], g_now, g)
-        error = torch.where(going, residual, error)
-        iterations = torch.where(going, annealing + iteration, iterations)
-        going = going & (residual > settings.tol)  # False for NaN, which would never converge
-        if is_check_due(going, iteration) and not bool(going.any()):
+
+def run(updates: Updates, temperatures: Tensor, problem: Problem, settings: SolverSettings) -> Result:
+    """What :func:`iterate` returns, by any updates; ``temperatures`` as :func:`annealing` makes them."""
+    hot = temperatures > 1
+    for step in range(len(temperatures) - 1):
+        updates.anneal(temperatures[step], temperatures[step + 1], hot[step])
+    updates.start()
+    for iteration in range(1, most_iterations(problem.eps, settings.max_iter) + 1):
+        updates.advance()
+        if is_check_due(updates.going, iteration) and not bool(updates.going.any()):
             break
+    f, g, error, iterations = updates.result()
+    solvable, eps = problem.solvable(), problem.eps[:, None]
     f = torch.where(solvable[:, None] & (problem.a >= 0), f * eps, 0.0)
     g = torch.where(solvable[:, None] & (problem.b >= 0), g * eps, 0.0)
+    iterations = torch.where(solvable, iterations + hot.sum(0), 0)
     return f, g, error, iterations.to(torch.int32)
+
+
+def annealing(problem: Problem, scaling: float) -> Tensor:
+    """Temperatures [steps + 1, B] from the largest cost down to 1, the last; one g follows from each other.
+
+    On a GPU this waits for the largest cost, except in a CUDA graph: there the steps serve for any cost, and
+    ``scaling`` is lowered so far that there are at most ``MAX_CAPTURED`` of them.
+    """
+    once = torch.ones_like(problem.eps)[None]
+    if not scaling:
+        return once
+    start = start_temperature(problem)
+    hottest = MAX_ANNEALING
+    if is_capturing(start):
+        scaling = min(scaling, MAX_ANNEALING ** (-1 / MAX_CAPTURED))
+    else:
+        hottest = max(1.0, start.max().item())
+    steps = most_iterations(start, math.ceil(math.log(hottest) / -math.log(scaling)))
+    factors = start.new_full((steps, len(start)), scaling)
+    factors[:1] = start
+    return torch.cat([factors.cumprod(0).clamp_min(1.0), once])
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether work on this tensor is recorded into a CUDA graph, so that no value can be read."""
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def most_iterations(tensor: Tensor, wanted: int) -> int:
+    """At most ``MAX_CAPTURED`` in a CUDA graph, which records as many as it may ever need."""
+    return min(wanted, MAX_CAPTURED) if is_capturing(tensor) else wanted
 
 
 def is_check_due(tensor: Tensor, iteration: int) -> bool:
     """Whether to check for convergence now: always on a CPU, seldom on a GPU, never in a CUDA graph."""
-    if tensor.device.type == "cpu":
-        return True
-    capturing = tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return iteration % CHECK_EVERY == 0 and not capturing
+    if is_capturing(tensor):
+        return False
+    return tensor.device.type == "cpu" or iteration % CHECK_EVERY == 0
 
 
-def _annealed(problem: Problem, softmins: Softmins, g: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """g after one update at each temperature from the largest cost down to eps; and how many, [B]."""
-    if not scaling:
-        return g, torch.zeros_like(problem.eps, dtype=torch.int32)
-    start = start_temperature(problem)
-    if start.device.type == "cpu":
-        steps = math.ceil(math.log(max(1.0, start.max().item())) / -math.log(scaling))
-    else:
-        steps = math.ceil(math.log(MAX_ANNEALING) / -math.log(scaling))
-    taken = torch.zeros_like(problem.eps, dtype=torch.int32)
-    temperature = start
-    for _ in range(steps):
-        tau_x, tau_y = (_at(tau, temperature)[:, None] for tau in problem.damping())
-        f = -tau_x * softmins.rows(g, temperature)
-        hot = temperature > 1
-        g = torch.where(hot[:, None], -tau_y * softmins.columns(f, temperature), g)
-        taken = taken + hot.int()
-        temperature = torch.where(hot, temperature * scaling, temperature).clamp_min(1.0)
-    return g, taken
+class TorchUpdates:
+    """The updates by operations of torch."""
+
+    def __init__(self, problem: Problem, softmins: Softmins, init: Tensor | None, tol: float) -> None:
+        self.going = problem.solvable()
+        self._softmins, self._tol = softmins, tol
+        self._a, _ = problem.weights()
+        self._tau_x, self._tau_y = (tau[:, None] for tau in problem.damping())
+        self._f = self._f_next = torch.zeros_like(problem.a)
+        self._g = torch.zeros_like(problem.b) if init is None else init / problem.eps[:, None]
+        self._error = torch.where(self.going, math.inf, 0.0).to(problem.dtype)
+        self._iterations = torch.zeros_like(self.going, dtype=torch.int32)
+
+    def anneal(self, temperature: Tensor, following: Tensor, hot: Tensor) -> None:
+        """See :class:`Updates`."""
+        tau_x, tau_y = (_at(tau, temperature[:, None]) for tau in (self._tau_x, self._tau_y))
+        f = -tau_x * self._softmins.rows(self._g, temperature)
+        g = -tau_y * self._softmins.columns(f, temperature)
+        self._g = torch.where(hot[:, None], g, self._g)
+
+    def start(self) -> None:
+        """See :class:`Updates`."""
+        self._f_next = -self._tau_x * self._softmins.rows(self._g, None)
+
+    def advance(self) -> None:
+        """See :class:`Updates`."""
+        f = self._f_next
+        g = -self._tau_y * self._softmins.columns(f, None)
+        self._f_next = -self._tau_x * self._softmins.rows(g, None)
+        # With f at its fixed point row i sums to a_i exp(-f_i / rho); it is off by the step to the next f.
+        # Far clouds: the target underflows while the step to it overflows, and 0 * inf would be NaN.
+        target = torch.exp(-(1 / self._tau_x - 1) * f).clamp_min(torch.finfo(f.dtype).tiny)
+        step = torch.expm1((f - self._f_next) / self._tau_x).abs()
+        # Points without weight may overflow.
+        error = torch.where(self._a > 0, self._a * (target * step), 0.0).sum(1)
+        going = self.going
+        self._f, self._g = torch.where(going[:, None], f, self._f), torch.where(going[:, None], g, self._g)
+        self._error = torch.where(going, error, self._error)
+        self._iterations = self._iterations + going.int()
+        self.going = going & (error > self._tol)  # False for NaN, which would never converge
+
+    def result(self) -> Result:
+        """See :class:`Updates`."""
+        return self._f, self._g, self._error, self._iterations
 
 
 def _at(tau: Tensor, temperature: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ecgot.kernels.ot.iteration import Softmins, is_check_due, iterate
+from ecgot.kernels.ot.iteration import Softmins, is_check_due, iterate, most_iterations
 from ecgot.kernels.ot.problem import PlanWeights, Problem, Result, SolverSettings, cost_of, inverse_norm
 
 MAX_CELLS = 2**24  # of the cost matrix that is held at once
@@ -215,6 +215,8 @@ def conjugate_gradients(
 ) -> Tensor:
     """Solve B symmetric systems [B, M] with a diagonal preconditioner; each stops at its own residual.
 
+    A CUDA graph records at most ``MAX_CAPTURED`` steps: a system that needs more keeps its residual.
+
     Args:
         rounding: [B, M], error of the right-hand side: a residual of that size counts as solved.
         tol: of the preconditioned residual, relative to that of the right-hand side.
@@ -224,7 +226,7 @@ def conjugate_gradients(
     z = inverse * residual
     direction, rho = z, (residual * z).sum(1, keepdim=True)
     goal = torch.maximum(tol * tol * rho, (rounding.square() * inverse).sum(1, keepdim=True))
-    for iteration in range(1, max_iter + 1):
+    for iteration in range(1, most_iterations(rhs, max_iter) + 1):
         going = rho > goal
         if is_check_due(going, iteration) and not bool(going.any()):
             break
