@@ -27,6 +27,8 @@ REWRITE = 5.0  # seconds between summaries while a step runs
 LOG_BYTES = 2**19  # of what one process says: OUT's files stay small
 LEAST = 3.0  # seconds under which no process is worth starting
 WHEELS = ROOT / "wheels"
+# Several processes compile at a time: torch's own compilers would take every core for each of them.
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "8"}
 RESTARTS = 24  # of pytest's workers
 
 
@@ -204,8 +206,7 @@ class Process:
     def __init__(self, call: Call, name: str, command: Sequence[str]) -> None:
         self.name, self.log = name, call.out / journal.LOG
         self.last, self.fatal = "", ""  # lines: the last, and the one in which Python says why it ends
-        environment = call.environment | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        environment["ECGOT_COMMIT"] = call.commit
+        environment = call.environment | ENVIRONMENT | {"ECGOT_COMMIT": call.commit}
         self.popen = subprocess.Popen(
             list(command),
             cwd=ROOT,
