@@ -4,9 +4,11 @@
     python -m benchmarks.conv1d_backends [--out ecgot/kernels/conv/backends.csv]
 
 Needs a GPU. A layer is timed as in training: it normalises its input and reduces its output's statistics.
+Rows of other GPUs that the table holds already are kept.
 """
 
 import argparse
+import csv
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +22,7 @@ from benchmarks.output import ROOT, write_rows
 from ecgot.bench.origin import origin
 from ecgot.bench.stopwatch import median_us
 from ecgot.kernels import LazyActivation
-from ecgot.kernels.conv.backends import PASSES
+from ecgot.kernels.conv.backends import PASSES, gpu_name
 from ecgot.kernels.conv.geometry import Geometry
 from ecgot.kernels.conv.operands import OutputGradient, Settings
 from ecgot.kernels.conv.operators import forward, gradients
@@ -111,23 +113,19 @@ def passes(
 
 
 def measure(found: Iterable[Layer], dtype: str, run: Run) -> Iterator[dict[str, object]]:
-    """Rows of the table, one a pass and shape."""
-    # Where a shape comes at several lengths, the longest decides: it takes the most time.
-    longest: dict[tuple[int, ...], Layer] = {}
-    for layer in found:
-        known = longest.setdefault(layer.shape, layer)
-        if layer.length > known.length:
-            longest[layer.shape] = layer
-    for shape, layer in sorted(longest.items()):
+    """Rows of the table, one a pass, shape and length."""
+    different = {(layer.shape, layer.length): layer for layer in found}
+    for (shape, length), layer in sorted(different.items()):
         for name, call in passes(layer, DTYPES[dtype], run.batch, run.device).items():
             times = {
                 backend: median_us(functools.partial(call, backend), run.device, run.rounds)
                 for backend in ("triton", "torch")
             }
-            row: dict[str, object] = {"pass": name, **dict(zip(SHAPE, shape, strict=True)), "dtype": dtype}
+            row: dict[str, object] = {"gpu": gpu_name(run.device), "pass": name}
+            row |= {**dict(zip(SHAPE, shape, strict=True)), "dtype": dtype, "length": length}
             row["backend"] = min(times, key=times.__getitem__)
             row |= {f"{backend}_us": f"{value:.1f}" for backend, value in times.items()}
-            row |= {"batch": run.batch, "length": layer.length, **origin()}
+            row |= {"batch": run.batch, **origin()}
             print(" ".join(map(str, row.values())), file=sys.stderr)
             yield row
 
@@ -148,10 +146,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     found = [layer for name in options.encoders.split(",") for layer in layers(name, options.samples)]
     run = Run(options.batch, device, options.rounds)
-    write_rows(
-        options.out, [row for dtype in options.dtypes.split(",") for row in measure(found, dtype, run)]
-    )
+    rows = [row for dtype in options.dtypes.split(",") for row in measure(found, dtype, run)]
+    write_rows(options.out, [*_of_others(options.out, gpu_name(device)), *rows], list(rows[0]))
     return 0
+
+
+def _of_others(table: Path, gpu: str) -> list[dict[str, object]]:
+    """The rows of other GPUs that a table holds."""
+    if not table.exists():
+        return []
+    with table.open(encoding="utf-8", newline="") as file:
+        return [dict(row) for row in csv.DictReader(file) if row["gpu"] != gpu]
 
 
 if __name__ == "__main__":

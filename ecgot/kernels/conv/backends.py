@@ -1,8 +1,9 @@
 """Who runs a convolution: this package's kernels, or torch (on a GPU, the vendor's library).
 
 The vendor's wide matrix products are hard to beat; fusion pays off where memory bandwidth is the limit.
-``backends.csv`` holds the measurements of ``python -m benchmarks.conv1d_backends``, one line per pass, layer
-and dtype; a layer that is not in it follows the rule of :func:`modelled`.
+``backends.csv`` holds the measurements of ``python -m benchmarks.conv1d_backends``, one line per GPU, pass,
+layer, dtype and length; the nearest measured length decides. A layer that was not measured on this GPU
+follows the rule of :func:`modelled`.
 """
 
 import csv
@@ -30,7 +31,14 @@ def choose(what: str, x: Tensor, weight: Tensor, geometry: Geometry, backend: st
         return backend
     if x.device.type == "cpu":  # the interpreter exists to run the kernels
         return "triton"
-    return _choose(_layer(what, weight, geometry, x.dtype))
+    return _choose(_layer(what, weight, geometry, x.dtype), x.shape[1], gpu_name(x.device))
+
+
+def gpu_name(device: torch.device) -> str:
+    """By which the table knows a device's measurements; "cpu" where there is no GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "cpu"
+    return str(torch.cuda.get_device_properties(device).name)
 
 
 def conv1d_backends(
@@ -40,8 +48,9 @@ def conv1d_backends(
     dilation: int = 1,
     groups: int = 1,
     dtype: torch.dtype = torch.float32,
+    length: int = 1000,
 ) -> dict[str, str]:
-    """What ``backend="auto"`` means on a GPU for each pass of a layer: "triton" or "torch".
+    """What ``backend="auto"`` means on this GPU for each pass of a layer: "triton" or "torch".
 
     Where the forward of :func:`ecgot.kernels.conv1d` is torch's, so is its backward; the passes of
     :func:`ecgot.kernels.conv1d_norm` are chosen one by one.
@@ -50,6 +59,7 @@ def conv1d_backends(
         weight: [C_out, C_in / groups, K], or that shape.
         stride, dilation, groups: as in :func:`ecgot.kernels.conv1d`.
         dtype: of the activations.
+        length: samples of the input; the nearest that was measured decides.
 
     >>> conv1d_backends((48, 48, 5), stride=2, dtype=torch.bfloat16)  # in no published encoder: by the rule
     {'forward': 'triton', 'input_gradient': 'torch', 'weight_gradient': 'triton'}
@@ -58,7 +68,8 @@ def conv1d_backends(
     """
     shape = torch.empty(tuple(weight.shape) if isinstance(weight, Tensor) else weight, device="meta")
     geometry = Geometry(stride, 0, dilation, groups)
-    return {what: _choose(_layer(what, shape, geometry, dtype)) for what in PASSES}
+    gpu = gpu_name(torch.device("cuda"))
+    return {what: _choose(_layer(what, shape, geometry, dtype), length, gpu) for what in PASSES}
 
 
 def modelled(what: str, c_in: int, c_out: int, k: int, stride: int, groups: int) -> str:
@@ -81,22 +92,28 @@ def _layer(what: str, weight: Tensor, geometry: Geometry, dtype: torch.dtype) ->
     return what, c_in * geometry.groups, c_out, k, geometry.stride, geometry.dilation, geometry.groups, name
 
 
-def _choose(layer: Layer) -> str:
+def _choose(layer: Layer, length: int, gpu: str) -> str:
     what, c_in, c_out, k, stride, _dilation, groups, dtype = layer
     if dtype == "float64":
         return "torch"
-    return _measured().get(layer) or modelled(what, c_in, c_out, k, stride, groups)
+    found = _measured().get((gpu, layer))
+    if found is None:
+        return modelled(what, c_in, c_out, k, stride, groups)
+    _, nearest = min(found.items(), key=lambda row: max(row[0], length) / min(row[0], length))
+    return nearest
 
 
 @functools.cache
-def _measured() -> dict[Layer, str]:
-    """The table; empty until it has been measured on a GPU."""
+def _measured() -> dict[tuple[str, Layer], dict[int, str]]:
+    """The backend by GPU and layer, and there by length; empty until it has been measured on a GPU."""
     path = resources.files("ecgot.kernels.conv") / "backends.csv"
     if not path.is_file():
         return {}
     columns = ("c_in", "c_out", "k", "stride", "dilation", "groups")
     rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
-    return {
-        (row["pass"], *(int(row[name]) for name in columns), row["dtype"]): row["backend"]  # type: ignore[misc]
-        for row in rows
-    }
+    found: dict[tuple[str, Layer], dict[int, str]] = {}
+    for row in rows:
+        c_in, c_out, k, stride, dilation, groups = (int(row[name]) for name in columns)
+        layer = row["pass"], c_in, c_out, k, stride, dilation, groups, row["dtype"]
+        found.setdefault((row["gpu"], layer), {})[int(row["length"])] = row["backend"]
+    return found

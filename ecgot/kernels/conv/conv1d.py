@@ -50,7 +50,8 @@ def conv1d(
         activation: None, "relu", "gelu" (the exact one) or "silu".
         lengths: [B], integers, samples of each record. Positions past each length read as 0, even if NaN.
         precision: of fp32 products on a GPU: "fp32" (three TF32 products), "tf32" (one) or "ieee"
-            (multiply-adds).
+            (multiply-adds). The vendor's library multiplies in fp32 for all but "tf32", whatever torch's
+            settings are.
         backend: "triton", "torch" (the vendor's library on a GPU), or "auto", see
             :func:`ecgot.kernels.conv1d_backends`. fp64 and CPU tensors always go to torch, except in Triton's
             interpreter.
@@ -79,7 +80,8 @@ def conv1d(
     epilogue = Epilogue(bias, scale, shift, residual, activation)
     check_conv1d(x, weight, settings.geometry, epilogue)
     lengths = check_lengths(lengths, x)
-    if choose("forward", x, weight, settings.geometry, backend) == "triton":
+    on_kernels = choose("forward", x, weight, settings.geometry, backend) == "triton"
+    if on_kernels or torch_conv1d.rounds_products(x):  # a backward of torch's own would round as it likes
         call = _Call(settings, activation)
         return _Convolution.apply(call, x, weight, lengths, *epilogue.tensors())
     # Torch's own autograd differentiates the torch path, twice if need be.
@@ -92,7 +94,7 @@ class _Call(NamedTuple):
 
 
 class _Convolution(torch.autograd.Function):
-    """The Triton path. It saves its inputs, and its output where the activation is ReLU."""
+    """The kernels, and the library in fp32 on a GPU. Saves its inputs, and its output where it is ReLU's."""
 
     @staticmethod
     def forward(

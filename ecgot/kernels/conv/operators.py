@@ -174,7 +174,8 @@ def _forward(
         y, tiles = triton_conv1d.convolve(*given, **options, precision=settings.precision)
         mean, var = (None, None) if tiles is None else triton_statistics.moments(tiles)
     else:
-        y, mean, var = torch_conv1d.convolve(*given, **options)
+        with torch_conv1d.library_precision(x.values, settings.precision):
+            y, mean, var = torch_conv1d.convolve(*given, **options)
     kind = torch.promote_types(x.values.dtype, torch.float32)
     y = y.contiguous()
     if mean is None or var is None:
@@ -200,9 +201,10 @@ def _gradients(
     found = _Found(None, None, None, None, None)
     if torch_x or torch_weight:  # at once, as they share what they read
         of_x = weight.to(x.values.dtype)
-        grad_x, shift, scale, grad_weight = torch_conv1d.gradients(
-            grad, of_x, geometry, x, torch_x, torch_weight
-        )
+        with torch_conv1d.library_precision(x.values, precision):
+            grad_x, shift, scale, grad_weight = torch_conv1d.gradients(
+                grad, of_x, geometry, x, torch_x, torch_weight
+            )
         grad_x = None if grad_x is None else (grad_x if beside is None else grad_x + beside).contiguous()
         grad_weight = None if grad_weight is None else _as(like, grad_weight)
         found = _Found(grad_x, shift, scale, None, grad_weight)

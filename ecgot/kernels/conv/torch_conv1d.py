@@ -4,6 +4,10 @@ The trick: [B, T, C] is a channels-last image of height 1. That is the fastest l
 activations are in it already, so nothing is copied.
 """
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,6 +15,31 @@ from torch.nn import functional as F
 from ecgot.kernels.conv.geometry import Geometry, fill_past
 from ecgot.kernels.conv.operands import PLAIN, Epilogue, LazyActivation, OutputGradient
 from ecgot.kernels.lengths import length_mask
+
+
+def rounds_products(x: Tensor) -> bool:
+    """Whether the library may round products of x to TF32."""
+    return x.is_cuda and x.dtype == torch.float32
+
+
+@contextlib.contextmanager
+def library_precision(x: Tensor, precision: str) -> Iterator[None]:
+    """Within this context cuDNN makes fp32 products of x in TF32 only for precision "tf32".
+
+    Its default is TF32. The setting is of the whole process; it is put back, and only eager code enters here.
+    """
+    if not rounds_products(x):
+        yield
+        return
+    new = hasattr(torch.backends.cudnn, "conv")  # torch refuses a mixture of its old and its new setting
+    owner: Any = torch.backends.cudnn.conv if new else torch.backends.cudnn  # type: ignore[attr-defined]
+    name, on, off = ("fp32_precision", "tf32", "ieee") if new else ("allow_tf32", True, False)
+    before = getattr(owner, name)
+    setattr(owner, name, on if precision == "tf32" else off)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def convolve(

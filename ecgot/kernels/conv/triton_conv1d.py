@@ -45,6 +45,8 @@ from ecgot.kernels.conv.triton_tiles import (
     Configuration,
     activate,
     affine,
+    along,
+    line,
     product_precision,
     record_length,
     times_slope,
@@ -58,31 +60,17 @@ WEIGHT_PROGRAMS = 512
 
 
 @triton.jit
-def _load_operand(
-    pointers, valid, mean_ptr, scale_ptr, shift_ptr, c, c_valid, NORM: tl.constexpr, ACTIVATION: tl.constexpr
-):
-    """A tile [rows, channels] of h; 0 where not valid, also after the affine map."""
-    x = tl.load(pointers, valid, 0.0)
-    if NORM:
-        h = activate(affine(x, mean_ptr, scale_ptr, shift_ptr, c, c_valid), ACTIVATION)
-        x = tl.where(valid, h, 0.0).to(x.dtype)
-    return x
+def _operand(x, valid, mean, scale, shift, ACTIVATION: tl.constexpr):
+    """A loaded tile of x [rows, channels] as one of h; 0 where not valid, also after the affine map."""
+    h = along(x, valid, mean, scale, shift, x.dtype.primitive_bitwidth == 16)
+    return activate(h, ACTIVATION).to(x.dtype)  # every activation of 0 is 0
 
 
 @triton.jit
-def _load_gradient(
-    g_pointers, y_pointers, valid, mean_ptr, c0_ptr, c1_ptr, o, o_valid, STATISTICS: tl.constexpr
-):
-    """A tile [rows, channels] of y's whole gradient, in the dtype that the products take."""
-    g = tl.load(g_pointers, valid, 0.0)
-    if STATISTICS:
-        y = tl.load(y_pointers, valid, 0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + o, o_valid, 0.0)
-        c0 = tl.load(c0_ptr + o, o_valid, 0.0)
-        c1 = tl.load(c1_ptr + o, o_valid, 0.0)
-        whole = g.to(tl.float32) + c0[None, :] + c1[None, :] * (y - mean[None, :])
-        g = tl.where(valid, whole, 0.0).to(g.dtype)
-    return g
+def _gradient(g, y_pointers, valid, mean, c1, c0):
+    """A loaded tile of g [rows, channels] as one of y's whole gradient, in the dtype that products take."""
+    y = tl.load(y_pointers, valid, 0.0)
+    return (g.to(tl.float32) + along(y, valid, mean, c1, c0, y.dtype.primitive_bitwidth == 16)).to(g.dtype)
 
 
 # --- forward ------------------------------------------------------------------------------------------------
@@ -152,16 +140,19 @@ def _conv1d_fwd_kernel(
     length = record_length(x_lengths_ptr, batch, T, MASKED)
     t_valid = t < T_OUT
     x_ptr += batch * stride_xb
+    first = t * STRIDE - PADDING
+    HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     accumulator = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32)
     if KIND == "depthwise":
         c = o // C_OUT
+        if NORM:
+            mean, x_scale, x_shift = line(x_mean_ptr, x_scale_ptr, x_shift_ptr, c, o_valid, HALF)
         for k in range(K):
-            source = t * STRIDE - PADDING + k * DILATION
+            source = first + k * DILATION
             inside = (t_valid & (source >= 0) & (source < length))[:, None] & o_valid[None, :]
-            pointers = x_ptr + source.to(tl.int64)[:, None] * stride_xt + c.to(tl.int64)[None, :] * stride_xc
-            x = _load_operand(
-                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, o_valid, NORM, X_ACTIVATION
-            )
+            x = tl.load(x_ptr + source[:, None] * stride_xt + (c * stride_xc)[None, :], inside, 0.0)
+            if NORM:
+                x = _operand(x, inside, mean, x_scale, x_shift, X_ACTIVATION)
             w = tl.load(weight_ptr + k * stride_wk + o * stride_wo, o_valid, 0.0)
             accumulator += x.to(tl.float32) * w.to(tl.float32)[None, :]
     elif KIND == "narrow":
@@ -170,31 +161,54 @@ def _conv1d_fwd_kernel(
             k = r // C_IN
             c = group * C_IN + r % C_IN
             r_valid = r < K * C_IN
-            source = (t * STRIDE - PADDING)[:, None] + (k * DILATION)[None, :]
+            source = first[:, None] + (k * DILATION)[None, :]
             inside = t_valid[:, None] & r_valid[None, :] & (source >= 0) & (source < length)
-            pointers = x_ptr + source.to(tl.int64) * stride_xt + c.to(tl.int64)[None, :] * stride_xc
-            x = _load_operand(
-                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, r_valid, NORM, X_ACTIVATION
-            )
+            x = tl.load(x_ptr + source * stride_xt + (c * stride_xc)[None, :], inside, 0.0)
+            if NORM:
+                mean, x_scale, x_shift = line(x_mean_ptr, x_scale_ptr, x_shift_ptr, c, r_valid, HALF)
+                x = _operand(x, inside, mean, x_scale, x_shift, X_ACTIVATION)
             w_tile = weight_ptr + (k * stride_wk + (r % C_IN) * stride_wc)[:, None] + (o * stride_wo)[None, :]
             w = tl.load(w_tile, r_valid[:, None] & o_valid[None, :], 0.0).to(x.dtype)
             accumulator += tl.dot(x, w, input_precision=PRECISION)
+    elif KIND == "single":  # one tile of channels: what depends on them stays, only the tap moves on
+        local_c = tl.arange(0, BLOCK_C)
+        c = group * C_IN + local_c
+        c_valid = local_c < C_IN
+        if NORM:
+            mean, x_scale, x_shift = line(x_mean_ptr, x_scale_ptr, x_shift_ptr, c, c_valid, HALF)
+        x_tile = first[:, None] * stride_xt + (c * stride_xc)[None, :]
+        w_tile = (local_c * stride_wc)[:, None] + (o * stride_wo)[None, :]
+        w_valid = c_valid[:, None] & o_valid[None, :]
+        for k in range(K):
+            source = first + k * DILATION
+            # Rows past the end of y are not stored, and channels past the last meet weights of 0.
+            inside = ((source >= 0) & (source < length))[:, None]
+            x = tl.load(x_ptr + x_tile, inside & c_valid[None, :], 0.0)
+            if NORM:
+                x = _operand(x, inside, mean, x_scale, x_shift, X_ACTIVATION)
+            w = tl.load(weight_ptr + w_tile, w_valid, 0.0).to(x.dtype)
+            accumulator += tl.dot(x, w, input_precision=PRECISION)
+            x_ptr += DILATION * stride_xt
+            weight_ptr += stride_wk
     else:
-        tiles_c = tl.cdiv(C_IN, BLOCK_C)
-        for step in range(K * tiles_c):  # one loop, so that loads run ahead across taps
-            k = step // tiles_c
-            local_c = (step % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+        k = 0
+        base = 0
+        for _ in range(K * tl.cdiv(C_IN, BLOCK_C)):  # one loop, so that loads run ahead across taps
+            local_c = base + tl.arange(0, BLOCK_C)
             c = group * C_IN + local_c
             c_valid = local_c < C_IN
-            source = t * STRIDE - PADDING + k * DILATION
+            source = first + k * DILATION
             inside = (t_valid & (source >= 0) & (source < length))[:, None] & c_valid[None, :]
-            pointers = x_ptr + source.to(tl.int64)[:, None] * stride_xt + c.to(tl.int64)[None, :] * stride_xc
-            x = _load_operand(
-                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, c_valid, NORM, X_ACTIVATION
-            )
+            x = tl.load(x_ptr + source[:, None] * stride_xt + (c * stride_xc)[None, :], inside, 0.0)
+            if NORM:
+                mean, x_scale, x_shift = line(x_mean_ptr, x_scale_ptr, x_shift_ptr, c, c_valid, HALF)
+                x = _operand(x, inside, mean, x_scale, x_shift, X_ACTIVATION)
             w_tile = weight_ptr + (k * stride_wk + local_c * stride_wc)[:, None] + (o * stride_wo)[None, :]
             w = tl.load(w_tile, c_valid[:, None] & o_valid[None, :], 0.0).to(x.dtype)
             accumulator += tl.dot(x, w, input_precision=PRECISION)
+            k += 1  # taps first: the next one's rows are in the cache
+            base = tl.where(k == K, base + BLOCK_C, base)
+            k = tl.where(k == K, 0, k)
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + o, o_valid, 0.0).to(tl.float32)[None, :]
     if HAS_SCALE:
@@ -294,38 +308,62 @@ def _conv1d_dgrad_kernel(
         first = tl.where(meets & (first == K), candidate, first)
     taps = tl.maximum(tl.cdiv(K - first, TAP_STEP), 0)
     accumulator = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    HALF: tl.constexpr = g_ptr.dtype.element_ty.primitive_bitwidth == 16
+    g_ptr += batch * T_OUT * channels_out
+    y_ptr += batch * T_OUT * channels_out
     tiles_o = C_OUT if KIND == "depthwise" else tl.cdiv(C_OUT, BLOCK_O)
-    for step in range(taps * tiles_o):
-        k = first + (step // tiles_o) * TAP_STEP
-        source = (t + PADDING - k * DILATION) // STRIDE
-        # The division leaves no remainder, so it does not matter how it rounds negative numbers.
-        inside = t_valid & (t + PADDING >= k * DILATION) & (source < length_out)
-        row = (batch * T_OUT + source)[:, None] * channels_out
+    if KIND == "single":
+        local = tl.arange(0, BLOCK_O)
+        o = group * C_OUT + local
+        o_valid = local < C_OUT
+        if STATISTICS:
+            mean, c1, c0 = line(y_mean_ptr, c1_ptr, c0_ptr, o, o_valid, HALF)
+        g_tile = (t // STRIDE * channels_out)[:, None] + o[None, :]
+        w_tile = (o * stride_wo)[:, None] + (local_c * stride_wc)[None, :]
+    k = first
+    tile = 0
+    for _ in range(taps * tiles_o):
+        # No remainder: t is phase + STRIDE * i, and the taps are those that meet the phase.
+        ahead = (phase + PADDING - k * DILATION) // STRIDE
+        source = t // STRIDE + ahead
+        inside = (source >= 0) & (source < length_out)  # rows past the end of x are not stored
         if KIND == "depthwise":
-            o = c * C_OUT + step % tiles_o
-            offset = row + o[None, :]
+            o = c * C_OUT + tile
+            offset = (source * channels_out)[:, None] + o[None, :]
             valid = inside[:, None] & c_valid[None, :]
-            g = _load_gradient(
-                g_ptr + offset, y_ptr + offset, valid, y_mean_ptr, c0_ptr, c1_ptr, o, c_valid, STATISTICS
-            )
+            g = tl.load(g_ptr + offset, valid, 0.0)
+            if STATISTICS:
+                tile_mean, tile_c1, tile_c0 = line(y_mean_ptr, c1_ptr, c0_ptr, o, c_valid, HALF)
+                g = _gradient(g, y_ptr + offset, valid, tile_mean, tile_c1, tile_c0)
             w = tl.load(weight_ptr + k * stride_wk + o * stride_wo, c_valid, 0.0)
             accumulator += g.to(tl.float32) * w.to(tl.float32)[None, :]
+        elif KIND == "single":  # one tile of channels: what depends on them stays
+            valid = inside[:, None] & o_valid[None, :]
+            g = tl.load(g_ptr + ahead * channels_out + g_tile, valid, 0.0)
+            if STATISTICS:
+                g = _gradient(g, y_ptr + ahead * channels_out + g_tile, valid, mean, c1, c0)
+            w = tl.load(weight_ptr + k * stride_wk + w_tile, o_valid[:, None] & c_valid[None, :], 0.0)
+            accumulator += tl.dot(g, w.to(g.dtype), input_precision=PRECISION)
         else:
-            local = (step % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
+            local = tile * BLOCK_O + tl.arange(0, BLOCK_O)
             o = group * C_OUT + local
             o_valid = local < C_OUT
-            offset = row + o[None, :]
+            offset = (source * channels_out)[:, None] + o[None, :]
             valid = inside[:, None] & o_valid[None, :]
-            g = _load_gradient(
-                g_ptr + offset, y_ptr + offset, valid, y_mean_ptr, c0_ptr, c1_ptr, o, o_valid, STATISTICS
-            )
+            g = tl.load(g_ptr + offset, valid, 0.0)
+            if STATISTICS:
+                tile_mean, tile_c1, tile_c0 = line(y_mean_ptr, c1_ptr, c0_ptr, o, o_valid, HALF)
+                g = _gradient(g, y_ptr + offset, valid, tile_mean, tile_c1, tile_c0)
             w_tile = weight_ptr + (k * stride_wk + o * stride_wo)[:, None] + (local_c * stride_wc)[None, :]
             w = tl.load(w_tile, o_valid[:, None] & c_valid[None, :], 0.0).to(g.dtype)
             accumulator += tl.dot(g, w, input_precision=PRECISION)
+        tile += 1
+        k = tl.where(tile == tiles_o, k + TAP_STEP, k)
+        tile = tl.where(tile == tiles_o, 0, tile)
     valid = (t < record_length(x_lengths_ptr, batch, T, MASKED))[:, None] & c_valid[None, :]
     if NORM:
-        pointers = x_ptr + batch * stride_xb + t.to(tl.int64)[:, None] * stride_xt
-        x = tl.load(pointers + c.to(tl.int64)[None, :] * stride_xc, valid, 0.0)
+        x_ptr += batch * stride_xb
+        x = tl.load(x_ptr + t[:, None] * stride_xt + (c * stride_xc)[None, :], valid, 0.0)
         value = affine(x, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, c_valid)
         accumulator = tl.where(valid, times_slope(accumulator, value, X_ACTIVATION), 0.0)
         partial = tl.program_id(0).to(tl.int64) * channels_in + c
@@ -406,42 +444,51 @@ def _conv1d_wgrad_kernel(
         c = group * C_IN + r % C_IN
         r_valid = r < K * C_IN
         total = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
-    part = tl.program_id(2).to(tl.int64)
+    part = tl.program_id(2)
     first = part * ROWS_OF_PART
     last = tl.minimum(first + ROWS_OF_PART, ROWS)
+    HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    # The channels stay the same, and so does all that depends on them.
+    if NORM:
+        x_valid = o_valid if KIND == "depthwise" else r_valid
+        mean, x_scale, x_shift = line(x_mean_ptr, x_scale_ptr, x_shift_ptr, c, x_valid, HALF)
+    if STATISTICS:
+        y_mean, c1, c0 = line(y_mean_ptr, c1_ptr, c0_ptr, o, o_valid, HALF)
+    lane = tl.arange(0, BLOCK_M)
+    g_tile = (lane * channels)[:, None] + o[None, :]
+    g_ptr += first.to(tl.int64) * channels
+    y_ptr += first.to(tl.int64) * channels
     for start in range(first, last, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
+        m = start + lane
         batch = m // T_OUT
-        t = m % T_OUT
+        t = m - batch * T_OUT
         m_valid = m < last
         length = T
         kept = m_valid
         if MASKED:
             length = tl.load(x_lengths_ptr + batch, m_valid, 0)[:, None]
             kept = m_valid & (t < tl.load(y_lengths_ptr + batch, m_valid, 0))
-        offset = m[:, None] * channels + o[None, :]
         g_valid = kept[:, None] & o_valid[None, :]
-        g = _load_gradient(
-            g_ptr + offset, y_ptr + offset, g_valid, y_mean_ptr, c0_ptr, c1_ptr, o, o_valid, STATISTICS
-        )
+        g = tl.load(g_ptr + g_tile, g_valid, 0.0)
+        if STATISTICS:
+            g = _gradient(g, y_ptr + g_tile, g_valid, y_mean, c1, c0)
+        record = x_ptr + batch.to(tl.int64) * stride_xb
         if KIND == "depthwise":
             source = (t * STRIDE - PADDING + k * DILATION)[:, None]
             inside = kept[:, None] & o_valid[None, :] & (source >= 0) & (source < length) & (source < T)
-            pointers = x_ptr + (batch * stride_xb)[:, None] + source * stride_xt
-            pointers += c.to(tl.int64)[None, :] * stride_xc
-            x = _load_operand(
-                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, o_valid, NORM, X_ACTIVATION
-            )
-            total += x.to(tl.float32) * g.to(tl.float32)
         else:
             source = (t * STRIDE - PADDING)[:, None] + (k * DILATION)[None, :]
             inside = kept[:, None] & r_valid[None, :] & (source >= 0) & (source < length) & (source < T)
-            pointers = x_ptr + (batch * stride_xb)[:, None] + source * stride_xt
-            pointers += c.to(tl.int64)[None, :] * stride_xc
-            x = _load_operand(
-                pointers, inside, x_mean_ptr, x_scale_ptr, x_shift_ptr, c, r_valid, NORM, X_ACTIVATION
-            )
+        x = tl.load(record[:, None] + (source * stride_xt + (c * stride_xc)[None, :]), inside, 0.0)
+        if NORM:
+            x = _operand(x, inside, mean, x_scale, x_shift, X_ACTIVATION)
+        if KIND == "depthwise":
+            total += x.to(tl.float32) * g.to(tl.float32)
+        else:
             total += tl.dot(tl.trans(x), g, input_precision=PRECISION)
+        g_ptr += BLOCK_M * channels
+        y_ptr += BLOCK_M * channels
+    part = part.to(tl.int64)
     if KIND == "depthwise":
         tl.store(partial_ptr + (part * K + r) * channels + o, tl.sum(total, axis=0), o_valid)
     else:
@@ -697,11 +744,12 @@ def _forward_configuration(
 ) -> Configuration:
     depthwise, half = kind == "depthwise", dtype.itemsize == 2
     block_t = _block(t_out, 128 if half and not depthwise else 64)
+    single = kind == "dense" and c_in <= 64 and half
     return {
-        "KIND": kind,
+        "KIND": "single" if single else kind,
         "BLOCK_T": block_t,
         "BLOCK_O": 64 if depthwise else _block(c_out, 64),
-        "BLOCK_C": 16 if depthwise else 32 if kind == "narrow" else _block(c_in, 32),
+        "BLOCK_C": 16 if depthwise else 32 if kind == "narrow" else _block(c_in, 64 if single else 32),
         "PRECISION": product_precision(dtype, precision, hip),
         "num_warps": 8 if block_t == 128 else 4,
         "num_stages": 2,
@@ -712,12 +760,14 @@ def _input_configuration(
     t: int, c_in: int, c_out: int, dtype: torch.dtype, kind: str, precision: str, hip: bool = HIP
 ) -> Configuration:
     depthwise, half = kind == "depthwise", dtype.itemsize == 2
-    block_t = _block(t, 128 if half and not depthwise else 64)
+    single = not depthwise and c_out <= 64 and half
+    # Where all of g's channels are held, 64 rows: several such programs of 4 warps fit where one of 8 does.
+    block_t = _block(t, 128 if half and not depthwise and not single else 64)
     return {
-        "KIND": "depthwise" if depthwise else "dense",
+        "KIND": "depthwise" if depthwise else "single" if single else "dense",
         "BLOCK_T": block_t,
         "BLOCK_C": 64 if depthwise else _block(c_in, 64),
-        "BLOCK_O": 16 if depthwise else _block(c_out, 32),
+        "BLOCK_O": 16 if depthwise else _block(c_out, 64 if single else 32),
         "PRECISION": product_precision(dtype, precision, hip),
         "num_warps": 8 if block_t == 128 else 4,
         "num_stages": 2,

@@ -163,8 +163,8 @@ def _sum_parts_kernel(
 
 def moments(tiles: TileStatistics) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C]; zeros where nothing counts."""
-    vectors = _merged(tiles, None)
-    return vectors[0], vectors[1]
+    mean, var = _merged(tiles, None)
+    return mean, var.clone()  # no operator may return two views of one tensor
 
 
 def normalise(tiles: TileStatistics, norm: BatchNorm) -> Tensor:

@@ -18,8 +18,8 @@ ACTIVATION_CODES = {activation: code for code, activation in enumerate(ACTIVATIO
 def activate(value, ACTIVATION: tl.constexpr):
     """act(value); ACTIVATION is one of ACTIVATION_CODES."""
     if ACTIVATION == 1:
-        # Not tl.maximum, which may return 0 for NaN, where torch returns NaN.
-        value = tl.where(value < 0, 0.0, value)
+        # NaN stays NaN, as in torch.
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == 2:
         value = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
     elif ACTIVATION == 3:
@@ -48,6 +48,30 @@ def record_length(ptr, batch, most, MASKED: tl.constexpr):
     if MASKED:
         valid = tl.minimum(tl.load(ptr + batch), most)
     return valid
+
+
+@triton.jit
+def line(mean_ptr, slope_ptr, shift_ptr, c, c_valid, HALF: tl.constexpr):
+    """(mean, slope, shift) [channels] for ``along``, to be loaded once where channels stay the same."""
+    mean = tl.load(mean_ptr + c, c_valid, 0.0)
+    slope = tl.load(slope_ptr + c, c_valid, 0.0)
+    shift = tl.load(shift_ptr + c, c_valid, 0.0)
+    if HALF:
+        shift -= mean * slope
+    return mean, slope, shift
+
+
+@triton.jit
+def along(x, valid, mean, slope, shift, HALF: tl.constexpr):
+    """(x - mean) * slope + shift in fp32, x [rows, channels]; 0 where not valid, where x is 0 already.
+
+    One multiply-add where x is in half precision: its own rounding, 2^-12 of x at best, is far coarser than
+    that of mean * slope in fp32. The mask is on the shift: after the sum, it would come between an activation
+    and the conversion to half precision, which NVIDIA's GPUs do in one instruction.
+    """
+    if HALF:
+        return x.to(tl.float32) * slope[None, :] + tl.where(valid, shift[None, :], 0.0)
+    return tl.where(valid, (x - mean[None, :]) * slope[None, :] + shift[None, :], 0.0)
 
 
 @triton.jit

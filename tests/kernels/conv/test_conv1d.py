@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ecgot.kernels import conv1d, conv1d_backends, dispatch
+from ecgot.kernels import BatchNorm, LazyActivation, conv1d, conv1d_backends, conv1d_norm, dispatch
+from ecgot.kernels.conv import torch_conv1d
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = dispatch.INTERPRETED or DEVICE == "cuda"
@@ -208,6 +209,49 @@ def test_precisions(precision):
     expected = conv1d(**tensors, **geometry)
     y = conv1d(**tensors, **geometry, precision=precision)
     torch.testing.assert_close(y, expected, atol=2e-2 if precision == "tf32" else 1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "ieee"])
+@pytest.mark.parametrize("how", ["conv1d", "compiled", "conv1d_norm"])
+def test_the_library_follows_the_precision_and_leaves_the_setting(how, precision, monkeypatch):
+    """Here without a GPU: what the setting is while torch convolves."""
+    if not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("torch before 2.9 has another setting")
+    setting, seen = torch.backends.cudnn.conv, []
+
+    def watched(name: str) -> None:
+        run = getattr(torch_conv1d, name)
+
+        def note(*args, **kwargs):
+            seen.append((name, setting.fp32_precision))
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(torch_conv1d, name, note)
+
+    watched("convolution")
+    watched("_convolution_gradients")
+    monkeypatch.setattr(torch_conv1d, "rounds_products", lambda x: x.dtype == torch.float32)
+    before = setting.fp32_precision
+    x = torch.randn(2, 20, 4, device=DEVICE, requires_grad=True)
+    w = torch.randn(5, 4, 3, device=DEVICE, requires_grad=True)
+
+    def step() -> Tensor:
+        options = {"precision": precision, "backend": "torch", "padding": 1}
+        if how == "conv1d_norm":
+            ones = torch.ones(5, device=DEVICE)
+            return conv1d_norm(LazyActivation(x), w, BatchNorm(ones, 0 * ones), **options).values.sum()
+        return conv1d(x, w, **options).square().sum()
+
+    run = torch.compile(step, fullgraph=True, backend="aot_eager") if how == "compiled" else step
+    torch.autograd.grad(run(), (x, w))
+    expected = "tf32" if precision == "tf32" else "ieee"
+    assert {name for name, _ in seen} == {"convolution", "_convolution_gradients"}
+    # Compilation also runs operators on tensors without values, but never outside the setting.
+    assert {value for _, value in seen} == {expected}
+    assert setting.fp32_precision == before
+    with pytest.raises(RuntimeError, match="no matter"), torch_conv1d.library_precision(x, precision):
+        raise RuntimeError("no matter")
+    assert setting.fp32_precision == before
 
 
 def error_of_torch(tensors, geometry, cotangent):
