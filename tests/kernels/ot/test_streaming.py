@@ -117,6 +117,15 @@ def test_large_blocks(d, poisoned_empty):
 
 
 @kernels_run
+def test_many_parts_and_blocks_are_merged_in_chunks(monkeypatch, poisoned_empty):
+    """Chunks of two stand for those of 16 parts and 128 blocks, which only large clouds fill."""
+    monkeypatch.setitem(streaming.MERGE, "BLOCK_S", 2)
+    monkeypatch.setitem(streaming.SETTLE, "BLOCK_N", 2)
+    given = as_problem(problem((1, 300, 310, 2), masked=True, weighted=True), "euclidean", 0.2)
+    assert_one_iteration_is_the_reference(given, 1e-5)
+
+
+@kernels_run
 @pytest.mark.parametrize("rho", [{}, *MARGINALS], ids=str)
 @pytest.mark.parametrize("scaling", [0.0, 0.5])
 def test_a_solution_is_that_of_torch_in_fp64(rho, scaling, poisoned_empty):
