@@ -81,7 +81,7 @@ def cost_vjp(problem: Problem, given: PlanWeights, cache: Tensor) -> tuple[Tenso
     if name in ("triton", "triton-streaming") and problem.cost != "given":
         from ecgot.kernels.ot import triton_gradient
 
-        return triton_gradient.cost_vjp(problem, given)
+        return triton_gradient.cost_vjp(problem, given, step=False)
     return torch_solver.cost_vjp(problem, given)
 
 

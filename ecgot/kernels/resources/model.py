@@ -148,8 +148,12 @@ def _solver(a: Any) -> Passes:
     return Passes(main=a.max_iter, others=math.ceil(a.D / a.BLOCK_D))
 
 
-def _pull(a: Any) -> Passes:
-    tiles = a.others * math.ceil(a.M / a.BLOCK_M)
+def _gradient(a: Any) -> Passes:
+    return Passes(main=math.ceil(a.D / a.BLOCK_OUT), others=math.ceil(a.D / a.BLOCK_D))
+
+
+def _tile_gradient(a: Any) -> Passes:
+    tiles = math.ceil(a.M / a.BLOCK_M)
     return Passes(main=tiles * math.ceil(a.D / a.BLOCK_D), between=tiles)
 
 
@@ -176,7 +180,9 @@ def _bottleneck(a: Any) -> Passes:
 # By kernel, from its arguments.
 PASSES: dict[str, Callable[[Any], Passes]] = {
     "_sinkhorn_fwd_kernel": _solver,
-    "_sinkhorn_pull_kernel": _pull,
+    "_whole_gradient_kernel": _gradient,
+    "_pair_plan_kernel": lambda a: Passes(main=math.ceil(a.D / a.BLOCK_D)),
+    "_tile_gradient_kernel": _tile_gradient,
     "_softmin_kernel": _softmin,
     "_softmin_prepare_kernel": lambda a: Passes(main=math.ceil(a.width / a.BLOCK_D)),
     "_softmin_merge_kernel": lambda a: Passes(main=math.ceil(a.splits / a.BLOCK_S)),

@@ -90,14 +90,14 @@ def test_a_kernel_takes_as_long_as_what_limits_it(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_launch_is_compiled_as_it_is_made() -> None:
-    from ecgot.kernels.ot.triton_gradient import _sinkhorn_pull_kernel as kernel
+    from ecgot.kernels.ot.triton_gradient import _whole_gradient_kernel as kernel
 
     points = torch.empty(4, dtype=torch.bfloat16, device="meta")
     arguments = {name: points for name in kernel.arg_names if name.endswith("_ptr")}
     arguments |= dict.fromkeys((p.name for p in kernel.params if p.is_constexpr), 3)
     arguments |= {name: 7 for name in kernel.arg_names if name not in arguments}
     arguments |= {"N": 32, "M": 1, "D": 2**31, "COST": None, "num_warps": 4}
-    case = model.case_of(Launch("_sinkhorn_pull_kernel", 0, kernel=kernel, grid=(1,), arguments=arguments))
+    case = model.case_of(Launch("_whole_gradient_kernel", 0, kernel=kernel, grid=(1,), arguments=arguments))
     signature, constants = dict(case.signature), dict(case.constants)
     assert list(signature) == kernel.arg_names
     assert case.module == kernel.__module__
