@@ -767,7 +767,7 @@ def _tile_configuration(n: int, m: int, d: int, dtype: torch.dtype) -> dict[str,
         "BLOCK_M": min(block_size(m), 64 if dtype in HALVES else 32),
         "BLOCK_D": 16,
         "BLOCK_OUT": min(block_size(d), 128),
-        "num_warps": 4,
+        "num_warps": 8 if d > 64 else 4,
         "num_stages": 1,
     }
 
