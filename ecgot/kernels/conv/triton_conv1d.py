@@ -171,6 +171,8 @@ def _conv1d_fwd_kernel(
             w = tl.load(w_tile, r_valid[:, None] & o_valid[None, :], 0.0).to(x.dtype)
             accumulator += tl.dot(x, w, input_precision=PRECISION)
     elif KIND == "single":  # one tile of channels: what depends on them stays, only the tap moves on
+        # This loop's instructions are counted (ecgot.kernels.resources): a pass is one tl.dot of BLOCK_C
+        # channels at one tap, so compare two tiles by instructions for each of their matrix products.
         local_c = tl.arange(0, BLOCK_C)
         c = group * C_IN + local_c
         c_valid = local_c < C_IN
