@@ -190,8 +190,7 @@ def _inner_products(
 ):
     """x y^T [BLOCK_N, BLOCK_M], and the squared norms of x [BLOCK_N] and y [BLOCK_M], of centred points.
 
-    PRECISION "exact" multiplies half-precision points as they are, "parts" splits fp32 numbers into bf16
-    parts, which takes half of the registers of Triton's "tf32x3".
+    PRECISION "exact" multiplies half-precision points as they are; the others are Triton's, for fp32.
     """
     RAW: tl.constexpr = PRECISION == "exact"
     x_square = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -206,12 +205,6 @@ def _inner_products(
         y_square += tl.sum(y_wide * y_wide, axis=1)
         if RAW:
             inner = _multiply(x, tl.trans(y), inner)
-        elif PRECISION == "parts":
-            x_high, x_middle, x_low = _parts(x, 3)
-            y_high, y_middle, y_low = _parts(y, 3)
-            inner = _multiply_parts(
-                x_high, x_middle, x_low, tl.trans(y_high), tl.trans(y_middle), tl.trans(y_low), inner, 3, 3
-            )
         else:
             inner += tl.dot(x, tl.trans(y), input_precision=PRECISION)
     return inner, x_square, y_square
@@ -724,7 +717,7 @@ def _precisions(dtype: torch.dtype, cost: str, precision: str, hip: bool = HIP) 
     """How the products that form the cost are made; how many bf16 numbers the plan and the points are."""
     if dtype in HALVES:
         points = 1 if dtype == torch.bfloat16 else 2
-        formed = "parts" if cost in CENTRED_COSTS else "exact"
+        formed = "exact" if cost not in CENTRED_COSTS else "ieee" if hip else "tf32x3"
         return {"PRECISION": formed, "PLAN_PARTS": 2, "POINT_PARTS": points}
     if precision == "tf32" and not hip:
         return {"PRECISION": "tf32", "PLAN_PARTS": 2, "POINT_PARTS": 2}
