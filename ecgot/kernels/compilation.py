@@ -28,13 +28,14 @@ EXAMPLES = {
     **dict.fromkeys(("stride_xd", "stride_yd", "stride_xc", "stride_wo"), 1),
     **dict.fromkeys(("GROUPS", "STRIDE", "DILATION", "TAP_STEP"), 1),
 }
+OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a compilation, as Triton names them
 DIVISOR = 16  # of integers and addresses that are declared to be its multiples
 
 
 class CompileCase(NamedTuple):
     """A kernel as one launch would compile it.
 
-    signature: Triton's type of each argument, "constexpr" for constants. options: num_warps and num_stages.
+    signature: Triton's type of each argument, "constexpr" for constants. options: some of ``OPTIONS``.
     divisible: names of the arguments that are multiples of 16.
     """
 
@@ -78,10 +79,10 @@ def compile_case(
         kernel: a ``triton.jit`` function.
         dtype: as Triton names it, such as "fp16".
         flags: constants that depend on the call; those that are set appear in the name.
-        configuration: what the launcher picked: tile sizes, other constants, num_warps and num_stages.
+        configuration: what the launcher picked: tile sizes, other constants, and ``OPTIONS``.
         conventions: of the kernel's family.
     """
-    options = {name: configuration[name] for name in ("num_warps", "num_stages")}
+    options = {name: configuration[name] for name in OPTIONS if name in configuration}
     constants = {**flags, **{name: value for name, value in configuration.items() if name not in options}}
 
     def argument_type(name: str) -> str:

@@ -5,13 +5,15 @@ Solvers are imported when they are first needed: Triton and numba may both be mi
 
 import importlib.util
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ecgot.kernels.dispatch import use_triton
 from ecgot.kernels.ot import torch_solver
-from ecgot.kernels.ot.problem import PlanWeights, Problem, Result, SolverSettings
+from ecgot.kernels.ot.centring import centred, complete, moved_start, step_gradients
+from ecgot.kernels.ot.problem import PlanWeights, Problem, Result, Solution, SolverSettings
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 # Of the linear system of implicit gradients; fp32 cannot do better than its rounding.
@@ -36,30 +38,45 @@ def backend(problem: Problem) -> str:
     return "torch-streaming"
 
 
-def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tuple[Result, Tensor]:
-    """Potentials, marginal error and iterations; and the cost cache that :func:`cost_vjp` takes.
+def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tuple[Solution, Tensor]:
+    """The whole solution; and the cost cache that :func:`cost_vjp` takes.
 
     Args:
-        init: the potential g [B, M] to start from; zeros if None.
+        problem: without centres.
+        init: the potential g [B, M] of the points' own costs to start from; zeros if None.
     """
     name = backend(problem)
     cache = cost_cache(problem, name)
+    if name == "triton" and not problem.empty:
+        from ecgot.kernels.ot import triton_onchip
+
+        # Pairs share their clouds' centres, and a start must be moved with the clouds.
+        centres_itself = init is None and not settings.scaling and not problem.pairs
+        problem = problem if centres_itself else centred(problem)
+        found = triton_onchip.solve(problem, moved_start(problem, init), settings)
+        problem = replace(problem, x_centre=found.x_centre, y_centre=found.y_centre)
+        return complete(problem, found, settings.tol), cache
+    problem = centred(problem)
+    raw = _potentials(name, problem, moved_start(problem, init), settings, cache)
+    return complete(problem, Solution(*raw), settings.tol), cache
+
+
+def _potentials(
+    name: str, problem: Problem, init: Tensor | None, settings: SolverSettings, cache: Tensor
+) -> Result:
+    """Potentials of the moved clouds' costs, marginal error and iterations."""
     if problem.empty:
         shape, (n, m), zeros = problem.shape, problem.size, problem.eps.new_zeros
-        return (zeros(*shape, n), zeros(*shape, m), zeros(shape), zeros(shape, dtype=torch.int32)), cache
+        return zeros(*shape, n), zeros(*shape, m), zeros(shape), zeros(shape, dtype=torch.int32)
     if name == "numba":
         from ecgot.kernels.ot import numba_solver
 
-        return numba_solver.solve(problem, init, settings, cache), cache
-    if name == "triton":
-        from ecgot.kernels.ot import triton_onchip
-
-        return triton_onchip.solve(problem, init, settings), cache
+        return numba_solver.solve(problem, init, settings, cache)
     if name == "triton-streaming":
         from ecgot.kernels.ot import triton_streaming
 
-        return triton_streaming.solve(problem, init, settings), cache
-    return torch_solver.solve(problem, init, settings), cache
+        return triton_streaming.solve(problem, init, settings)
+    return torch_solver.solve(problem, init, settings)
 
 
 def cost_cache(problem: Problem, name: str) -> Tensor:
@@ -70,19 +87,28 @@ def cost_cache(problem: Problem, name: str) -> Tensor:
 
 
 def cost_vjp(problem: Problem, given: PlanWeights, cache: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The gradient of sum Q_ij C_ij, Q held fixed, in x and y; in C and None with cost "given"."""
+    """The gradient of the value, and of what ``left`` and ``right`` of :class:`PlanWeights` add, in x and y.
+
+    That of sum Q_ij C_ij, Q held fixed, and of the terms by which the clouds moved apart; in C and None with
+    cost "given".
+    """
     if problem.empty:
         return torch.zeros_like(problem.x), None if problem.y is None else torch.zeros_like(problem.y)
     name = backend(problem)
-    if name == "numba" and given.left is None:
-        from ecgot.kernels.ot import numba_solver
-
-        return numba_solver.cost_vjp(problem, given, cache)
     if name in ("triton", "triton-streaming") and problem.cost != "given":
         from ecgot.kernels.ot import triton_gradient
 
-        return triton_gradient.cost_vjp(problem, given, step=False)
-    return torch_solver.cost_vjp(problem, given)
+        return triton_gradient.cost_vjp(problem, given, step=True)
+    if name == "numba" and given.left is None:
+        from ecgot.kernels.ot import numba_solver
+
+        grad_x, grad_y = numba_solver.cost_vjp(problem, given, cache)
+    else:
+        grad_x, grad_y = torch_solver.cost_vjp(problem, given)
+    steps = step_gradients(problem, given.scale)
+    if steps is not None and grad_y is not None:
+        grad_x, grad_y = grad_x + steps[0], grad_y + steps[1]
+    return grad_x.to(problem.x.dtype), None if grad_y is None else grad_y.to(problem.x.dtype)
 
 
 def implicit(
@@ -91,8 +117,8 @@ def implicit(
     """See :func:`ecgot.kernels.ot.torch_solver.implicit`."""
     tolerance = IMPLICIT_TOLERANCE[problem.dtype]
     if backend(problem) == "triton":
-        from ecgot.kernels.ot import triton_onchip
+        from ecgot.kernels.ot import triton_implicit
 
-        if triton_onchip.fits_implicit(*problem.size):
-            return triton_onchip.implicit(problem, f, g, grad_f, grad_g, MAX_STEPS, tolerance)
+        if triton_implicit.fits(*problem.size):
+            return triton_implicit.implicit(problem, f, g, grad_f, grad_g, MAX_STEPS, tolerance)
     return torch_solver.implicit(problem, f, g, grad_f, grad_g, MAX_STEPS, tolerance)

@@ -128,15 +128,15 @@ def cost_vjp(problem: Problem, given: PlanWeights, cost_cache: Tensor) -> tuple[
 
     parts = _in_threads(len(problem.a), task)
     if whole is not None:
-        return clouds.spread(whole).to(problem.x.dtype), None
+        return clouds.spread(whole), None
     assert problem.y is not None
     if problem.pairs:
         to_x, column_sums = (sum(tensors[1:], tensors[0]) for tensors in zip(*parts, strict=True))
     else:
         to_x, column_sums = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return (
-        clouds.x.gradient(problem.x, to_y, row_sums).to(problem.x.dtype),
-        clouds.y.gradient(problem.y, to_x, column_sums).to(problem.y.dtype),
+        clouds.x.gradient(problem.x, to_y, row_sums),
+        clouds.y.gradient(problem.y, to_x, column_sums),
     )
 
 

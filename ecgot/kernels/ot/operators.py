@@ -16,22 +16,31 @@ import torch
 from torch import Tensor
 
 from ecgot.kernels.ot import backends
-from ecgot.kernels.ot.problem import PlanWeights, Problem, SolverSettings
+from ecgot.kernels.ot.centring import step_gradients, weight_terms, whole_potentials
+from ecgot.kernels.ot.checks import CENTRED_COSTS
+from ecgot.kernels.ot.problem import PlanWeights, Problem, Solution, SolverSettings, can_read_values
 
 TENSORS, VALUES = 7, 5  # how many arguments a problem is
 TENSOR_SCHEMA = "Tensor x, Tensor? y, Tensor a, Tensor b, Tensor? x_centre, Tensor? y_centre, Tensor eps"
 VALUE_SCHEMA = "str cost, float rho_x, float rho_y, bool pairs, str precision"
 
 
-def solve(
-    problem: Problem, init: Tensor | None, settings: SolverSettings
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Value, f, g, marginal error and iterations, differentiable; ``init`` is a g [B, M] to start from."""
-    tensors, values = problem.flatten()
-    value, f, g, error, iterations, _ = sinkhorn_op(
-        *tensors, init, *values, settings.max_iter, settings.tol, settings.scaling
-    )
-    return value, f, g, error, iterations
+def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tuple[Problem, Solution]:
+    """The problem with its centres, and its solution, differentiable.
+
+    Args:
+        problem: without centres.
+        init: a potential g [B, M] to start from; None for zeros.
+    """
+    (x, y, a, b, _, _, eps), values = problem.flatten()
+    stopping = (settings.max_iter, settings.tol, settings.scaling)
+    outputs = sinkhorn_op(x, y, a, b, eps, init, *values, *stopping)
+    value, f, g, whole_f, whole_g, error, iterations, converged, x_centre, y_centre, _ = outputs
+    if x_centre.numel():
+        problem = replace(problem, x_centre=x_centre.detach(), y_centre=y_centre.detach())
+    whole = (None, None) if problem.pairs else (whole_f, whole_g)
+    solution = Solution(f, g, error.detach(), iterations, value, *whole, converged)
+    return problem, solution
 
 
 def _split(
@@ -48,44 +57,104 @@ def _unpacked(flat: Sequence[Any], own: int) -> tuple[Problem, Sequence[Any], Se
     return Problem.unflatten(tensors, values), others, rest
 
 
+def _without_zero_centres(problem: Problem) -> Problem:
+    """Centres that are 0 stand for none, see :func:`_centres_or_zeros`: moving points by them costs time."""
+    x_centre, y_centre = problem.x_centre, problem.y_centre
+    if x_centre is None or y_centre is None or not can_read_values(x_centre):
+        return problem
+    return problem if x_centre.any() or y_centre.any() else replace(problem, x_centre=None, y_centre=None)
+
+
 # --- solve --------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op(
     "ecgot::sinkhorn",
     mutates_args=(),
-    schema=f"({TENSOR_SCHEMA}, Tensor? init, {VALUE_SCHEMA}, SymInt max_iter, float tol, float scaling)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor eps, Tensor? init, "
+    f"{VALUE_SCHEMA}, SymInt max_iter, float tol, float scaling)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def sinkhorn_op(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Value, f, g, marginal error, iterations, and the cost cache that the gradient uses again."""
-    problem, (init,), settings = _unpacked(flat, 1)
+def sinkhorn_op(*flat: Any) -> tuple[Tensor, ...]:
+    """Value, f, g, whole f and g, marginal error, iterations, whether it converged, and both centres.
+
+    Last comes the cost cache that the gradient uses again. Whole potentials of pairs, and centres that there
+    are not, are empty.
+    """
+    problem, init, settings = _uncentred(flat)
     with torch.autocast(problem.x.device.type, enabled=False):  # products stay in the solver's precision
-        (f, g, error, iterations), cache = backends.solve(problem, init, SolverSettings(*settings))
-        return problem.value(f, g), f, g, error, iterations, cache
+        found, cache = backends.solve(problem, init, SolverSettings(*settings))
+    centres = _centres_or_zeros(problem, found)
+    whole = (_or_empty(problem, found.whole_f), _or_empty(problem, found.whole_g))
+    assert found.value is not None
+    assert found.converged is not None
+    return (
+        *(found.value, found.f, found.g, *whole),
+        *(found.error, found.iterations, found.converged, *centres, cache),
+    )
+
+
+def _uncentred(flat: Sequence[Any]) -> tuple[Problem, Tensor | None, Sequence[Any]]:
+    """The solver's arguments: the problem, where to start, and the settings."""
+    x, y, a, b, eps, init, *rest = flat
+    values, settings = rest[:VALUES], rest[VALUES:]
+    return Problem.unflatten((x, y, a, b, None, None, eps), values), init, settings
+
+
+def _or_empty(problem: Problem, tensor: Tensor | None) -> Tensor:
+    return problem.eps.new_empty(0) if tensor is None else tensor
+
+
+def _centres_or_zeros(problem: Problem, found: Solution) -> tuple[Tensor, Tensor]:
+    """Both centres: an operator's results have shapes that do not depend on values."""
+    shapes = _centre_shapes(problem)
+    if found.x_centre is not None and found.y_centre is not None:
+        return found.x_centre, found.y_centre
+    return problem.eps.new_zeros(shapes[0]), problem.eps.new_zeros(shapes[1])
+
+
+def _centre_shapes(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if problem.y is None or problem.cost not in CENTRED_COSTS:
+        return (0,), (0,)
+    d = problem.x.shape[2]
+    return (len(problem.a), d), (len(problem.b), d)
 
 
 @sinkhorn_op.register_fake
 def _(*flat):  # type: ignore[no-untyped-def]
-    problem, _, _ = _unpacked(flat, 1)
+    problem, _, _ = _uncentred(flat)
     shape, (n, m), empty = problem.shape, problem.size, problem.eps.new_empty
     cache = backends.cost_cache(problem, backends.backend(problem))
-    iterations = empty(shape, dtype=torch.int32)
-    return empty(shape), empty(*shape, n), empty(*shape, m), empty(shape), iterations, cache
+    iterations, converged = empty(shape, dtype=torch.int32), empty(shape, dtype=torch.bool)
+    whole = (empty(0), empty(0)) if problem.pairs else (empty(*shape, n), empty(*shape, m))
+    x_centre, y_centre = (empty(size) for size in _centre_shapes(problem))
+    return (
+        *(empty(shape), empty(*shape, n), empty(*shape, m), *whole),
+        *(empty(shape), iterations, converged, x_centre, y_centre, cache),
+    )
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    tensors, _, ctx.values, _ = _split(inputs, 1)
-    _, f, g, _, _, cache = output
+    problem, _, _ = _uncentred(inputs)
+    _, f, g, _, _, _, _, converged, x_centre, y_centre, cache = output
+    tensors, ctx.values = replace(problem, x_centre=x_centre, y_centre=y_centre).flatten()
     ctx.save_for_backward(*tensors, f, g, cache)
+    ctx.mark_non_differentiable(converged)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_value, grad_f, grad_g, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_value, grad_f, grad_g, grad_whole_f, grad_whole_g, *_):  # type: ignore[no-untyped-def]
     *tensors, f, g, cache = ctx.saved_tensors
     problem = Problem.unflatten(tensors, ctx.values)
-    needs_x, needs_y, needs_a, needs_b = ctx.needs_input_grad[:4]
-    left = right = more_a = more_b = grad_x = grad_y = grad_a = grad_b = None
+    if problem.x_centre is not None and not problem.x_centre.numel():
+        problem = replace(problem, x_centre=None, y_centre=None)
+    tensors, _ = problem.flatten()
+    grads: list[Any] = [None] * 4
+    if grad_whole_f is not None or grad_whole_g is not None:
+        grad_f, grad_g, *grads = _whole_gradients(
+            problem, (f, g), (grad_whole_f, grad_whole_g), (grad_f, grad_g)
+        )
+    left = right = more_a = more_b = None
     if grad_f is not None or grad_g is not None:
         if problem.pairs:
             raise _second_derivative_of_pairs()
@@ -94,37 +163,60 @@ def _backward(ctx, grad_value, grad_f, grad_g, *_):  # type: ignore[no-untyped-d
         left, right, more_a, more_b = implicit_op(*tensors, f, g, grad_f, grad_g, *ctx.values)
     if grad_value is None:
         grad_value = problem.eps.new_zeros(f.shape[:-1])
+    needs_x, needs_y, needs_a, needs_b = ctx.needs_input_grad[:4]
+    found: list[Any] = [None] * 4
     if needs_x or needs_y:
-        grad_x, grad_y = cost_vjp_op(*tensors, f, g, grad_value, left, right, cache.detach(), *ctx.values)
+        found[:2] = cost_vjp_op(*tensors, f, g, grad_value, left, right, cache.detach(), *ctx.values)
     if needs_a or needs_b:
-        grad_a, grad_b = _weight_gradients(problem, f, g, grad_value)
+        found[2:] = _weight_gradients(problem, f, g, grad_value)
         if more_a is not None and more_b is not None:
-            grad_a, grad_b = grad_a + more_a, grad_b + more_b
-    return (
-        grad_x,
-        grad_y if problem.y is not None else None,
-        grad_a if needs_a else None,
-        grad_b if needs_b else None,
-        *(None,) * 12,
+            found[2:] = found[2] + more_a, found[3] + more_b
+    if problem.y is None:
+        found[1] = None
+    total = [
+        _sum(*both) if need else None for *both, need in zip(found, grads, ctx.needs_input_grad, strict=False)
+    ]
+    return *total, *(None,) * 10
+
+
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right.to(left.dtype)
+
+
+def _whole_gradients(problem, potentials, incoming, raw_incoming):  # type: ignore[no-untyped-def]
+    """Gradients through the whole potentials: in f and g, with those that came for them, x, y, a and b."""
+    given = (problem.x, problem.y, problem.a, problem.b, *potentials)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in given]
+    x, y, a, b, f, g = leaves
+    with torch.enable_grad(), torch.autocast(f.device.type, enabled=False):
+        whole = whole_potentials(replace(problem, x=x, y=y, a=a, b=b), f, g)
+    outputs = [(w, i) for w, i in zip(whole, incoming, strict=True) if i is not None]
+    known = [leaf for leaf in leaves if leaf is not None]
+    found = iter(
+        torch.autograd.grad([w for w, _ in outputs], known, [i for _, i in outputs], allow_unused=True)
     )
+    grads = [None if leaf is None else next(found) for leaf in leaves]
+    grad_f, grad_g = (_sum(*both) for both in zip(grads[4:], raw_incoming, strict=True))
+    return grad_f, grad_g, *grads[:4]
 
 
 def _second_derivative_of_pairs() -> RuntimeError:
     return RuntimeError("sinkhorn_pairwise: expected first derivatives only, got a second derivative")
 
 
-def _weight_gradients(problem: Problem, f: Tensor, g: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
+def _weight_gradients(problem: Problem, f: Tensor, g: Tensor, grad_value: Tensor) -> list[Tensor]:
     """Of a and b, differentiable in every argument, as second derivatives need it."""
-    if not problem.pairs:
-        slope_a, slope_b = problem.weight_gradients(f, g)
-        scale = torch.where(problem.solvable(), grad_value, 0.0)[:, None]
-        return slope_a * scale, slope_b * scale
-    count_x, count_y = len(problem.a), len(problem.b)
-    scale = torch.where(problem.solvable(), grad_value, 0.0)[:, :, None]
-    whole = problem.rows(0, count_x)
-    slope_a, slope_b = whole.weight_gradients(f.flatten(0, 1), g.flatten(0, 1))
-    slope_a, slope_b = slope_a.view(count_x, count_y, -1), slope_b.view(count_x, count_y, -1)
-    return (slope_a * scale).sum(1), (slope_b * scale).sum(0)
+    slopes = problem.weight_gradients(f, g)
+    scale = torch.where(problem.solvable(), grad_value, 0.0)[..., None]
+    if problem.pairs:  # batched products: no copy of a pair's potentials
+        found = [torch.einsum("bkn,bk->bn", slopes[0], scale[..., 0])]
+        found.append(torch.einsum("bkm,bk->km", slopes[1], scale[..., 0]))
+    else:
+        found = [slope * scale for slope in slopes]
+    terms = weight_terms(problem, grad_value)
+    return found if terms is None else [grad + term for grad, term in zip(found, terms, strict=True)]
 
 
 sinkhorn_op.register_autograd(_backward, setup_context=_setup_context)
@@ -140,8 +232,9 @@ sinkhorn_op.register_autograd(_backward, setup_context=_setup_context)
     f"Tensor cost_cache, {VALUE_SCHEMA}) -> (Tensor, Tensor)",
 )
 def cost_vjp_op(*flat: Any) -> tuple[Tensor, Tensor]:
-    """Gradients in x and y (empty with cost "given") of the costs weighted by :class:`PlanWeights`."""
+    """Gradients in x and y (empty with cost "given"), see :func:`ecgot.kernels.ot.backends.cost_vjp`."""
     problem, (f, g, scale, left, right, cache), _ = _unpacked(flat, 6)
+    problem = _without_zero_centres(problem)
     given = PlanWeights(f, g, scale.to(problem.dtype), left, right)
     with torch.autocast(f.device.type, enabled=False):
         grad_x, grad_y = backends.cost_vjp(problem, given, cache)
@@ -182,6 +275,9 @@ def _cost_vjp_backward(ctx, grad_x, grad_y):  # type: ignore[no-untyped-def]
         else:
             cost = problem.cost_matrix()
             gradients = list(torch.autograd.grad(cost, (x, y), weights, create_graph=True))
+            steps = step_gradients(problem, scale)
+            if steps is not None:
+                gradients = [grad + step.to(grad.dtype) for grad, step in zip(gradients, steps, strict=True)]
             incoming = [grad_x, grad_y]
         pairs_of = [(g, i.to(g.dtype)) for g, i in zip(gradients, incoming, strict=True) if i is not None]
         found = iter(
@@ -206,6 +302,7 @@ cost_vjp_op.register_autograd(_cost_vjp_backward, setup_context=_setup_cost_vjp_
 def implicit_op(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the gradients of f and g add to :class:`PlanWeights` (left, right) and to those of a and b."""
     problem, potentials, _ = _unpacked(flat, 4)
+    problem = _without_zero_centres(problem)
     with torch.autocast(problem.x.device.type, enabled=False):
         return backends.implicit(problem, *potentials)
 

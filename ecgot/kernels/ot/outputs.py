@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ecgot.kernels.ot import checks
+from ecgot.kernels.ot.centring import separable_terms
 from ecgot.kernels.ot.problem import Problem
 from ecgot.kernels.ot.torch_solver import MAX_CELLS
 
@@ -38,7 +39,6 @@ class SinkhornOutput:
     backend: str
     _problem: Problem = field(repr=False)
     _raw: tuple[Tensor, Tensor] = field(repr=False)
-    _terms: tuple[Tensor, Tensor] | None = field(repr=False)
     _versions: tuple[int, ...] | None = field(repr=False)
 
     def plan(self) -> Tensor:
@@ -96,7 +96,7 @@ class SinkhornOutput:
 
     def transport_cost(self) -> Tensor:
         """<P, C> [B], without the entropy; differentiable once, by implicit differentiation."""
-        terms = self._terms
+        terms = separable_terms(self._problem)
 
         def part_cost(part: Problem, f: Tensor, g: Tensor, some: slice) -> Tensor:
             plan, cost = part.plan(f, g), part.cost_matrix()

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from ecgot.kernels.ot import checks, operators
 from ecgot.kernels.ot.backends import backend
-from ecgot.kernels.ot.centring import common_middle, mean_distances, weighted_mean
-from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot.outputs import SinkhornPairwiseOutput
 from ecgot.kernels.ot.problem import Problem
 
@@ -78,22 +76,16 @@ def sinkhorn_pairwise(  # type: ignore[misc]  # the overloads leave its settings
     a = checks.check_weights("a", a, x, x_mask, any_mass=free)
     b = checks.check_weights("b", b, y, y_mask, any_mass=free)
     eps_each = checks.check_eps(eps, x, len(x) * len(y))
-    means = x_centre = y_centre = None
-    if cost == "sqeuclidean" and not free:
-        means = weighted_mean(x, a), weighted_mean(y, b)
-        x_centre, y_centre = (mean.detach() for mean in means)
-    elif cost in CENTRED_COSTS:
-        x_centre, y_centre = common_middle(weighted_mean(x, a).detach(), weighted_mean(y, b).detach())
-    problem = Problem(x, y, a, b, x_centre, y_centre, eps_each, cost, *rhos, True, precision)
-    value, _, _, error, iterations = operators.solve(problem, None, settings)
-    if means is not None:
-        value = value + mean_distances(*means, a, b)
+    problem = Problem(x, y, a, b, None, None, eps_each, cost, *rhos, True, precision)
+    problem, found = operators.solve(problem, None, settings)
+    assert found.value is not None
+    assert found.converged is not None
     if not full_output:
-        return value
+        return found.value
     return SinkhornPairwiseOutput(
-        value=value,
-        marginal_error=error,
-        iterations=iterations,
-        converged=(error <= settings.tol) & value.detach().isfinite(),
+        value=found.value,
+        marginal_error=found.error,
+        iterations=found.iterations,
+        converged=found.converged,
         backend=backend(problem),
     )

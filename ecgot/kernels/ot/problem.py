@@ -44,7 +44,8 @@ class Problem:
         a, b: weights [B, N] and [B, M] ([K, M] for pairs) in the solver's dtype; negative where no point
             exists.
         x_centre, y_centre: [B, D] ([K, D] for pairs), subtracted from the points before distances are formed;
-            None for no centring. Where the two differ, the cost is that of the centred clouds.
+            None for no centring, or none yet. Where the two differ, ``cost_matrix`` is that of the moved
+            clouds; see :mod:`ecgot.kernels.ot.centring`.
         eps: [B]; [B * K] for pairs.
         cost: "sqeuclidean", "euclidean", "cosine", "dot" or "given".
         rho_x, rho_y: penalty of a missed marginal; infinite where the marginal is kept.
@@ -184,13 +185,15 @@ class Problem:
     def weight_gradients(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """d value / d a [B, N] and d value / d b [B, M] at the optimum, differentiable.
 
-        Where balanced these are the potentials.
+        [B, K, N] and [B, K, M] for pairs. Where balanced these are the potentials.
         """
-        a, b = self.weights()
-        eps = self.eps[:, None]
+        a_mass, b_mass = (weight.sum(1) for weight in self.weights())
+        eps = self.eps.view(self.shape)[..., None]
+        if self.pairs:
+            a_mass, b_mass = a_mass[:, None], b_mass[None, :]
         return (
-            _dual_slope(f, self.rho_x, eps, b.sum(1, keepdim=True)),
-            _dual_slope(g, self.rho_y, eps, a.sum(1, keepdim=True)),
+            _dual_slope(f, self.rho_x, eps, b_mass[..., None]),
+            _dual_slope(g, self.rho_y, eps, a_mass[..., None]),
         )
 
     def largest_cost(self) -> Tensor:
@@ -246,8 +249,9 @@ def prepared(points: Tensor, weights: Tensor, centre: Tensor | None, cost: str, 
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether reading values is free: on a GPU it would wait, and a compiled function has none."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether reading values is free: on a GPU it would wait, and what stands in while tracing has none."""
+    real = type(tensor) in (Tensor, torch.nn.Parameter)
+    return real and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def all_present(weights: Tensor) -> bool:
@@ -286,6 +290,35 @@ def padded(points: Tensor, length: int, value: float = 0.0) -> Tensor:
 def start_temperature(problem: Problem) -> Tensor:
     """[B] ([B * K] for pairs), the spread of the costs in units of eps, at least 1."""
     return (problem.largest_cost() / problem.eps).clamp(1.0, MAX_ANNEALING)
+
+
+# --- solutions ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Solution:
+    """What a solver found; it may leave to :func:`ecgot.kernels.ot.centring.complete` what is None.
+
+    Attributes:
+        f, g: potentials [B, N] and [B, M] ([B, K, N] and [B, K, M] for pairs) of the moved clouds' costs.
+        error, iterations: [B] ([B, K] for pairs), the marginal error, and how many updates it took.
+        value: [B] ([B, K] for pairs), the dual objective of the points' own costs.
+        whole_f, whole_g: potentials of the points' own costs, with <a, f> = <b, g> where both marginals are
+            kept; None for pairs.
+        converged: [B] ([B, K] for pairs), bool.
+        x_centre, y_centre: [B, D] ([K, D] for pairs), what was subtracted from the points; None for nothing.
+    """
+
+    f: Tensor
+    g: Tensor
+    error: Tensor
+    iterations: Tensor
+    value: Tensor | None = None
+    whole_f: Tensor | None = None
+    whole_g: Tensor | None = None
+    converged: Tensor | None = None
+    x_centre: Tensor | None = None
+    y_centre: Tensor | None = None
 
 
 # --- gradients ----------------------------------------------------------------------------------------------

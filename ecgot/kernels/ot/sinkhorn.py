@@ -9,12 +9,10 @@ KL(p | q) = sum p log(p / q) - p + q.
 
 import math
 
-import torch
 from torch import Tensor
 
 from ecgot.kernels.ot import checks, operators
 from ecgot.kernels.ot.backends import backend
-from ecgot.kernels.ot.centring import centres, separable_terms
 from ecgot.kernels.ot.outputs import SinkhornOutput, tensor_versions
 from ecgot.kernels.ot.problem import Problem, SolverSettings
 
@@ -63,9 +61,9 @@ def sinkhorn(
         scaling: anneal: start with eps as large as the costs and multiply it by this factor (> 0, at most
             0.999) after each iteration until it is ``eps``. Pays off where eps is small.
         init: the potential g [B, M] of an earlier solution to start from.
-        precision: of products on a GPU, ``"fp32"`` (three TF32 products, or IEEE) or ``"tf32"`` (one). fp16
-            and bf16 points are exact in TF32, so one product is used for them where they are not centred
-            first (cosine, dot).
+        precision: of products on a GPU, ``"fp32"`` (three products of 11-bit halves: TF32 on chip, fp16 when
+            streaming; IEEE on chip on AMD) or ``"tf32"`` (one). fp16 and bf16 points are exact in TF32, so
+            one product is used for them where they are not centred first (cosine, dot).
 
     Returns:
         SinkhornOutput. ``value`` is differentiable twice in x, y, a and b (by the envelope theorem: exact at
@@ -87,7 +85,10 @@ def sinkhorn(
     On CUDA, problems of up to 128 x 128 points (or 256 x 64, ...) with any D are solved by one Triton program
     each, in one launch, and larger ones by a streaming kernel in O((N + M) D) memory; fp64 uses torch. On a
     CPU, compiled loops solve (``pip install numba``; torch without it), and beyond 2^24 costs per problem
-    torch in chunks of rows. With TRITON_INTERPRET=1 the Triton kernels run on the CPU too.
+    torch in chunks of rows. With TRITON_INTERPRET=1 the Triton kernels run on the CPU too. Into a CUDA graph,
+    where nothing can look for convergence, the torch and streaming solvers record at most 100 iterations (and
+    100 of annealing, with a lower ``scaling`` if need be); ``marginal_error`` and ``converged`` say what was
+    reached.
 
     Sources: Cuturi 2013, "Sinkhorn Distances"; Chizat et al. 2018, "Scaling algorithms for unbalanced optimal
     transport problems"; Feydy et al. 2019, "Interpolating between Optimal Transport and MMD using Sinkhorn
@@ -110,8 +111,7 @@ def sinkhorn(
     free = not all(map(math.isinf, rhos))
     a = checks.check_weights("a", a, x, x_mask, any_mass=free)
     b = checks.check_weights("b", b, y, y_mask, any_mass=free)
-    centre_pair = centres(x, y, a, b, cost, balanced=not free)
-    problem = Problem(x, y, a, b, *centre_pair, eps, cost, *rhos, precision=precision)
+    problem = Problem(x, y, a, b, None, None, eps, cost, *rhos, precision=precision)
     if init is not None:
         init = checks.check_potential(init, b.shape, x)
     return _solution(problem, init, settings)
@@ -160,31 +160,20 @@ def sinkhorn_from_cost(
 
 
 def _solution(problem: Problem, init: Tensor | None, settings: SolverSettings) -> SinkhornOutput:
-    """Solve, and undo the centring."""
-    terms = separable_terms(problem)
-    if init is not None and terms is not None:
-        init = init - terms[1].detach()
-    value, f, g, error, iterations = operators.solve(problem, init, settings)
-    error = error.detach()
-    a, b = problem.weights()
-    raw = (f, g)
-    if terms is not None:
-        value = value + (a * terms[0]).sum(1) + (b * terms[1]).sum(1)
-        f, g = f + terms[0], g + terms[1]
-    if problem.balanced:
-        shift = ((a * f).sum(1) - (b * g).sum(1))[:, None] / 2
-        f, g = f - shift, g + shift
-    solvable = problem.solvable()[:, None]
+    problem, found = operators.solve(problem, init, settings)
+    assert found.value is not None
+    assert found.whole_f is not None
+    assert found.whole_g is not None
+    assert found.converged is not None
     return SinkhornOutput(
-        value=value,
-        f=torch.where(solvable & (problem.a >= 0), f, 0.0),
-        g=torch.where(solvable & (problem.b >= 0), g, 0.0),
-        marginal_error=error,
-        iterations=iterations,
-        converged=(error <= settings.tol) & value.detach().isfinite(),
+        value=found.value,
+        f=found.whole_f,
+        g=found.whole_g,
+        marginal_error=found.error,
+        iterations=found.iterations,
+        converged=found.converged,
         backend=backend(problem),
         _problem=problem,
-        _raw=raw,
-        _terms=terms,
+        _raw=(found.f, found.g),
         _versions=tensor_versions(problem),
     )

@@ -77,7 +77,10 @@ def by_chunks(problem: Problem) -> Softmins:
 
 
 def cost_vjp(problem: Problem, given: PlanWeights) -> tuple[Tensor, Tensor | None]:
-    """The gradient of sum Q_ij C_ij, Q held fixed, in x [B, N, D] and y [B, M, D]; in C with cost "given"."""
+    """The gradient of sum Q_ij C_ij, Q held fixed, in x [B, N, D] and y [B, M, D]; in C with cost "given".
+
+    In the solver's dtype: more is to be added before it is rounded to the points'.
+    """
     n, m = problem.size
     step = max(1, MAX_CELLS // (n * m * (len(problem.b) if problem.pairs else 1)))
     grads_x, grads_y = [], []
@@ -91,11 +94,11 @@ def cost_vjp(problem: Problem, given: PlanWeights) -> tuple[Tensor, Tensor | Non
             grad_y = grad_y.view(stop - start, *problem.b.shape, grad_y.shape[2]).sum(0, keepdim=True)
         grads_x.append(grad_x)
         grads_y.append(grad_y)
-    grad_x = torch.cat(grads_x).to(problem.x.dtype)
+    grad_x = torch.cat(grads_x)
     if problem.y is None:
         return grad_x, None
     whole = torch.cat([grad for grad in grads_y if grad is not None])
-    return grad_x, (whole.sum(0) if problem.pairs else whole).to(problem.y.dtype)
+    return grad_x, whole.sum(0) if problem.pairs else whole
 
 
 def _cost_vjp_by_rows(problem: Problem, given: PlanWeights) -> tuple[Tensor, Tensor | None]:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_potentials_at_points_without_weight_have_gradients():
 def test_the_implicit_kernel_solves_the_same_system(rho, cost):
     if BACKEND != "triton":
         pytest.skip("of the Triton kernels: set TRITON_INTERPRET=1 or use a GPU")
-    from ecgot.kernels.ot import triton_onchip
+    from ecgot.kernels.ot import triton_implicit, triton_onchip
 
     tensors = {
         k: t.nan_to_num(0.0) if k in "xy" else t for k, t in problem((2, 7, 5, 4), weighted=True).items()
@@ -154,12 +155,15 @@ def test_the_implicit_kernel_solves_the_same_system(rho, cost):
     a, b = tensors["a"].float(), tensors["b"].float()
     eps = torch.tensor([0.3, 0.5], device=DEVICE)
     given = Problem(tensors["x"], tensors["y"], a, b, None, None, eps, cost, rho, rho)
-    f, g, *_ = triton_onchip.solve(given, None, SolverSettings(5000, 1e-6))
+    found = triton_onchip.solve(given, None, SolverSettings(5000, 1e-6))
+    given = replace(given, x_centre=found.x_centre, y_centre=found.y_centre)
+    f, g = found.f, found.g
     grad_f, grad_g = torch.randn_like(f), torch.randn_like(g)
     grad_g += ((grad_f.sum(1) - grad_g.sum(1)) / g.shape[1])[:, None]  # the gauge
-    found = triton_onchip.implicit(given, f, g, grad_f, grad_g, 1000, 1e-6)
+    found = triton_implicit.implicit(given, f, g, grad_f, grad_g, 1000, 1e-6)
     as_double = [t.double() if isinstance(t, Tensor) else t for t in (tensors["x"], tensors["y"], a, b, eps)]
-    exact = Problem(*as_double[:4], None, None, as_double[4], cost, rho, rho)
+    centres = [None if centre is None else centre.double() for centre in (given.x_centre, given.y_centre)]
+    exact = Problem(*as_double[:4], *centres, as_double[4], cost, rho, rho)
     wanted = torch_solver.implicit(
         exact, f.double(), g.double(), grad_f.double(), grad_g.double(), 1000, 1e-12
     )

@@ -405,8 +405,9 @@ def test_opcheck(optional):
     rho = 1.0 if optional else math.inf
     kind = ("sqeuclidean", rho, rho, False, "fp32")
     args = (x, y, a.to(DEVICE), b.to(DEVICE), x_centre, y_centre, eps)
-    torch.library.opcheck(torch.ops.ecgot.sinkhorn.default, (*args, init, *kind, 5, 1e-4, 0.5))
-    _, f, g, *_, kept = torch.ops.ecgot.sinkhorn(*args, init, *kind, 5, 1e-4, 0.0)
+    points, eps = args[:4], args[6]
+    torch.library.opcheck(torch.ops.ecgot.sinkhorn.default, (*points, eps, init, *kind, 5, 1e-4, 0.5))
+    _, f, g, *_, kept = torch.ops.ecgot.sinkhorn(*points, eps, init, *kind, 5, 1e-4, 0.0)
     f, g = f.detach(), g.detach()
     with torch.no_grad():
         args = tuple(None if t is None else t.detach() for t in args)
