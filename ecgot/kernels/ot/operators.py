@@ -38,9 +38,8 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tu
     value, f, g, whole_f, whole_g, error, iterations, converged, x_centre, y_centre, _ = outputs
     if x_centre.numel():
         problem = replace(problem, x_centre=x_centre.detach(), y_centre=y_centre.detach())
-    whole = (None, None) if problem.pairs else (whole_f, whole_g)
-    solution = Solution(f, g, error.detach(), iterations, value, *whole, converged)
-    return problem, solution
+    solution = Solution(f, g, error.detach(), iterations, value, converged=converged)
+    return problem, solution if problem.pairs else replace(solution, whole_f=whole_f, whole_g=whole_g)
 
 
 def _split(
@@ -188,7 +187,7 @@ def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
 def _whole_gradients(problem, potentials, incoming, raw_incoming):  # type: ignore[no-untyped-def]
     """Gradients through the whole potentials: in f and g, with those that came for them, x, y, a and b."""
     given = (problem.x, problem.y, problem.a, problem.b, *potentials)
-    leaves = [None if t is None else t.detach().requires_grad_() for t in given]
+    leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in given]
     x, y, a, b, f, g = leaves
     with torch.enable_grad(), torch.autocast(f.device.type, enabled=False):
         whole = whole_potentials(replace(problem, x=x, y=y, a=a, b=b), f, g)

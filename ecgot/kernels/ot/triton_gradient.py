@@ -43,6 +43,7 @@ from ecgot.kernels.ot.triton_tiles import (
     LOG2_E,
     MAX_EXPONENT,
     SQEUCLIDEAN,
+    all_registers,
     block_size,
     exchanged,
     launch_arguments,
@@ -536,10 +537,10 @@ def _pair_plan_kernel(
     N,
     M,
     D,
+    B,
     K,
     first_x,
     first_y,
-    count_x,
     count_y,
     stride_part,
     stride_xb,
@@ -556,7 +557,7 @@ def _pair_plan_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The parts of one pair's Q in [PLAN_PARTS, count_x, N, count_y, M], with ``scale`` and the 2."""
+    """The parts of one pair's Q in [PLAN_PARTS, clouds x, N, count_y, M], with ``scale`` and the 2."""
     own = tl.program_id(0) // count_y
     other = tl.program_id(0) % count_y
     x_cloud = (first_x + own).to(tl.int64)
@@ -594,8 +595,8 @@ def _pair_plan_kernel(
     if PLAN_PARTS == 3:
         tl.store(tile + 2 * stride_part, low, mask=inside)
     if COST != DOT:
-        tl.store(along_x_ptr + row * count_y + other, along_x, mask=x_index < N)
-        tl.store(along_y_ptr + (other * M + y_index) * count_x + own, along_y, mask=y_index < M)
+        tl.store(along_x_ptr + (x_cloud * N + x_index) * K + y_cloud, along_x, mask=x_index < N)
+        tl.store(along_y_ptr + (y_cloud * M + y_index) * B + x_cloud, along_y, mask=y_index < M)
 
 
 # --- tiles of one side --------------------------------------------------------------------------------------
@@ -724,7 +725,7 @@ def _precisions(dtype: torch.dtype, cost: str, precision: str, hip: bool = HIP) 
     return {"PRECISION": "ieee" if hip else "tf32x3", "PLAN_PARTS": 3, "POINT_PARTS": 3}
 
 
-def _whole_configuration(n: int, m: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
+def _whole_configuration(n: int, m: int, d: int, dtype: torch.dtype, hip: bool = HIP) -> dict[str, Any]:
     """Blocks and warps of a problem in one program."""
     block_n, block_m = block_size(n), block_size(m)
     narrow = dtype not in HALVES or min(block_n, block_m) < 64 <= max(block_n, block_m) // 2
@@ -735,14 +736,14 @@ def _whole_configuration(n: int, m: int, d: int, dtype: torch.dtype) -> dict[str
         "BLOCK_OUT": min(block_size(d), 16 if narrow else 32),
         "num_warps": _warps(block_n, block_m),
         "num_stages": 1,
-    }
+    } | all_registers(hip)
 
 
-def _pair_configuration(n: int, m: int) -> dict[str, Any]:
+def _pair_configuration(n: int, m: int, hip: bool = HIP) -> dict[str, Any]:
     """Blocks and warps of a pair's plan."""
     block_n, block_m = block_size(n), block_size(m)
     blocks = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": 16}
-    return blocks | {"num_warps": _warps(block_n, block_m), "num_stages": 1}
+    return blocks | {"num_warps": _warps(block_n, block_m), "num_stages": 1} | all_registers(hip)
 
 
 def _warps(block_n: int, block_m: int) -> int:
@@ -753,7 +754,7 @@ def _warps(block_n: int, block_m: int) -> int:
     return 1 if cells <= 16 * 16 else 2 if cells <= 16 * 32 else 4
 
 
-def _tile_configuration(n: int, m: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
+def _tile_configuration(n: int, m: int, d: int, dtype: torch.dtype, hip: bool = HIP) -> dict[str, Any]:
     """Blocks and warps of a tile: all of D in one program up to 128, so that Q is formed once."""
     return {
         "BLOCK_N": min(block_size(n), 64),
@@ -762,7 +763,7 @@ def _tile_configuration(n: int, m: int, d: int, dtype: torch.dtype) -> dict[str,
         "BLOCK_OUT": min(block_size(d), 128),
         "num_warps": 8 if d > 64 else 4,
         "num_stages": 1,
-    }
+    } | all_registers(hip)
 
 
 def cost_vjp(problem: Problem, given: PlanWeights, *, step: bool) -> tuple[Tensor, Tensor]:
@@ -914,33 +915,44 @@ def _pairs(problem: Problem, given: PlanWeights, step: bool) -> tuple[Tensor, Te
     count = _precisions(x.dtype, problem.cost, problem.precision)["POINT_PARTS"]
     of_x = _Clouds.of(x, problem.a, problem.x_centre, count, shifted)
     of_y = _Clouds.of(y, problem.b, problem.y_centre, count, shifted)
-    grad_x, grad_y = torch.zeros_like(of_x.points), torch.zeros_like(of_y.points)
-    scale = torch.where(problem.solvable(), given.scale, 0.0)
+    to_y, to_x = torch.zeros_like(of_x.points), torch.zeros_like(of_y.points)
+    (batch, n, _), (k_all, m_all, _) = to_y.shape, to_x.shape
+    empty = torch.zeros if problem.cost == "dot" else torch.empty  # which has no use for the sums
+    along_x = empty(batch, n, k_all, dtype=torch.float32, device=x.device)
+    along_y = empty(k_all, m_all, batch, dtype=torch.float32, device=x.device)
     at_once_y = min(len(y), max(1, MAX_CELLS // math.prod(problem.size)))
     at_once_x = max(1, MAX_CELLS // (math.prod(problem.size) * at_once_y))
     for i, j in itertools.product(range(0, len(x), at_once_x), range(0, len(y), at_once_y)):
         k, m = min(i + at_once_x, len(x)), min(j + at_once_y, len(y))
-        plan, along_x, along_y = _pair_plan(problem, given, (i, k), (j, m))
-        steps = scale[i:k, j:m] if step else None
-        some_x, some_y = of_x.some(i, k), of_y.some(j, m)
-        grad_x[i:k] += _pulled(plan, along_x, some_x, some_y, steps, half)
-        steps = None if steps is None else steps.T
-        grad_y[j:m] += _pulled(plan.mT, along_y, some_y, some_x, steps, half)
+        plan = _pair_plan(problem, given, (i, k), (j, m), (along_x, along_y))
+        _add_products(to_y[i:k], plan, of_y.some(j, m))
+        _add_products(to_x[j:m], plan.mT, of_x.some(i, k))
+    scale = torch.where(problem.solvable(), given.scale, 0.0) if step else None
+    grad_x = _pulled(to_y, along_x, of_x, of_y, scale, half)
+    grad_y = _pulled(to_x, along_y, of_y, of_x, None if scale is None else scale.T, half)
     return grad_x.to(x.dtype), grad_y.to(y.dtype)
 
 
+def _add_products(total: Tensor, plan: Tensor, other: _Clouds) -> None:
+    """Add Q times the other side's points to total [b, N, D], from the parts of Q [parts, b N, k M]."""
+    for index, part in enumerate(other.parts):  # leaves out products below the last part of the plan
+        for plan_part in plan[: len(plan) - index]:
+            total += bf16_product(plan_part, part).view(total.shape)
+
+
 def _pair_plan(
-    problem: Problem, given: PlanWeights, of_x: tuple[int, int], of_y: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts of Q [parts, b N, k M] of b clouds x and k clouds y, and its sums [b, N, k] and [k, M, b]."""
+    problem: Problem,
+    given: PlanWeights,
+    of_x: tuple[int, int],
+    of_y: tuple[int, int],
+    along: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Parts of Q [parts, b N, k M] of b clouds x and k clouds y; its sums go into ``along``, see _pulled."""
     (n, m), device = problem.size, problem.x.device
     arguments = _arguments(problem) | _weights(given)
     count_x, count_y = of_x[1] - of_x[0], of_y[1] - of_y[0]
     parts = arguments["PLAN_PARTS"]
     plan = torch.empty(parts, count_x * n, count_y * m, dtype=torch.bfloat16, device=device)
-    empty = torch.zeros if problem.cost == "dot" else torch.empty  # which has no use for the sums
-    along_x = empty(count_x, n, count_y, dtype=torch.float32, device=device)
-    along_y = empty(count_y, m, count_x, dtype=torch.float32, device=device)
     for name in ("left_ptr", "right_ptr", "IMPLICIT", "POINT_PARTS"):
         del arguments[name]
     launch(
@@ -949,45 +961,43 @@ def _pair_plan(
         **arguments,
         scale_ptr=given.scale.contiguous(),
         plan_ptr=plan,
-        along_x_ptr=along_x,
-        along_y_ptr=along_y,
+        along_x_ptr=along[0],
+        along_y_ptr=along[1],
+        B=len(problem.a),
         K=len(problem.b),
         first_x=of_x[0],
         first_y=of_y[0],
-        count_x=count_x,
         count_y=count_y,
         stride_part=plan.stride(0),
         **_pair_configuration(n, m),
     )
-    return plan, along_x, along_y
+    return plan
 
 
 def _pulled(
-    plan: Tensor, along: Tensor, own: _Clouds, other: _Clouds, scale: Tensor | None, half: bool
+    to_other: Tensor, along: Tensor, own: _Clouds, other: _Clouds, scale: Tensor | None, half: bool
 ) -> Tensor:
-    """The gradient [b, N, D] in ``own`` points.
+    """The gradient [B, N, D] in ``own`` points.
 
     Args:
-        plan: [parts, b N, k M].
-        along: [b, N, k], what each point is multiplied by for each partner.
-        scale: [b, k], of the steps between the centres; None without these.
+        to_other: [B, N, D], Q times the other side's points.
+        along: [B, N, K], what each point is multiplied by for each partner.
+        scale: [B, K], of the steps between the centres; None without these.
         half: whether the points are not centred, so that the sums have to be.
     """
     shape = own.points.shape
-    grad = own.points * along.sum(2, keepdim=True)
-    for index, part in enumerate(other.parts):  # leaves out products below the last part of the plan
-        for plan_part in plan[: len(plan) - index]:
-            grad -= bf16_product(plan_part, part).view(shape)
+    grad = own.points * along.sum(2, keepdim=True) - to_other
     if own.centre is None or other.centre is None:
         return grad
     shift = torch.zeros_like(along) if scale is None else 2 * own.weights[:, :, None] * scale[:, None, :]
     if half:
         shift = shift - along
-    to_other = torch.zeros_like(grad)
-    for index, left in enumerate(split(shift.flatten(0, 1), 3)):
-        for right in split(other.centre, 3)[: 3 - index]:
-            to_other += bf16_product(left, right).view(shape)
-    return grad + shift.sum(2, keepdim=True) * own.centre[:, None, :] - to_other
+    to_centres = torch.zeros_like(grad)
+    parts = 2 if half else 3
+    for index, left in enumerate(split(shift.flatten(0, 1), parts)):
+        for right in split(other.centre, parts)[: parts - index]:
+            to_centres += bf16_product(left, right).view(shape)
+    return grad + shift.sum(2, keepdim=True) * own.centre[:, None, :] - to_centres
 
 
 # --- what compiles ------------------------------------------------------------------------------------------
@@ -1003,12 +1013,12 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
             if not fits(n, m):
                 continue
             of_plan = {name: value for name, value in kind.items() if name != "POINT_PARTS"}
-            yield compile_case(_pair_plan_kernel, dtype, of_plan, _pair_configuration(n, m), OF_PLANS)
+            yield compile_case(_pair_plan_kernel, dtype, of_plan, _pair_configuration(n, m, hip), OF_PLANS)
             for flags, d in itertools.product(_flags(cost), (16, 32)):
-                configuration = _whole_configuration(n, m, d, DTYPES[dtype])
+                configuration = _whole_configuration(n, m, d, DTYPES[dtype], hip)
                 yield compile_case(_whole_gradient_kernel, dtype, kind | flags, configuration, OF_POINTS)
         for flags, d in itertools.product(_flags(cost), (16, 32, 64, 128)):
-            configuration = _tile_configuration(sides[-1], sides[-1], d, DTYPES[dtype])
+            configuration = _tile_configuration(sides[-1], sides[-1], d, DTYPES[dtype], hip)
             yield compile_case(_tile_gradient_kernel, dtype, kind | flags, configuration, OF_POINTS)
 
 

@@ -60,6 +60,7 @@ TARGETS = {
 MODULES = (
     "ecgot.kernels.ot.triton_onchip",
     "ecgot.kernels.ot.triton_gradient",
+    "ecgot.kernels.ot.triton_implicit",
     "ecgot.kernels.ot.triton_streaming",
     "ecgot.kernels.conv.triton_conv1d",
     "ecgot.kernels.conv.triton_join",
