@@ -2,9 +2,9 @@
 
     python -m benchmarks.sinkhorn_warps OUT.csv
 
-Needs a GPU. The rule is ``_warps`` in ``ecgot/kernels/ot/triton_onchip.py``. Change it where another number
-is faster by more than runs differ from each other. Calls are queued on the GPU, so that the time to launch
-them is not measured.
+Needs a GPU. The rule is ``solver_warps`` of ``ecgot/kernels/ot/triton_onchip.py``; change it where another
+number is faster by more than runs differ from each other. Calls are queued on the GPU, so that the time to
+launch them is not measured.
 """
 
 import argparse
@@ -40,8 +40,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> Iterator[dict[
             return sinkhorn(x, y, eps=0.1, max_iter=options.iterations, tol=0.0)
 
         for warps in WARPS:
-            configuration = chosen | {"num_warps": warps}
-            with mock.patch.object(triton_onchip, "tile_configuration", return_value=configuration):
+            with mock.patch.object(triton_onchip, "solver_warps", return_value=warps):
                 try:
                     took = f"{median_us(solve, device, options.rounds, queued_seconds):.1f}"
                 except Exception as failure:  # such as more registers or shared memory than there are

@@ -90,7 +90,7 @@ def _solver(provider: str, gradients: bool, sizes: Sizes, warps: int | None = No
     def errors(found: Results) -> Errors:
         return _errors([each[some] for each in found], expected, OURS_TOLERANCE)
 
-    with _with_warps("tile_configuration", warps):
+    with _with_warps(warps):
         yield _headline(solve, errors, provider, sizes) | {"case": name} | _warps_note(warps)
 
 
@@ -148,7 +148,7 @@ def _pairs(provider: str, gradients: bool, sizes: Sizes, warps: int | None = Non
 
     name = f"{case.batch} x {case.others}, {case.n} x {case.m} x {case.d}"
     name += f" T={case.iterations} {_name(sizes.dtype)}"
-    with _with_warps("tile_configuration", warps):
+    with _with_warps(warps):
         yield _headline(solve, errors, provider, sizes) | {"case": name} | _warps_note(warps)
 
 
@@ -177,20 +177,15 @@ def _errors(found: list[Tensor], expected: Results, tolerance: tuple[float, floa
     }
 
 
-def _with_warps(launcher: str, warps: int | None) -> Any:
-    """Launch with so many warps in place of the launcher's choice."""
+def _with_warps(warps: int | None) -> Any:
+    """Solve with so many warps in place of the launcher's choice."""
     if warps is None:
         return mock.patch.dict({})
     if not HAS_TRITON:
         raise RuntimeError("triton is not installed")
     from ecgot.kernels.ot import triton_onchip
 
-    choose = getattr(triton_onchip, launcher)
-
-    def chosen(*arguments: Any, **named: Any) -> Any:
-        return choose(*arguments, **named) | {"num_warps": warps}
-
-    return mock.patch.object(triton_onchip, launcher, chosen)
+    return mock.patch.object(triton_onchip, "solver_warps", return_value=warps)
 
 
 def _warps_note(warps: int | None) -> Row:

@@ -55,6 +55,7 @@ from ecgot.kernels.ot.triton_tiles import (
 MAX_TILE = 128 * 128
 MAX_BLOCK_N, MAX_BLOCK_M = 256, 128
 MAX_SCRATCH = 2**25  # numbers that all programs of a launch may keep there, 128 MB
+REGISTERS = 65536  # of a multiprocessor
 CELLS_OF_WARP = 64 * 32  # 64 a thread, so that two programs of eight warps share a multiprocessor
 SAFE = tl.constexpr(1e10)  # of u and v: what underflowed in K, below 2^-126, still is below 1e-18 of a row
 UNSAFE = tl.constexpr(1e-10)
@@ -659,14 +660,13 @@ def tile_configuration(
 ) -> dict[str, Any]:
     """Blocks, warps and lanes of the solver for an n x m problem."""
     block_n, block_m = block_size(n), block_size(m)
-    warps = max(1, block_n * block_m // CELLS_OF_WARP)
-    warps = max(1, warps // 2) if hip else warps  # AMD's are twice as wide
+    warps = solver_warps(block_n, block_m, hip)
     lanes = 64 if hip else 32
     row_lanes = _row_lanes(block_n, block_m, warps, lanes)
     # With 128 registers two programs share a multiprocessor. Free marginals and loops over pairs need more,
     # and so do tiles that are not square. Without a number the compiler would rather spill than use 255.
-    shared = balanced and not pairs and block_n == block_m == 128
-    registers = {} if hip else {"maxnreg": 128 if shared else 255}
+    shared = balanced and not pairs and block_n == block_m == 128 and warps == 8
+    registers = {} if hip else {"maxnreg": 128 if shared else min(255, REGISTERS // (lanes * warps))}
     return {
         "BLOCK_N": block_n,
         "BLOCK_M": block_m,
@@ -679,6 +679,12 @@ def tile_configuration(
         "num_warps": warps,
         "num_stages": 1,
     } | registers
+
+
+def solver_warps(block_n: int, block_m: int, hip: bool = HIP) -> int:
+    """Of a program that solves a problem of at most block_n x block_m points."""
+    cells = CELLS_OF_WARP * (2 if hip else 1)  # AMD's are twice as wide
+    return max(1, block_n * block_m // cells)
 
 
 def _row_lanes(block_n: int, block_m: int, warps: int, lanes: int) -> int:

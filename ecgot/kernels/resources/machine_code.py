@@ -129,12 +129,14 @@ class Regions:
         once: in no loop.
         between: in a loop around others.
         main: of the inner loop, see :func:`inner_work`.
-        others: of the other loops that hold none.
+        forming: of the other loops that hold none, where they have matrix products.
+        others: of those that have none.
     """
 
     once: list[Instruction]
     between: list[Instruction]
     main: list[Instruction]
+    forming: list[Instruction]
     others: list[Instruction]
 
 
@@ -143,7 +145,7 @@ def regions(instructions: Sequence[Instruction]) -> Regions:
     every = _loops(instructions)
     main = _main(instructions, every)
     loops = [loop for loop in every if len(loop) > WAITING or count(instructions[i] for i in loop)]
-    found = Regions([], [], [], [])
+    found = Regions([], [], [], [], [])
     for i, instruction in enumerate(instructions):
         around = [loop for loop in loops if i in loop]
         smallest = min(around, key=len, default=None)
@@ -153,6 +155,8 @@ def regions(instructions: Sequence[Instruction]) -> Regions:
             found.main.append(instruction)
         elif any(other < smallest for other in loops):
             found.between.append(instruction)
+        elif count(instructions[j] for j in smallest).matrix_products:
+            found.forming.append(instruction)
         else:
             found.others.append(instruction)
     return found

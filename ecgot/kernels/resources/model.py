@@ -52,6 +52,7 @@ class Passes:
 
     main: float = 1
     between: float = 1
+    forming: float = 1
     others: float = 1
 
 
@@ -80,7 +81,7 @@ class Code:
 
     def cycles(self, passes: Passes, programs: int) -> tuple[float, str]:
         """Of a multiprocessor for all of its programs; and what limits."""
-        times = {"once": 1, "between": passes.between, "main": passes.main, "others": passes.others}
+        times = {"once": 1} | vars(passes)
         resident = self.warps * min(self.programs, programs) / SCHEDULERS
         rate = SCHEDULERS * min(ISSUE_RATE, ISSUE_RATE_OF_WARP * resident)
         warps = self.warps * programs
@@ -128,7 +129,7 @@ def _time(launch: Launch, code: Code | None) -> tuple[float, str]:
     if code is None:
         busy, limit = launch.products / LIBRARY_FLOP_A_SECOND[launch.half], "products"
     else:
-        passes = PASSES[launch.name](SimpleNamespace(**launch.arguments))
+        passes = PASSES[launch.name](SimpleNamespace(**launch.arguments, PROGRAMS=math.prod(launch.grid)))
         cycles, limit = code.cycles(passes, math.ceil(math.prod(launch.grid) / MULTIPROCESSORS))
         busy = cycles / CLOCK_HZ
     moving = launch.bytes / BYTES_A_SECOND
@@ -145,11 +146,15 @@ def _together(name: str, parts: Sequence[tuple[float, str, Launch, Code | None]]
 
 
 def _solver(a: Any) -> Passes:
-    return Passes(main=a.max_iter, others=math.ceil(a.D / a.BLOCK_D))
+    turns = math.ceil(a.PROBLEMS / a.PROGRAMS) if a.PAIRS else 1
+    chunks = math.ceil(a.D / a.BLOCK_D)
+    parts = a.BLOCK_N // a.PART_N * (a.BLOCK_M // a.PART_M)
+    # What is around the loop counts once: the looks at the range of v, one in eight iterations, are short.
+    return Passes(turns * a.max_iter, turns, turns * parts * chunks, turns * chunks)
 
 
 def _gradient(a: Any) -> Passes:
-    return Passes(main=math.ceil(a.D / a.BLOCK_OUT), others=math.ceil(a.D / a.BLOCK_D))
+    return Passes(main=math.ceil(a.D / a.BLOCK_OUT), forming=math.ceil(a.D / a.BLOCK_D))
 
 
 def _tile_gradient(a: Any) -> Passes:
@@ -174,7 +179,7 @@ def _input_gradient(a: Any) -> Passes:
 
 def _bottleneck(a: Any) -> Passes:
     # Of two loops with products, the one that writes the wide output has more.
-    return Passes(main=math.ceil(a.W / a.BLOCK_W), others=a.K * math.ceil(a.C / a.BLOCK_C))
+    return Passes(main=math.ceil(a.W / a.BLOCK_W), forming=a.K * math.ceil(a.C / a.BLOCK_C))
 
 
 # By kernel, from its arguments.

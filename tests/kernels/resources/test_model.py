@@ -35,7 +35,7 @@ SASS = """
 
 
 def code(**given: int) -> Code:
-    parts = dict.fromkeys(("once", "between", "main", "others"), 0)
+    parts = dict.fromkeys(("once", "between", "main", "forming", "others"), 0)
     products = dict.fromkeys(parts, 0.0)
     return Code(128, 4, 2, parts | given, products)
 
@@ -45,7 +45,8 @@ def test_regions_of_machine_code() -> None:
     assert [each.opcode for each in found.once] == ["MOV", "STG.E", "EXIT"]
     assert [each.opcode.split(".")[0] for each in found.between] == ["IADD3", "SYNCS", "BRA", "BRA"]
     assert [each.opcode for each in found.main] == ["FFMA", "FMUL", "BRA"]
-    assert [each.opcode for each in found.others] == ["HMMA.16816.F32.BF16", "BRA"]
+    assert [each.opcode for each in found.forming] == ["HMMA.16816.F32.BF16", "BRA"]
+    assert found.others == []
 
 
 @pytest.mark.parametrize(
@@ -62,9 +63,9 @@ def test_a_product_keeps_a_scheduler_busy(opcode: str, multiply_adds: float, rat
 
 
 def test_cycles_are_those_of_instructions_or_of_products() -> None:
-    passes = Passes(main=100, between=10, others=3)
-    many = code(once=5, between=7, main=1000, others=11)
-    issued = 4 * (5 + 70 + 100_000 + 33)
+    passes = Passes(main=100, between=10, forming=2, others=3)
+    many = code(once=5, between=7, main=1000, forming=4, others=11)
+    issued = 4 * (5 + 70 + 100_000 + 8 + 33)
     # Two programs of four warps: two warps for each of four schedulers, which then issue 0.65 a cycle.
     assert many.cycles(passes, 3) == (pytest.approx(3 * issued / (4 * 0.65)), "instructions")
     assert many.cycles(passes, 1) == (pytest.approx(issued / (4 * 0.33)), "instructions")
