@@ -51,6 +51,7 @@ def compiled(kernel: str, name: str) -> list[Outcome]:
     [
         "128x128 bf16 sqeuclidean centre=2 balanced whole",
         "128x128 fp32 sqeuclidean centre=2 balanced whole",
+        "128x128 bf16 cosine balanced whole",
     ],
 )
 def test_the_solver_iterates_in_few_instructions_and_shares_a_multiprocessor(name):
