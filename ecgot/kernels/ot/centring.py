@@ -13,6 +13,8 @@ from torch import Tensor
 from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot.problem import Problem, Solution, all_present, can_read_values
 
+MAX_NUMBERS = 2**25  # of differences between centres that are held at once
+
 
 def centred(problem: Problem) -> Problem:
     """The problem with its centres, where distances are to be formed of moved points."""
@@ -185,10 +187,8 @@ def _mean_distances(problem: Problem) -> Tensor:
     x_centre, y_centre = problem.x_centre, problem.y_centre
     assert x_centre is not None
     assert y_centre is not None
-    middle = _finite_mean(torch.cat([x_centre, y_centre]))
-    # A cloud with NaN has NaN values already.
-    x_centre, y_centre = (torch.where(c.isfinite(), c - middle, 0.0) for c in (x_centre, y_centre))
-    square = x_centre.square().sum(1)[:, None] + y_centre.square().sum(1) - 2 * x_centre @ y_centre.T
+    step = max(1, MAX_NUMBERS // max(1, y_centre.numel()))  # a part at a time, as products would lose digits
+    square = torch.cat([(part[:, None] - y_centre).square().sum(2) for part in x_centre.split(step)])
     return torch.where(problem.solvable(), square, 0.0)
 
 

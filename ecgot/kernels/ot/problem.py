@@ -219,7 +219,7 @@ def _damping(rho: float, eps: Tensor) -> Tensor:
 
 def _dual_side(weight: Tensor, potential: Tensor, rho: float) -> Tensor:
     if math.isinf(rho):
-        return (weight * potential).sum(-1)
+        return _weighted(weight, potential)
     return -rho * _weighted(weight, torch.expm1(-potential / rho))
 
 

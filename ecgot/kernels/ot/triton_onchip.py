@@ -59,6 +59,7 @@ REGISTERS = 65536  # of a multiprocessor
 CELLS_OF_WARP = 64 * 32  # 64 a thread, so that two programs of eight warps share a multiprocessor
 SAFE = tl.constexpr(1e10)  # of u and v: what underflowed in K, below 2^-126, still is below 1e-18 of a row
 UNSAFE = tl.constexpr(1e-10)
+UNDERFLOWN = tl.constexpr(1e-30)
 TINY = tl.constexpr(2.0**-126)
 MAX_UNCHECKED = tl.constexpr(8)  # iterations between looks at the range of u and v
 NOT_CENTRED = tl.constexpr(0)
@@ -204,6 +205,12 @@ def _in_range(scaling, weight):
     """Whether every point with weight has a safe scaling; NaN is not safe."""
     safe = (scaling < SAFE) & (scaling > UNSAFE)
     return _total(tl.where(safe | (weight == 0), 0.0, 1.0)) == 0.0
+
+
+@triton.jit
+def _exact(sums, weight):
+    """Whether no sum of a point with weight has lost what underflowed."""
+    return _total(tl.where((sums > UNDERFLOWN) | (weight == 0), 0.0, 1.0)) == 0.0
 
 
 @triton.jit
@@ -466,13 +473,12 @@ def _solve_problem(
                     b = _as_columns(tl.load(b_place))
                     u = tl.full((BLOCK_N // ROW_LANES, 1, 1, ROW_LANES, 1), 1.0, dtype=tl.float32)
                     v = tl.full((1, COLUMNS, WARPS, 1, COLUMN_LANES), 1.0, dtype=tl.float32)
+                    t = v
                     f = -tau_x * lse
                     few = True  # first one iteration, then MAX_UNCHECKED
-                    first = True
                     safe = True
                     while going & safe:
                         stop = tl.maximum(left - tl.where(few, 1, MAX_UNCHECKED), 0)
-                        first = few
                         few = False
                         while going & (left > stop):  # multiply-adds alone
                             # The maximum keeps points that meet nothing, which have no weight, finite.
@@ -481,9 +487,9 @@ def _solve_problem(
                             else:
                                 f = -tau_x * (tl.log2(s) + lse)
                                 u = tl.where(a > 0, tl.exp2(f + lse), 0.0)
-                            t = tl.maximum(_column_sums(kernel * (a * u)), TINY)
+                            t = _column_sums(kernel * (a * u))
                             if BALANCED:
-                                v = b * _reciprocal(t)
+                                v = b * _reciprocal(tl.maximum(t, TINY))
                             else:
                                 v = tl.where(b > 0, tl.exp2(-tau_y * (tl.log2(t / b) - g) - g), 0.0)
                             left -= 1
@@ -495,20 +501,19 @@ def _solve_problem(
                             going = error > tol
                         safe = _in_range(v, b)
                         if not BALANCED:
-                            safe = safe & _in_range(u, a)
+                            # Where tau is small v stays near 1 even if the sum that it comes from underflows.
+                            safe = safe & _in_range(u, a) & _exact(t, b)
                         going = tl.where(safe, going & (left > 0), True)
+                    # Out of range, the last update of g is taken again in the log domain, and judged there.
+                    columns = not safe
                     lse = _as_rows(tl.load(f_place))
                     tl.debug_barrier()
-                    # Any g will do to go on from, but a far step is best taken in the log domain.
-                    columns = (not safe) & first
                     if BALANCED:
                         f = tl.log2(u) - lse
-                    _store(f_place, tl.where(safe, f, -tau_x * lse))
-                    v = tl.where((b > 0) & (v == v), tl.minimum(tl.maximum(v, UNSAFE), SAFE), 1.0)
+                    _store(f_place, tl.where(tl.abs(f) < float("inf"), f, -tau_x * lse))
                     g = _as_columns(tl.load(g_place))
                     tl.debug_barrier()
-                    _store(g_place, tl.where(columns, g, g + tl.log2(v)))
-                    left = tl.where(safe, left, tl.maximum(left, 1))
+                    _store(g_place, tl.where(safe, g + tl.log2(tl.where(b > 0, v, 1.0)), g))
             finished = not going
             columns = columns | finished
             if finished:

@@ -128,6 +128,15 @@ def test_second_derivatives_of_pairs_are_refused():
         grad.sum().backward()
 
 
+def test_a_far_cloud_leaves_the_values_of_other_pairs_alone():
+    tensors = problem((3, 20, 17, 3))
+    x, y = tensors["x"], tensors["y"]
+    near = sinkhorn_pairwise(x, y, eps=0.3)
+    x[1] += 1e5
+    far = sinkhorn_pairwise(x, y, eps=0.3)
+    torch.testing.assert_close(far[[0, 2]], near[[0, 2]], atol=1e-5, rtol=1e-5)
+
+
 def test_pairs_compile_whole():
     tensors = problem((3, 6, 5, 4))
 

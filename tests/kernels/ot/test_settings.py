@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ecgot.kernels import dispatch, sinkhorn, sinkhorn_from_cost
-from tests.kernels.ot.problems import DEVICE, problem
+from tests.kernels.ot.problems import BACKEND, DEVICE, problem
+
+BOTH_DTYPES = (torch.float32, torch.float64)  # the backend under test, and what it is compared with
 
 
 @pytest.mark.parametrize("rho", [{}, {"rho": 0.5}], ids=str)
@@ -101,3 +103,41 @@ def test_a_far_problem_does_not_change_its_batch_mates():
     far["x"][1] += 1000
     values = [sinkhorn(**tensors, eps=0.2).value for tensors in (near, far)]
     assert (values[0] == values[1]).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("max_iter", [1, 2, 3])
+@pytest.mark.parametrize("rho", [None, 1.0])
+def test_iterations_that_leave_the_safe_range_count_too(max_iter, rho):
+    """Small eps and far clouds: on chip such updates are taken again in the log domain."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(1, 8, 2, generator=generator) for _ in "xy")
+    cost = torch.rand(1, 8, 8, generator=generator).to(DEVICE)
+    settings = {"eps": 1e-3, "max_iter": max_iter, "tol": 0.0, "rho": rho}
+    far = [sinkhorn((x + 10).to(DEVICE, dtype), y.to(DEVICE, dtype), **settings) for dtype in BOTH_DTYPES]
+    given = [sinkhorn_from_cost(cost.to(dtype), **settings) for dtype in BOTH_DTYPES]
+    for actual, expected in (far, given):
+        assert actual.iterations.tolist() == [max_iter]
+        assert actual.value.item() == pytest.approx(expected.value.item(), rel=1e-3)
+
+
+def test_a_tiny_rho_keeps_the_potentials_of_far_clouds_on_chip():
+    """Column sums underflow while their damped update stays near 1."""
+    if BACKEND != "triton":
+        pytest.skip("of the Triton kernels: set TRITON_INTERPRET=1 or use a GPU")
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(1, 4, 2, generator=generator) for _ in "xy")
+    found, expected = (
+        sinkhorn(x.to(DEVICE, dtype), (y + 100).to(DEVICE, dtype), eps=0.1, rho_y=1e-3, max_iter=300).g
+        for dtype in BOTH_DTYPES
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_weightless_point_may_match_nothing_where_one_marginal_is_free():
+    cost = torch.rand(1, 5, 6, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    cost[0, 2] = math.inf
+    a = torch.tensor([[0.25, 0.25, 0.0, 0.25, 0.25]], device=DEVICE)
+    found = sinkhorn_from_cost(cost, eps=0.1, a=a, rho_y=1.0)
+    without = sinkhorn_from_cost(cost[:, [0, 1, 3, 4]], eps=0.1, rho_y=1.0)
+    torch.testing.assert_close(found.value, without.value)
+    assert found.converged.all()
