@@ -19,7 +19,9 @@ def cost_matrix(x: Tensor, y: Tensor, cost: str) -> Tensor:
         return 1 - F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).mT
     if cost == "sqeuclidean":
         return x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :] - 2 * x @ y.mT
-    raise ValueError(f"cost: expected 'sqeuclidean' or 'cosine', got {cost!r}")
+    if cost == "dot":
+        return -x @ y.mT
+    raise ValueError(f"cost: expected 'sqeuclidean', 'cosine' or 'dot', got {cost!r}")
 
 
 def solve(cost: Tensor, eps: float, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
