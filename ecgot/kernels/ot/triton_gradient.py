@@ -46,6 +46,7 @@ from ecgot.kernels.ot.triton_tiles import (
     all_registers,
     block_size,
     exchanged,
+    inverse_norm,
     launch_arguments,
     load_chunk,
     load_weights,
@@ -156,14 +157,6 @@ def _compact(vector):
 
 
 @triton.jit
-def _inverse_norm(square):
-    """As ``inverse_norm`` of triton_tiles, by a single instruction."""
-    normal = square >= 1.1754943508222875e-38
-    inverse = tl.where(normal, tl.rsqrt(tl.where(normal, square, 1.0)), square * 0.0)
-    return tl.where(square == float("inf"), float("nan"), inverse)
-
-
-@triton.jit
 def _log_inverse_norm(inverse):  # NaN stays
     return tl.where(inverse == 0, float("-inf"), tl.log2(tl.where(inverse == 0, 1.0, inverse)))
 
@@ -236,8 +229,8 @@ def _weighted_plan(
     inverse_x = x_square
     inverse_y = y_square
     if COST == COSINE:
-        inverse_x = _inverse_norm(x_square)
-        inverse_y = _inverse_norm(y_square)
+        inverse_x = inverse_norm(x_square)
+        inverse_y = inverse_norm(y_square)
     if not IMPLICIT:
         # Potentials of points without weight may be infinite.
         f = tl.where(a > 0, f + log2(a), float("-inf"))
@@ -725,10 +718,17 @@ def _precisions(dtype: torch.dtype, cost: str, precision: str, hip: bool = HIP) 
     return {"PRECISION": "ieee" if hip else "tf32x3", "PLAN_PARTS": 3, "POINT_PARTS": 3}
 
 
-def _whole_configuration(n: int, m: int, d: int, dtype: torch.dtype, hip: bool = HIP) -> dict[str, Any]:
-    """Blocks and warps of a problem in one program."""
+def _in_one_program(n: int, m: int, dtype: torch.dtype, implicit: bool) -> bool:
+    """Whether one program can hold a plan and make both products with it without spilling."""
     block_n, block_m = block_size(n), block_size(m)
-    narrow = dtype not in HALVES or min(block_n, block_m) < 64 <= max(block_n, block_m) // 2
+    cells = 128 * 128 if dtype in HALVES and not implicit else 128 * 64
+    return max(block_n, block_m) <= 128 and block_n * block_m <= cells
+
+
+def _whole_configuration(n: int, m: int, d: int, dtype: torch.dtype, hip: bool = HIP) -> dict[str, Any]:
+    """Blocks and warps of a problem in one program, n >= m: the other way it would take more registers."""
+    block_n, block_m = block_size(n), block_size(m)
+    narrow = dtype != torch.bfloat16 or block_m < 64 <= block_n // 2
     return {
         "BLOCK_N": block_n,
         "BLOCK_M": block_m,
@@ -780,7 +780,7 @@ def cost_vjp(problem: Problem, given: PlanWeights, *, step: bool) -> tuple[Tenso
     step = step and problem.cost == "sqeuclidean" and problem.balanced and problem.x_centre is not None
     if problem.pairs:
         return _pairs(problem, given, step)
-    if fits(*problem.size):
+    if _in_one_program(*problem.size, problem.x.dtype, given.left is not None):
         return _whole(problem, given, step)
     return _tiled(problem, given, step)
 
@@ -805,16 +805,17 @@ def _whole(problem: Problem, given: PlanWeights, step: bool) -> tuple[Tensor, Te
     x, y = problem.x, problem.y
     assert y is not None
     grad_x, grad_y = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, y))
+    arguments = _arguments(problem) | _weights(given) | {"grad_x_ptr": grad_x, "grad_y_ptr": grad_y}
+    n, m = problem.size
+    if n < m:
+        n, m, arguments = m, n, exchanged(arguments)
     launch(
         _whole_gradient_kernel,
         (len(x),),
-        **_arguments(problem),
-        **_weights(given),
+        **arguments,
         scale_ptr=given.scale.contiguous(),
-        grad_x_ptr=grad_x,
-        grad_y_ptr=grad_y,
         STEP=step,
-        **_whole_configuration(*problem.size, x.shape[2], x.dtype),
+        **_whole_configuration(n, m, x.shape[2], x.dtype),
     )
     return grad_x, grad_y
 
@@ -823,23 +824,13 @@ def _tiled(problem: Problem, given: PlanWeights, step: bool) -> tuple[Tensor, Te
     assert problem.y is not None
     solvable = problem.solvable()
     scale = torch.where(solvable, given.scale, 0.0)
-    of_x = _weights(given)
-    of_y = of_x | {
-        "f_ptr": of_x["g_ptr"],
-        "g_ptr": of_x["f_ptr"],
-        "left_ptr": of_x["right_ptr"],
-        "right_ptr": of_x["left_ptr"],
-    }
-    arguments = _arguments(problem)
-    both = {
+    arguments = _arguments(problem) | _weights(given)
+    arguments |= {
         "scale_ptr": scale,
-        "wanted_ptr": solvable.to(scale.dtype) if of_x["IMPLICIT"] else scale,
+        "wanted_ptr": solvable.to(scale.dtype) if arguments["IMPLICIT"] else scale,
         "STEP": step,
     }
-    return (
-        _tiled_side(problem.x, arguments | of_x | both),
-        _tiled_side(problem.y, exchanged(arguments) | of_y | both),
-    )
+    return _tiled_side(problem.x, arguments), _tiled_side(problem.y, exchanged(arguments))
 
 
 def _tiled_side(points: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -1015,6 +1006,8 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
             of_plan = {name: value for name, value in kind.items() if name != "POINT_PARTS"}
             yield compile_case(_pair_plan_kernel, dtype, of_plan, _pair_configuration(n, m, hip), OF_PLANS)
             for flags, d in itertools.product(_flags(cost), (16, 32)):
+                if n < m or not _in_one_program(n, m, DTYPES[dtype], flags["IMPLICIT"]):
+                    continue
                 configuration = _whole_configuration(n, m, d, DTYPES[dtype], hip)
                 yield compile_case(_whole_gradient_kernel, dtype, kind | flags, configuration, OF_POINTS)
         for flags, d in itertools.product(_flags(cost), (16, 32, 64, 128)):

@@ -23,6 +23,7 @@ from ecgot.kernels.ot.triton_tiles import (
     MAX_EXPONENT,
     block_size,
     cost_tile,
+    damping,
     fp32_precisions,
     launch_arguments,
     load_weights,
@@ -30,11 +31,6 @@ from ecgot.kernels.ot.triton_tiles import (
 
 MAX_TILE = 64 * 64  # conjugate gradients need many vectors beside the tile
 ROUNDING = tl.constexpr(8 * 2.0**-23)
-
-
-@triton.jit
-def _damping(rho, eps):  # rho may be infinite
-    return 1.0 / (1.0 + eps / rho)
 
 
 @triton.jit
@@ -98,8 +94,8 @@ def _sinkhorn_implicit_kernel(
     solvable = (tl.sum(a, axis=0) > 0) & (tl.sum(b, axis=0) > 0)
     eps = tl.load(eps_ptr + problem)
     per_unit = LOG2_E / eps
-    tau_x = _damping(rho_x, eps)
-    tau_y = _damping(rho_y, eps)
+    tau_x = damping(rho_x, eps, False)
+    tau_y = damping(rho_y, eps, False)
     cost, _, _ = cost_tile(
         x_ptr + problem * stride_xb, y_ptr + problem * stride_yb, x_centre_ptr + problem * D,
         y_centre_ptr + problem * D, x_index, y_index, x_valid, y_valid, D, stride_xn, stride_xd, stride_yn,

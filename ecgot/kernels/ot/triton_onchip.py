@@ -7,7 +7,8 @@ until the plan P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps) has the row marginal
 
 The trick: a pass in the log domain absorbs the potentials into K = b exp((f + g - C) / eps), which stays in
 registers. From there an iteration is only multiply-adds: f and g move by the logarithms of u = 1 / (K v) and
-v = b / (K^T a u). If v leaves a safe range it goes back to where it was safe, and K is absorbed again.
+v = b / (K^T a u). If u or v leaves a safe range, the last update of g is taken again in the log domain, and
+the new potentials are absorbed into K.
 Potentials are in units of eps / log2(e), so that exp is exp2, a single instruction. The next u gives the
 marginal error for free: row i sums to a_i u_i (K v)_i.
 
@@ -42,8 +43,10 @@ from ecgot.kernels.ot.triton_tiles import (
     COST_CODES,
     LN_2,
     LOG2_E,
+    TINY,
     block_size,
     cost_tile,
+    damping,
     fp32_precisions,
     launch_arguments,
     load_chunk,
@@ -60,7 +63,6 @@ CELLS_OF_WARP = 64 * 32  # 64 a thread, so that two programs of eight warps shar
 SAFE = tl.constexpr(1e10)  # of u and v: what underflowed in K, below 2^-126, still is below 1e-18 of a row
 UNSAFE = tl.constexpr(1e-10)
 UNDERFLOWN = tl.constexpr(1e-30)
-TINY = tl.constexpr(2.0**-126)
 MAX_UNCHECKED = tl.constexpr(8)  # iterations between looks at the range of u and v
 NOT_CENTRED = tl.constexpr(0)
 CENTRES_GIVEN = tl.constexpr(1)
@@ -177,11 +179,6 @@ def _largest(tile, AXIS: tl.constexpr):
 
 
 # --- shared pieces ------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _damping(rho, eps, BALANCED: tl.constexpr):  # rho may be infinite
-    return 1.0 if BALANCED else 1.0 / (1.0 + eps / rho)
 
 
 @triton.jit
@@ -407,8 +404,8 @@ def _solve_problem(
     _store(b_place, b)
     _store(f_place, tl.zeros_like(a))
     _store(g_place, g)
-    tau_x = _damping(rho_x, eps, BALANCED)
-    tau_y = _damping(rho_y, eps, BALANCED)
+    tau_x = damping(rho_x, eps, BALANCED)
+    tau_y = damping(rho_y, eps, BALANCED)
     temperature = 1.0
     if ANNEALED:
         temperature = tl.load(start_ptr + problem)
@@ -433,7 +430,7 @@ def _solve_problem(
             exponent = (f * rate + log2(_as_rows(tl.load(a_place)))) - tl.load(cells) * rate
             top = _largest(exponent, 0)
             lse_y = temperature * (top + tl.log2(_column_sums(tl.exp2(exponent - top))))
-            update = -_damping(rho_y, eps * temperature, BALANCED) * lse_y
+            update = -damping(rho_y, eps * temperature, BALANCED) * lse_y
             # At the end only points without weight still lack a potential, and theirs moves nothing.
             g = _as_columns(tl.load(g_place))
             b = _as_columns(tl.load(b_place))
@@ -464,7 +461,7 @@ def _solve_problem(
                 if ANNEALED:
                     columns = temperature > 1.0
                 if columns:
-                    _store(f_place, -_damping(rho_x, eps * temperature, BALANCED) * lse)
+                    _store(f_place, -damping(rho_x, eps * temperature, BALANCED) * lse)
                 else:
                     _store(f_place, lse)  # not needed for a while
                     kernel = kernel * tl.where(s > 0, 1.0 / s, s * 0.0)  # b in it: rows sum to 1; NaN stays

@@ -37,6 +37,7 @@ from ecgot.kernels.ot.triton_tiles import (
     LN_2,
     LOG2_E,
     SQEUCLIDEAN,
+    TINY,
     inverse_norm,
     load_chunk,
     load_weights,
@@ -47,7 +48,6 @@ PROGRAMS = 1024  # of a half-update at least, where there are columns enough: se
 MIN_TILES = 2  # of columns for a program, which first loads its rows
 # Rows of a table [steps, B] are aligned or not: one compilation for both.
 _BY_PROBLEM = ["temperature_ptr", "following_ptr"]
-TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal number
 MERGE = {"BLOCK_N": 128, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1}  # rows, and parts at a time
 SETTLE = {"BLOCK_N": 128, "num_warps": 1, "num_stages": 1}
 

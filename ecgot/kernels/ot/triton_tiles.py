@@ -20,6 +20,7 @@ GIVEN = tl.constexpr(4)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 MAX_EXPONENT = tl.constexpr(120.0)  # of exp2: a larger one would overflow, and inf * 0 is NaN
+TINY = tl.constexpr(2.0**-126)  # the smallest normal number of fp32
 
 
 # --- shared pieces ------------------------------------------------------------------------------------------
@@ -60,9 +61,15 @@ def load_chunk(
 @triton.jit
 def inverse_norm(square):
     """1 / sqrt(square); 0 for a zero vector, NaN on overflow: better no answer than a wrong one."""
-    normal = square >= 1.1754943508222875e-38
-    inverse = tl.where(normal, 1.0 / tl.sqrt(tl.where(normal, square, 1.0)), square * 0.0)
+    normal = square >= TINY
+    inverse = tl.where(normal, tl.rsqrt(tl.where(normal, square, 1.0)), square * 0.0)
     return tl.where(square == float("inf"), float("nan"), inverse)
+
+
+@triton.jit
+def damping(rho, eps, BALANCED: tl.constexpr):
+    """rho / (rho + eps), also for infinite rho; BALANCED: rho is known to be infinite."""
+    return 1.0 if BALANCED else 1.0 / (1.0 + eps / rho)
 
 
 @triton.jit
@@ -175,10 +182,9 @@ def exchanged(shared: dict[str, Any]) -> dict[str, Any]:
     """The same arguments with x and y exchanged."""
     couples = [("x_ptr", "y_ptr"), ("a_ptr", "b_ptr"), ("x_centre_ptr", "y_centre_ptr"), ("N", "M")]
     couples += [(f"stride_x{axis}", f"stride_y{axis}") for axis in "bnd"]
-    swapped = dict(shared)
-    for left, right in couples:
-        swapped[left], swapped[right] = shared[right], shared[left]
-    return swapped
+    couples += [("f_ptr", "g_ptr"), ("left_ptr", "right_ptr"), ("grad_x_ptr", "grad_y_ptr")]
+    partner = dict(couples) | {right: left for left, right in couples}
+    return {name: shared[partner.get(name, name)] for name in shared}
 
 
 def fp32_precisions(hip: bool) -> tuple[str, ...]:
