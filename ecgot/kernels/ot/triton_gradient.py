@@ -11,8 +11,8 @@ TF32 product would round Q to 11 bits, and where clouds are clustered the sums n
 two bf16 numbers (three for fp32 points), and products of bf16 numbers are exact; bf16 points are their own
 operand, fp16 points two bf16 numbers. The sums of Q are those of the same numbers, so that they cancel too.
 
-- A problem that fits on chip: one program forms Q, then walks over D. Both gradients in one launch; bytes
-  moved: the points twice and the gradients.
+- Up to 128 x 128 half-precision points (128 x 64 in fp32, and for implicit gradients): one program forms Q,
+  then walks over D. Both gradients in one launch; bytes moved: the points twice and the gradients.
 - All pairs of clouds: a kernel writes the Q of some clouds, and the library multiplies them. Bytes moved: for
   each cell three times 4 (6 for fp32 points).
 - Larger clouds: a program makes 64 rows of one side's gradient, forming their Q tile by tile.
