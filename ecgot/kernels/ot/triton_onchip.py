@@ -60,9 +60,9 @@ MAX_BLOCK_N, MAX_BLOCK_M = 256, 128
 MAX_SCRATCH = 2**25  # numbers that all programs of a launch may keep there, 128 MB
 REGISTERS = 65536  # of a multiprocessor
 CELLS_OF_WARP = 64 * 32  # 64 a thread, so that two programs of eight warps share a multiprocessor
-SAFE = tl.constexpr(1e10)  # of u and v: what underflowed in K, below 2^-126, still is below 1e-18 of a row
+SAFE = tl.constexpr(1e10)  # of u and v: what underflowed in K, below 2^-126, is still below 1e-18 of a row
 UNSAFE = tl.constexpr(1e-10)
-UNDERFLOWN = tl.constexpr(1e-30)
+UNDERFLOWN = tl.constexpr(1e-30)  # a smaller sum over K may owe its size to terms that underflowed
 MAX_UNCHECKED = tl.constexpr(8)  # iterations between looks at the range of u and v
 NOT_CENTRED = tl.constexpr(0)
 CENTRES_GIVEN = tl.constexpr(1)
@@ -77,10 +77,11 @@ COMMON_CENTRE = tl.constexpr(3)  # both move to the middle between their means
 def _rows_of(
     unit, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, ROW_LANES: tl.constexpr, COLUMN_LANES: tl.constexpr
 ):
-    """The row of each entry of a vector of rows as it is loaded, [ROWS, 1, WARPS, ROW_LANES, COLUMN_LANES].
+    """Two terms whose sum is the row of each entry of a vector of rows as it is loaded.
 
-    A thread's part and what its entries add to it. unit: 1, but the compiler must not know, or it would see
-    neighbours in memory, and have each thread load several of them.
+    What depends on the thread, [1, 1, WARPS, ROW_LANES, COLUMN_LANES], and what on the entry within it,
+    [ROWS, 1, 1, 1, 1]. unit: 1, which the compiler must not know: it would see that rows are neighbours in
+    memory, and have each thread load several of them.
     """
     ROWS: tl.constexpr = BLOCK_N // ROW_LANES
     lane = tl.reshape(tl.arange(0, ROW_LANES), (1, 1, 1, ROW_LANES, 1)) * unit
@@ -92,7 +93,10 @@ def _rows_of(
 def _columns_of(
     unit, BLOCK_M: tl.constexpr, WARPS: tl.constexpr, ROW_LANES: tl.constexpr, COLUMN_LANES: tl.constexpr
 ):
-    """The column of each entry of a vector of columns, [1, COLUMNS, WARPS, ROW_LANES, COLUMN_LANES]."""
+    """Two terms whose sum is the column of each entry of a vector of columns, as in :func:`_rows_of`.
+
+    [1, 1, WARPS, ROW_LANES, COLUMN_LANES] and [1, COLUMNS, 1, 1, 1].
+    """
     COLUMNS: tl.constexpr = BLOCK_M // (WARPS * COLUMN_LANES)
     warp = tl.reshape(tl.arange(0, WARPS), (1, 1, WARPS, 1, 1)) * COLUMN_LANES
     lane = tl.reshape(tl.arange(0, COLUMN_LANES), (1, 1, 1, 1, COLUMN_LANES)) * unit
@@ -102,13 +106,13 @@ def _columns_of(
 
 @triton.jit
 def _as_rows(loaded):
-    """A loaded vector of rows, as sums along the rows of a tile would lie: [ROWS, 1, 1, ROW_LANES, 1]."""
+    """A loaded vector of rows in the layout of ``_row_sums``: [ROWS, 1, 1, ROW_LANES, 1]."""
     return tl.max(tl.max(loaded, axis=4, keep_dims=True), axis=2, keep_dims=True)
 
 
 @triton.jit
 def _as_columns(loaded):
-    """A loaded vector of columns, as sums along the columns of a tile would lie: [1, ., WARPS, 1, .]."""
+    """A loaded vector of columns in the layout of ``_column_sums``: [1, COLUMNS, WARPS, 1, COLUMN_LANES]."""
     return tl.max(loaded, axis=3, keep_dims=True)
 
 
@@ -198,15 +202,15 @@ def _row_error(a, f, f_next, tau):
 
 
 @triton.jit
-def _in_range(scaling, weight):
-    """Whether every point with weight has a safe scaling; NaN is not safe."""
-    safe = (scaling < SAFE) & (scaling > UNSAFE)
+def _in_range(factor, weight):
+    """Whether u or v is safe at every point with weight; NaN is not safe."""
+    safe = (factor < SAFE) & (factor > UNSAFE)
     return _total(tl.where(safe | (weight == 0), 0.0, 1.0)) == 0.0
 
 
 @triton.jit
 def _exact(sums, weight):
-    """Whether no sum of a point with weight has lost what underflowed."""
+    """Whether every sum at a point with weight is large beside what underflowed."""
     return _total(tl.where((sums > UNDERFLOWN) | (weight == 0), 0.0, 1.0)) == 0.0
 
 
@@ -684,7 +688,7 @@ def tile_configuration(
 
 
 def solver_warps(block_n: int, block_m: int, hip: bool = HIP) -> int:
-    """Of a program that solves a problem of at most block_n x block_m points."""
+    """Warps of a program that solves a problem of at most block_n x block_m points."""
     cells = CELLS_OF_WARP * (2 if hip else 1)  # AMD's are twice as wide
     return max(1, block_n * block_m // cells)
 
@@ -752,7 +756,7 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> So
 
 
 def _empty_solution(problem: Problem) -> tuple[Solution, int]:
-    """Where the kernel writes, and which centres it uses."""
+    """The tensors that the kernel writes, and which centres it uses: one of the constants above."""
     (n, m), shape, empty = problem.size, problem.shape, problem.eps.new_empty
     centre = _centre_code(problem.cost, problem.balanced, problem.x_centre is not None)
     own, whole = centre >= OWN_CENTRES.value, not problem.pairs and centre != CENTRES_GIVEN.value
@@ -800,7 +804,7 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
 
 
 def _flags(cost: str) -> Iterator[dict[str, Any]]:
-    """Of every launch for a cost."""
+    """The flags of every launch for a cost."""
     for pairs, balanced, has_init, annealed in itertools.product((False, True), repeat=4):
         if pairs and (cost == "given" or has_init):
             continue
