@@ -1,14 +1,14 @@
-"""All that a GPU nobody has seen has to tell, in nine minutes and at most eight files.
+"""Check and measure everything on a GPU that the kernels are new to, in nine minutes and eight files at most.
 
     python -m benchmarks.first_contact OUT [STEP ...] [--minutes 9]
 
 runs the steps of ``steps.py`` from the repository's root; not even the package has to be installed.
 OUT/summary.md begins with a verdict: which kernels are right, which goals are met and by what factor. Each
-finding is in OUT the moment it is known. The same command goes on where an earlier one stopped, from the
-files in OUT, whatever ended it.
+finding is in OUT the moment it is known. Run again, the command resumes from the files in OUT, whatever ended
+it before.
 
-Before, where there is a network and git: ``python -m benchmarks.output > COMMIT``, and into the folder
-``wheels/`` what the machine lacks (``pip download --no-deps -d wheels flash-sinkhorn``).
+For a machine without a network or git, prepare the sources elsewhere: ``python -m benchmarks.output >
+COMMIT``, and ``pip download --no-deps -d wheels flash-sinkhorn`` for what it lacks.
 """
 
 import argparse

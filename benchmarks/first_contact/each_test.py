@@ -1,7 +1,7 @@
-"""A pytest plugin: a row in OUT for each test as it ends, and a GPU that one test has lost for no other.
+"""A pytest plugin: a row in OUT for each test as it ends; a test that loses the GPU loses it for no other.
 
 It is loaded by ``-p benchmarks.first_contact.each_test`` with ``--contact-out OUT``. The first case of every
-test comes first, then the second of each, so that minutes that are too few still see something of everything.
+test comes first, then the second of each, so that a run cut short has still tried a bit of everything.
 """
 
 import collections
@@ -69,7 +69,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """What a test launched fails in that test and not in the next."""
+    """Wait for what a test launched, so that it fails in that test and not in the next."""
     result = yield
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -77,7 +77,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
-    """A worker whose GPU does not answer any more ends, for another to take the next test."""
+    """End a worker that has lost its GPU: xdist starts another for the next test."""
     if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()

@@ -31,12 +31,11 @@ class Goal:
 
 @dataclass(frozen=True)
 class Outcome:
-    """met: None where it was not measured. measured: in words. short: how far from the goal, 1 is there."""
+    """met: None where it was not measured. measured: in words."""
 
     goal: Goal
     met: bool | None
     measured: str
-    short: float | None = None
 
 
 _GRAPHS = ("torch_graph", "conv2d_graph", "conv2d_compiled_graph", "torch_compiled")
@@ -81,7 +80,7 @@ def outcome(goal: Goal, rows: Rows) -> Outcome:
     if goal.limit is not None:
         unit = "MB" if goal.column == "peak_mb" else "ms"
         said = f"{value:.3g} {unit} ({provider}), at most {goal.limit:g}"
-        return Outcome(goal, value <= goal.limit, said + _against(of_item, value, goal), goal.limit / value)
+        return Outcome(goal, value <= goal.limit, said + _against(of_item, value, goal))
     assert goal.factor is not None
     peer = _best(of_item, goal.peers, goal.column)
     if peer is None:
@@ -89,7 +88,7 @@ def outcome(goal: Goal, rows: Rows) -> Outcome:
     factor = peer[0] / value
     said = f"{factor:.2f} times: {value:.3g} ms ({provider}), {peer[1]} {peer[0]:.3g} ms"
     said += f"; at least {goal.factor:g} times"
-    return Outcome(goal, factor >= goal.factor, said, factor / goal.factor)
+    return Outcome(goal, factor >= goal.factor, said)
 
 
 def _against(rows: Rows, value: float, goal: Goal) -> str:

@@ -13,7 +13,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ecgot.bench.stopwatch import Call, summary, synchronize
 from ecgot.bench.stopwatch import seconds as seconds_from_idle
 
 SHOWN = 300  # characters of what went wrong
-LOST = 70  # exit code: the GPU answers this process no more, so the next item needs another
+LOST = 70  # exit code: this process has lost its GPU, so that the next item needs another process
 TRIES = 2
 WARM_UP = 3
 FLUSHED_BYTES = 2**28  # more than any GPU's cache holds
@@ -52,6 +52,15 @@ def relative(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||."""
     expected = expected.double()
     return ((found.detach().double() - expected).norm() / expected.norm()).item()
+
+
+def compared(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: tuple[float, float]) -> Errors:
+    """Of values and, where they were found, gradients in x and y; tolerances of values and of gradients."""
+    names = ("value", "grad x", "grad y")[: len(found)]
+    return {
+        name: (relative(each, wanted), tolerance[min(index, 1)])
+        for index, (name, each, wanted) in enumerate(zip(names, found, expected[: len(found)], strict=True))
+    }
 
 
 def checked(errors: Errors) -> Row:
@@ -136,10 +145,10 @@ def items_of(module: str, sizes: Sizes, out: Path) -> list[Item]:
 
 
 def run(items: Iterable[Item], step: str, out: Path, *, warm: bool = False) -> int:
-    """Run what has come to no end yet; ``LOST`` where the GPU is lost to this process.
+    """Run the items that have not ended yet; ``LOST`` where this process has lost its GPU.
 
     Args:
-        warm: run for the compilers' caches alone and tell nobody.
+        warm: run only to fill the compilers' caches; nothing is recorded.
     """
     stamped = stamp()
     for item in items:
@@ -153,7 +162,7 @@ def run(items: Iterable[Item], step: str, out: Path, *, warm: bool = False) -> i
 
 
 def _due(item: Item, step: str, out: Path, commit: str) -> bool:
-    """Whether an item is still to be run: no more if it never came to an end in two tries."""
+    """Whether an item is still to be run: not if it has ended, nor if it never did in ``TRIES`` tries."""
     told = journal.events(out, commit)
     if item.name in journal.ended(told, step):
         return False
@@ -175,7 +184,7 @@ def _measure(item: Item, step: str, out: Path, stamped: Mapping[str, str]) -> No
 
 
 def _rows(item: Item, take: Callable[[Row], None]) -> str:
-    """Hand on an item's rows; what it raised, in a line. Past its seconds the process ends."""
+    """Pass on an item's rows, and return in one line what it raised. Past its seconds the process ends."""
     faulthandler.dump_traceback_later(item.seconds, exit=True)
     try:
         for row in item.run():

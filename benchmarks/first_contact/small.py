@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.first_contact import truth
-from benchmarks.first_contact.items import Item, Row, checked, relative
+from benchmarks.first_contact.items import Item, Row, checked, compared, relative
 from benchmarks.first_contact.sizes import Sizes
 from ecgot.bench.providers import OURS
 from ecgot.kernels import conv1d, sinkhorn, sinkhorn_pairwise
@@ -103,8 +103,8 @@ def _solved(
     expected = truth.value_and_gradients(x, y, eps, iterations, cost)
     found = sinkhorn(x, y, eps=eps, cost=cost, max_iter=iterations, tol=0.0)
     grads = torch.autograd.grad(found.value.sum(), (x, y))
-    errors = _errors((found.value, *grads), expected, tolerance)
-    return _case(case, dtype, cost) | {"note": found.backend} | errors
+    errors = compared((found.value, *grads), expected, tolerance)
+    return _case(case, dtype, cost) | {"note": found.backend} | checked(errors)
 
 
 def _pairs(d: int, sizes: Sizes) -> Iterator[Row]:
@@ -114,10 +114,9 @@ def _pairs(d: int, sizes: Sizes) -> Iterator[Row]:
             expected = truth.value_and_gradients(x[:, None], y[None], *SPREAD, cost)
             value = sinkhorn_pairwise(x, y, eps=SPREAD[0], cost=cost, max_iter=SPREAD[1], tol=0.0)
             grads = torch.autograd.grad(value.sum(), (x, y))
-            errors = _errors(
-                (value, *grads), (expected[0], expected[1][:, 0], expected[2][0]), TOLERANCE[dtype]
-            )
-            yield _case(f"pairs D={d}", dtype, cost) | errors
+            wanted = expected[0], expected[1][:, 0], expected[2][0]
+            errors = compared((value, *grads), wanted, TOLERANCE[dtype])
+            yield _case(f"pairs D={d}", dtype, cost) | checked(errors)
 
 
 def _clustered(sizes: Sizes) -> Iterator[Row]:
@@ -132,16 +131,6 @@ def _clustered(sizes: Sizes) -> Iterator[Row]:
 
 def _case(case: str, dtype: torch.dtype, cost: str = "") -> Row:
     return {"case": f"{case} {str(dtype).removeprefix('torch.')} {cost}".strip(), "provider": OURS}
-
-
-def _errors(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: tuple[float, float]) -> Row:
-    names = ("value", "grad x", "grad y")
-    return checked(
-        {
-            name: (relative(each, wanted), tolerance[min(index, 1)])
-            for index, (name, each, wanted) in enumerate(zip(names, found, expected, strict=True))
-        }
-    )
 
 
 # --- convolutions -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What runs, in which order, and for how long: correctness, headlines, then what explains them.
+"""What runs, in which order, and for how long: correctness, the headline times, then what explains them.
 
 A step's items are those that ``items(sizes, out)`` of its module lists. The limits add up to more than nine
 minutes: the last steps get what the first leave.
@@ -36,7 +36,7 @@ STEPS = {
     "table": Step(f"{HERE}.table", 60),
     "sanitizers": Step(f"{HERE}.sanitizers", 240),
 }
-# On a CPU's few cores starting a process takes longer than what it then does, and no time is short.
+# On a CPU's few cores most of the time goes into starting processes, so that no limit here is tight.
 REHEARSED = {name: replace(step, seconds=600, workers=1, warm=()) for name, step in STEPS.items()}
 # Those left out launch nothing on a GPU: they compile, or interpret in processes of their own.
 KERNEL_TESTS = (

@@ -1,9 +1,9 @@
 """One problem too large for the chip, to the same marginal error, against flash-sinkhorn and torch.
 
-ecgot stops by itself; in a CUDA graph ("_graph") it is told how many iterations are needed, as its peers are
-always. Products are true fp32, or TF32 where a name says so: right only if the marginal error still holds.
-flash-sinkhorn tunes itself over the tiles that its rules put first, not over all 44. "torch_graph" is a
-compiled loop over the whole matrix of costs. The truth is solved in fp64 in chunks of rows.
+ecgot stops by itself; in a CUDA graph ("_graph") it is told how many iterations to make, as its peers always
+are. Products are true fp32, or TF32 where a name says so: right only if the marginal error still holds.
+flash-sinkhorn tunes itself over 8 of its 44 tiles, see ``bound_tuning``. "torch_graph" is a compiled loop
+over the whole matrix of costs. The truth is solved in fp64 in chunks of rows.
 """
 
 import functools
@@ -47,7 +47,7 @@ Results = tuple[Tensor, ...]  # values, and gradients in x and y where they are 
 
 @dataclass(frozen=True)
 class Solver:
-    """solve(n) is what is timed with n iterations, marginal(n) its plan's error; ours knows its own n."""
+    """solve(n) is what is timed, with n iterations; marginal(n) its plan's error. Ours may choose n."""
 
     solve: Callable[[int], Results]
     marginal: Callable[[int], float]

@@ -22,9 +22,9 @@ from benchmarks.first_contact.items import (
     Item,
     Row,
     checked,
+    compared,
     peak_mb,
     recorded,
-    relative,
     timed,
 )
 from benchmarks.first_contact.sizes import Sizes
@@ -88,7 +88,7 @@ def _solver(provider: str, gradients: bool, sizes: Sizes, warps: int | None = No
     name = f"{case.batch} x {case.n} x {case.m} x {case.d} T={sizes.iterations} {_name(sizes.dtype)}"
 
     def errors(found: Results) -> Errors:
-        return _errors([each[some] for each in found], expected, OURS_TOLERANCE)
+        return compared([each[some] for each in found], expected, OURS_TOLERANCE)
 
     with _with_warps(warps):
         yield _headline(solve, errors, provider, sizes) | {"case": name} | _warps_note(warps)
@@ -142,9 +142,10 @@ def _pairs(provider: str, gradients: bool, sizes: Sizes, warps: int | None = Non
     left = truth.value_and_gradients(x[some, None], y[None], case.eps, case.iterations, "cosine")
     right = truth.value_and_gradients(x[:, None], y[None, some], case.eps, case.iterations, "cosine")
     expected = left[0], left[1][:, 0], right[2][0]
+    tolerance = OURS_TOLERANCE if ours else PEER_TOLERANCE
 
     def errors(found: Results) -> Errors:
-        return _errors([each[some] for each in found], expected, OURS_TOLERANCE if ours else PEER_TOLERANCE)
+        return compared([each[some] for each in found], expected, tolerance)
 
     name = f"{case.batch} x {case.others}, {case.n} x {case.m} x {case.d}"
     name += f" T={case.iterations} {_name(sizes.dtype)}"
@@ -167,14 +168,6 @@ def _headline(solve: Solve, errors: Callable[[Results], Errors], provider: str, 
     peak = None if graph else peak_mb(solve, sizes.device)  # not of the first call, in which libraries settle
     row: Row = {"provider": provider, "peak_mb": peak} | checked(errors(found))
     return row if "refused" in row else row | timed(call, sizes, graph=graph)
-
-
-def _errors(found: list[Tensor], expected: Results, tolerance: tuple[float, float]) -> Errors:
-    names = ("value", "grad x", "grad y")[: len(found)]
-    return {
-        name: (relative(each, wanted), tolerance[min(index, 1)])
-        for index, (name, each, wanted) in enumerate(zip(names, found, expected, strict=False))
-    }
 
 
 def _with_warps(warps: int | None) -> Any:
