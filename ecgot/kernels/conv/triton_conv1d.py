@@ -54,8 +54,7 @@ from ecgot.kernels.conv.triton_tiles import (
 )
 from ecgot.kernels.dispatch import HIP, launch
 
-# Programs of a weight's gradient: enough for the largest GPUs, and fixed, so that results do not depend on
-# the GPU.
+# Programs of a weight's gradient: enough for the largest GPUs, and the same on all, as results depend on it.
 WEIGHT_PROGRAMS = 512
 
 
@@ -588,7 +587,7 @@ def input_gradient(
     *,
     precision: str = "fp32",
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient in x.values [B, T, C_in], and its sums [2 or 5, C_in], see ``merge_sums``, of a norm.
+    """The gradient in x.values [B, T, C_in]; of a norm in x also its sums [2 or 5, C_in], see ``merge_sums``.
 
     beside: [B, T, C_in], a gradient to add, where x is materialized.
     """
@@ -730,7 +729,8 @@ def _kind(c_in: int, c_out: int) -> str:
     """How the kernels go through taps and channels, in a group of c_in to c_out channels.
 
     "dense": a tile of channels at a tap; "narrow": few channels, a tile spans taps; "depthwise": no matrix
-    products, the channels of all groups side by side.
+    products, the channels of all groups side by side. Where one tile holds all channels, a configuration may
+    replace "dense" by "single", whose loop moves on by taps alone.
     """
     if c_in == 1 and c_out <= 4:
         return "depthwise"

@@ -25,6 +25,10 @@ from ecgot.kernels.conv.operands import VECTORS, BatchNorm, LazyActivation
 from ecgot.kernels.conv.triton_tiles import CONVENTIONS, Configuration, unreadable
 from ecgot.kernels.dispatch import launch
 
+# 8 channels of a row are 32 bytes, the least that memory delivers; the other threads share the tiles.
+MERGE = {"BLOCK_M": 128, "BLOCK_O": 8, "num_warps": 4, "num_stages": 1}
+MANY_PARTS = 16  # of a weight's gradient, from which lanes share them
+
 
 class TileStatistics(NamedTuple):
     """Of each tile of samples: n, how many count [tiles], and their mean and M2 [tiles, C]."""
@@ -273,11 +277,6 @@ def _sum_configuration(parts: int) -> Configuration:
     """A small weight has many parts, which lanes share; a large one has few, and many programs anyway."""
     block_m, block_o = (1, 1024) if parts < MANY_PARTS else (16, 128)
     return {"BLOCK_M": block_m, "BLOCK_O": block_o, "num_warps": 4, "num_stages": 1}
-
-
-# 32 bytes of a row are what memory hands out at least; the rest of the threads share the tiles.
-MERGE = {"BLOCK_M": 128, "BLOCK_O": 8, "num_warps": 4, "num_stages": 1}
-MANY_PARTS = 16
 
 
 # --- what compiles ------------------------------------------------------------------------------------------

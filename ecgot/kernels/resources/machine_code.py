@@ -51,6 +51,7 @@ class Work:
     stack_accesses: int = 0
 
     def __bool__(self) -> bool:
+        """Whether anything is computed: a loop that only waits or copies is no work."""
         return bool(self.exponentials or self.multiply_adds or self.matrix_products)
 
 

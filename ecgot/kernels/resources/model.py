@@ -5,7 +5,7 @@
 
 Instructions and products are those of the busiest multiprocessor, which has ceil(programs / 132) programs;
 each region of the machine code (see machine_code.Regions) counts as often as ``PASSES`` says. Caches,
-latencies and divergence are left out: a good kernel comes near this, and none is much faster.
+latencies and divergence are left out, so that a GPU will rather take longer.
 """
 
 import math
@@ -80,7 +80,7 @@ class Code:
         return self.instructions["main"] * self.warps
 
     def cycles(self, passes: Passes, programs: int) -> tuple[float, str]:
-        """Of a multiprocessor for all of its programs; and what limits."""
+        """A multiprocessor's cycles for all of its programs; which of "instructions" or "products" limits."""
         times = {"once": 1} | vars(passes)
         resident = self.warps * min(self.programs, programs) / SCHEDULERS
         rate = SCHEDULERS * min(ISSUE_RATE, ISSUE_RATE_OF_WARP * resident)
@@ -109,9 +109,9 @@ class Estimate:
 
 
 def estimates(launches: Launches, pool: Executor) -> list[Estimate]:
-    """Of each kernel of a call, the longest first.
+    """An estimate of each kernel of a call, and one of all of torch's, the longest first.
 
-    pool: compiles.
+    pool: whose workers compile the kernels.
     """
     cases = {case_of(launch): None for launch in launches.each if launch.kernel is not None}
     codes = dict(zip(cases, pool.map(code_of, cases), strict=True))
@@ -125,7 +125,7 @@ def estimates(launches: Launches, pool: Executor) -> list[Estimate]:
 
 
 def _time(launch: Launch, code: Code | None) -> tuple[float, str]:
-    """Seconds, and what limits."""
+    """Seconds without the gap, and what limits: "bytes", "instructions" or "products"."""
     if code is None:
         busy, limit = launch.products / LIBRARY_FLOP_A_SECOND[launch.half], "products"
     else:
@@ -230,7 +230,7 @@ def case_of(launch: Launch) -> Case:
 
 
 def code_of(case: Case) -> Code:
-    """Compile."""
+    """Compile a case for ``TARGET``, and count its instructions and products by region."""
     found = compiled(case, TARGET)
     made = disassembled(found, TARGET)
     assert made is not None, "expected cuobjdump, which comes with Triton"
@@ -247,7 +247,7 @@ def code_of(case: Case) -> Code:
 
 
 def product_cycles(instruction: Instruction) -> float:
-    """Of a scheduler, for a warp's part of a matrix product; 0 of other instructions.
+    """A scheduler's cycles for a warp's part of a matrix product; 0 for other instructions.
 
     >>> product_cycles(Instruction("HGMMA.64x64x16.F32.BF16", ""))  # 65,536 multiply-adds of four warps
     37.6...

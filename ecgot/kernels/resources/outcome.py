@@ -98,7 +98,7 @@ def disassembled(found: Any, target: str) -> tuple[list[Instruction], int, int] 
     """Instructions, registers and spilled bytes of what :func:`compiled` returned; None without the tool."""
     if TARGETS[target].backend == "hip":
         return _amd(found.asm["amdgcn"])
-    listing = _disassembled(found.asm["cubin"])
+    listing = _sass_listing(found.asm["cubin"])
     return None if listing is None else _nvidia(listing)
 
 
@@ -159,7 +159,7 @@ def _amd(text: str) -> tuple[list[Instruction], int, int]:
 
 
 def _nvidia(listing: str) -> tuple[list[Instruction], int, int]:
-    """Instructions, registers and spilled bytes, from the output of ``_disassembled``.
+    """Instructions, registers and spilled bytes, from the output of ``_sass_listing``.
 
     The size of the stack does not measure spilling: it is rounded up, and its slots are reused. ``ptxas -v``
     prints the bytes of all spilling stores, but for a kernel in Triton's cache it would have to run again,
@@ -172,7 +172,7 @@ def _nvidia(listing: str) -> tuple[list[Instruction], int, int]:
     return instructions, int(registers[1]), spilled_bytes(instructions)
 
 
-def _disassembled(cubin: bytes) -> str | None:
+def _sass_listing(cubin: bytes) -> str | None:
     """Resources and instructions, printed by the cuobjdump that comes with Triton; None without it."""
     from triton import knobs
 

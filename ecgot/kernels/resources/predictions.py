@@ -17,7 +17,7 @@ STEPS = {
     "conv1d_norm": "table",
     "xresnet1d101": "networks",
 }
-SHARE = 0.05  # of its call's time that a kernel with a row of its own takes
+SHARE = 0.05  # of its call's time that a kernel must take for a row of its own
 HEAD = (
     "| call, and its longest kernels | kernels | MB | inner loop: instructions x warps | programs an SM "
     "| predicted us (eager) | limit | measured |",
@@ -39,7 +39,7 @@ def table(names: Iterable[str]) -> Iterator[str]:
 
 
 def rows(name: str, found: list[Estimate]) -> Iterator[str]:
-    """Of one call: itself, and its kernels that take long."""
+    """The rows of one call: its own, and one for each kernel that takes at least ``SHARE`` of its time."""
     kernels = sum(each.launches for each in found)
     seconds = sum(each.seconds for each in found)
     graph, eager = (1e6 * (seconds + kernels * gap) for gap in (GAP_S["graph"], GAP_S["eager"]))
