@@ -32,6 +32,8 @@ from ecgot.kernels.conv.triton_tiles import (
 )
 from ecgot.kernels.dispatch import launch
 
+JOIN_CONFIGURATION = {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1}
+
 
 @triton.jit
 def _join_fwd_kernel(
@@ -205,9 +207,6 @@ def _join_arguments(
         "ACTIVATION": ACTIVATION_CODES[activation],
         **JOIN_CONFIGURATION,
     }
-
-
-JOIN_CONFIGURATION = {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1}
 
 
 # --- what compiles ------------------------------------------------------------------------------------------

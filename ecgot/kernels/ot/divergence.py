@@ -30,8 +30,8 @@ def sinkhorn_divergence(
     """The debiased cost OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2: 0 for equal clouds, else positive.
 
     The arguments are those of :func:`sinkhorn`. With ``rho`` the term eps (mass_a - mass_b)^2 / 2 is added
-    (Séjourné et al. 2019, "Sinkhorn Divergences for Unbalanced Optimal Transport"). All three problems of
-    each pair are solved in one launch.
+    (Séjourné et al. 2019, "Sinkhorn Divergences for Unbalanced Optimal Transport"). The three problems of
+    each pair are solved together, as one batch.
 
     >>> import torch
     >>> x = torch.tensor([[[0.0], [1.0]]])

@@ -53,10 +53,11 @@ def sinkhorn_pairwise(  # type: ignore[misc]  # the overloads leave its settings
     The other arguments are those of :func:`sinkhorn`.
 
     Returns:
-        The values [B, K] in units of the cost, differentiable once in x, y, a and b. Neither forward nor
-        backward holds a [B, K, N, M] tensor: costs are formed for a few pairs at a time, and again in the
-        backward pass; only the potentials are kept, B K (N + M) numbers. Pairs with an empty cloud have value
-        0. NaN in a cloud makes the values of its pairs NaN, and their gradients if they enter a loss.
+        The values [B, K] in units of the cost, differentiable once in x, y, a and b. No [B, K, N, M] tensor
+        is kept for the backward pass, only the potentials, B K (N + M) numbers: costs are formed for some
+        pairs at a time, and again in the backward pass, where the Triton kernels hold the plans of at most
+        2^26 cells (256 MB, 384 MB for fp32 points). Pairs with an empty cloud have value 0. NaN in a cloud
+        makes the values of its pairs NaN, and their gradients if they enter a loss.
 
     >>> import torch
     >>> x, y = torch.tensor([[[0.0]], [[1.0]], [[2.0]]]), torch.tensor([[[0.0]], [[3.0]]])

@@ -83,12 +83,11 @@ def sinkhorn(
     this rounding. Derivatives are reverse-mode; ``torch.func.jvp`` and ``torch.func.grad`` over it raise.
 
     On CUDA, problems of up to 128 x 128 points (or 256 x 64, ...) with any D are solved by one Triton program
-    each, in one launch, and larger ones by a streaming kernel in O((N + M) D) memory; fp64 uses torch. On a
-    CPU, compiled loops solve (``pip install numba``; torch without it), and beyond 2^24 costs per problem
-    torch in chunks of rows. With TRITON_INTERPRET=1 the Triton kernels run on the CPU too. Into a CUDA graph,
-    where nothing can look for convergence, the torch and streaming solvers record at most 100 iterations (and
-    100 of annealing, with a lower ``scaling`` if need be); ``marginal_error`` and ``converged`` say what was
-    reached.
+    each, and larger ones by a streaming kernel in O((N + M) D) memory; fp64 uses torch. On a CPU, compiled
+    loops solve (``pip install numba``; torch without it), and beyond 2^24 costs per problem torch in chunks
+    of rows. With TRITON_INTERPRET=1 the Triton kernels run on the CPU too. Into a CUDA graph, where nothing
+    can look for convergence, the torch and streaming solvers record at most 100 iterations (and 100 of
+    annealing, with a lower ``scaling`` if need be); ``marginal_error`` and ``converged`` say how far it got.
 
     Sources: Cuturi 2013, "Sinkhorn Distances"; Chizat et al. 2018, "Scaling algorithms for unbalanced optimal
     transport problems"; Feydy et al. 2019, "Interpolating between Optimal Transport and MMD using Sinkhorn

@@ -1,4 +1,4 @@
-"""On-chip Sinkhorn in Triton: one program solves a whole problem, or pair of clouds, in one launch for all.
+"""On-chip Sinkhorn in Triton: one program solves a whole problem, or pair of clouds.
 
     f_i <- -tau_x eps log sum_j b_j exp((g_j - C_ij) / eps),    tau = rho / (rho + eps), 1 where balanced
     g_j <- -tau_y eps log sum_i a_i exp((f_i - C_ij) / eps)
@@ -711,7 +711,7 @@ def _row_lanes(block_n: int, block_m: int, warps: int, lanes: int) -> int:
 
 
 def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> Solution:
-    """Launch the solver.
+    """Launch the solver, once for as many problems as ``MAX_SCRATCH`` has room for; pairs share one launch.
 
     Where a problem that is not one of pairs comes without centres, the kernel centres the clouds itself, and
     finds the points' own potentials too.
