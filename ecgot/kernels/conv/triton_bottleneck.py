@@ -199,11 +199,12 @@ def _layer_arguments(name: str, layer: FusedLayer) -> dict[str, Tensor]:
 
 def _configuration(dtype: torch.dtype, precision: str, hip: bool = HIP) -> Configuration:
     """One tile for all: the bottlenecks of published ECG encoders are 64 channels wide."""
+    depth = 16 if dtype == torch.float32 else 32  # registers hold no more of fp32
     return {
         "BLOCK_T": 64,
-        "BLOCK_C": 32,
+        "BLOCK_C": depth,
         "BLOCK_M": MAX_CHANNELS,
-        "BLOCK_W": 32,
+        "BLOCK_W": depth,
         "BLOCK_N": MAX_CHANNELS,
         "PRECISION": product_precision(dtype, precision, hip),
         "num_warps": 8,

@@ -547,49 +547,58 @@ def _pair_plan_kernel(
     PLAN_PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The parts of one pair's Q in [PLAN_PARTS, clouds x, N, count_y, M], with ``scale`` and the 2."""
+    """The parts of one pair's Q in [PLAN_PARTS, clouds x, N, count_y, M], with ``scale`` and the 2.
+
+    BLOCK_R rows at a time, so that registers hold them.
+    """
     own = tl.program_id(0) // count_y
     other = tl.program_id(0) % count_y
     x_cloud = (first_x + own).to(tl.int64)
     y_cloud = (first_y + other).to(tl.int64)
     problem = x_cloud * K + y_cloud
-    x_index = tl.arange(0, BLOCK_N)
     y_index = tl.arange(0, BLOCK_M)
-    a, x_valid = load_weights(a_ptr + x_cloud * N, x_index, N)
+    all_a, _ = load_weights(a_ptr + x_cloud * N, tl.arange(0, BLOCK_N), N)
     b, y_valid = load_weights(b_ptr + y_cloud * M, y_index, M)
     per_unit = LOG2_E / tl.load(eps_ptr + problem)
-    solvable = (tl.sum(a, axis=0) > 0) & (tl.sum(b, axis=0) > 0)
+    solvable = (tl.sum(all_a, axis=0) > 0) & (tl.sum(b, axis=0) > 0)
     scale = tl.where(solvable, tl.load(scale_ptr + problem), 0.0)
     wanted = scale != 0
     # A pair without a gradient reads no points: they may be NaN.
     depth = tl.where(wanted, D, 0)
-    x_valid = x_valid & (x_index < tl.where(wanted, N, 0))
     y_valid = y_valid & (y_index < tl.where(wanted, M, 0))
-    f = tl.load(f_ptr + problem * N + x_index, mask=x_valid, other=0.0) * per_unit
     g = tl.load(g_ptr + problem * M + y_index, mask=y_valid, other=0.0) * per_unit
-    inner, x_square, y_square = _inner_products(
-        x_ptr + x_cloud * stride_xb, y_ptr + y_cloud * stride_yb, x_centre_ptr + x_cloud * D,
-        y_centre_ptr + y_cloud * D, x_index, y_index, x_valid, y_valid, depth, stride_xn, stride_xd,
-        stride_yn, stride_yd, CENTRED, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
-    )  # fmt: skip
     factor = 2 * scale if COST == SQEUCLIDEAN else scale
-    high, middle, low, along_x, along_y = _plan_and_sums(
-        inner, x_square, y_square, f, g, a, b, scale, a, b, per_unit, factor, COST, False, PLAN_PARTS,
-        BLOCK_N, BLOCK_M,
-    )  # fmt: skip
-    inside = (x_index < N)[:, None] & (y_index < M)[None, :]
-    row = own * N + x_index
-    tile = plan_ptr + (row.to(tl.int64) * count_y * M)[:, None] + (other * M + y_index)[None, :]
-    tl.store(tile, high, mask=inside)
-    tl.store(tile + stride_part, middle, mask=inside)
-    if PLAN_PARTS == 3:
-        tl.store(tile + 2 * stride_part, low, mask=inside)
+    all_along_y = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for first in range(0, BLOCK_N, BLOCK_R):
+        x_index = first + tl.arange(0, BLOCK_R)
+        a, x_valid = load_weights(a_ptr + x_cloud * N, x_index, N)
+        x_valid = x_valid & (x_index < tl.where(wanted, N, 0))
+        f = tl.load(f_ptr + problem * N + x_index, mask=x_valid, other=0.0) * per_unit
+        inner, x_square, y_square = _inner_products(
+            x_ptr + x_cloud * stride_xb, y_ptr + y_cloud * stride_yb, x_centre_ptr + x_cloud * D,
+            y_centre_ptr + y_cloud * D, x_index, y_index, x_valid, y_valid, depth, stride_xn, stride_xd,
+            stride_yn, stride_yd, CENTRED, BLOCK_R, BLOCK_M, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        high, middle, low, along_x, along_y = _plan_and_sums(
+            inner, x_square, y_square, f, g, a, b, scale, a, b, per_unit, factor, COST, False, PLAN_PARTS,
+            BLOCK_R, BLOCK_M,
+        )  # fmt: skip
+        all_along_y += along_y
+        inside = (x_index < N)[:, None] & (y_index < M)[None, :]
+        row = own * N + x_index
+        tile = plan_ptr + (row.to(tl.int64) * count_y * M)[:, None] + (other * M + y_index)[None, :]
+        tl.store(tile, high, mask=inside)
+        tl.store(tile + stride_part, middle, mask=inside)
+        if PLAN_PARTS == 3:
+            tl.store(tile + 2 * stride_part, low, mask=inside)
+        if COST != DOT:
+            tl.store(along_x_ptr + (x_cloud * N + x_index) * K + y_cloud, along_x, mask=x_index < N)
     if COST != DOT:
-        tl.store(along_x_ptr + (x_cloud * N + x_index) * K + y_cloud, along_x, mask=x_index < N)
-        tl.store(along_y_ptr + (y_cloud * M + y_index) * B + x_cloud, along_y, mask=y_index < M)
+        tl.store(along_y_ptr + (y_cloud * M + y_index) * B + x_cloud, all_along_y, mask=y_index < M)
 
 
 # --- tiles of one side --------------------------------------------------------------------------------------
@@ -718,10 +727,10 @@ def _precisions(dtype: torch.dtype, cost: str, precision: str, hip: bool = HIP) 
     return {"PRECISION": "ieee" if hip else "tf32x3", "PLAN_PARTS": 3, "POINT_PARTS": 3}
 
 
-def _in_one_program(n: int, m: int, dtype: torch.dtype, implicit: bool) -> bool:
+def _in_one_program(n: int, m: int, dtype: torch.dtype, implicit: bool, hip: bool = HIP) -> bool:
     """Whether one program can hold a plan and make both products with it without spilling."""
     block_n, block_m = block_size(n), block_size(m)
-    cells = 128 * 128 if dtype in HALVES and not implicit else 128 * 64
+    cells = 128 * 128 if dtype in HALVES and not (implicit or hip) else 128 * 64
     return max(block_n, block_m) <= 128 and block_n * block_m <= cells
 
 
@@ -742,8 +751,9 @@ def _whole_configuration(n: int, m: int, d: int, dtype: torch.dtype, hip: bool =
 def _pair_configuration(n: int, m: int, hip: bool = HIP) -> dict[str, Any]:
     """Blocks and warps of a pair's plan."""
     block_n, block_m = block_size(n), block_size(m)
-    blocks = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": 16}
-    return blocks | {"num_warps": _warps(block_n, block_m), "num_stages": 1} | all_registers(hip)
+    rows = min(block_n, max(16, 64 * 64 // block_m))
+    blocks = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_R": rows, "BLOCK_D": 16}
+    return blocks | {"num_warps": _warps(rows, block_m), "num_stages": 1} | all_registers(hip)
 
 
 def _warps(block_n: int, block_m: int) -> int:
@@ -1006,7 +1016,7 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
             of_plan = {name: value for name, value in kind.items() if name != "POINT_PARTS"}
             yield compile_case(_pair_plan_kernel, dtype, of_plan, _pair_configuration(n, m, hip), OF_PLANS)
             for flags, d in itertools.product(_flags(cost), (16, 32)):
-                if n < m or not _in_one_program(n, m, DTYPES[dtype], flags["IMPLICIT"]):
+                if n < m or not _in_one_program(n, m, DTYPES[dtype], flags["IMPLICIT"], hip):
                     continue
                 configuration = _whole_configuration(n, m, d, DTYPES[dtype], hip)
                 yield compile_case(_whole_gradient_kernel, dtype, kind | flags, configuration, OF_POINTS)

@@ -186,7 +186,7 @@ def _bottleneck(a: Any) -> Passes:
 PASSES: dict[str, Callable[[Any], Passes]] = {
     "_sinkhorn_fwd_kernel": _solver,
     "_whole_gradient_kernel": _gradient,
-    "_pair_plan_kernel": lambda a: Passes(main=math.ceil(a.D / a.BLOCK_D)),
+    "_pair_plan_kernel": lambda a: Passes(main=math.ceil(a.D / a.BLOCK_D) * a.BLOCK_N // a.BLOCK_R),
     "_tile_gradient_kernel": _tile_gradient,
     "_softmin_kernel": _softmin,
     "_softmin_prepare_kernel": lambda a: Passes(main=math.ceil(a.width / a.BLOCK_D)),

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Tri
 @pytest.mark.parametrize(
     ("name", "kernels", "megabytes"),
     [
-        ("sinkhorn sqeuclidean bf16 256x128x128x256", 4, 75),
-        ("sinkhorn sqeuclidean bf16 256x128x128x256 and gradient", 9, 180),
-        ("sinkhorn cosine bf16 256x128x128x256", 4, 75),
-        ("sinkhorn cosine bf16 256x128x128x256 and gradient", 9, 180),
+        ("sinkhorn sqeuclidean bf16 256x128x128x256", 4, 55),
+        ("sinkhorn sqeuclidean bf16 256x128x128x256 and gradient", 5, 125),
+        ("sinkhorn cosine bf16 256x128x128x256", 4, 55),
+        ("sinkhorn cosine bf16 256x128x128x256 and gradient", 5, 125),
         ("xresnet1d101 bf16 256x12x1000 training step", 900, math.inf),
         ("xresnet1d101 fp32 256x12x1000 training step", 900, math.inf),
     ],
@@ -57,7 +57,7 @@ def compiled(kernel: str, name: str) -> list[Outcome]:
 def test_the_solver_iterates_in_few_instructions_and_shares_a_multiprocessor(name):
     for outcome in compiled("_sinkhorn_fwd_kernel", name):
         assert outcome.issued is not None
-        assert outcome.issued <= 4100
+        assert outcome.issued <= 3000
         assert outcome.spilled_bytes == 0
         assert outcome.programs == 2
 
@@ -65,6 +65,18 @@ def test_the_solver_iterates_in_few_instructions_and_shares_a_multiprocessor(nam
 def test_pairs_iterate_without_waiting():
     for outcome in compiled("_sinkhorn_fwd_kernel", "64x32 bf16 sqeuclidean centre=1 pairs balanced"):
         assert outcome.issued is not None
-        assert outcome.issued <= 500
+        assert outcome.issued <= 310
         assert outcome.barriers == 0
+        assert outcome.spilled_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        ("_whole_gradient_kernel", "128x128 bf16 sqeuclidean centred plan_parts=2 point_parts=1 step"),
+        ("_pair_plan_kernel", "64x32 bf16 sqeuclidean centred plan_parts=2"),
+    ],
+)
+def test_gradients_keep_the_plan_in_registers(kernel, name):
+    for outcome in compiled(kernel, name):
         assert outcome.spilled_bytes == 0
