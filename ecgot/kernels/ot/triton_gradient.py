@@ -751,7 +751,7 @@ def _whole_configuration(n: int, m: int, d: int, dtype: torch.dtype, hip: bool =
 def _pair_configuration(n: int, m: int, hip: bool = HIP) -> dict[str, Any]:
     """Blocks and warps of a pair's plan."""
     block_n, block_m = block_size(n), block_size(m)
-    rows = min(block_n, max(16, 64 * 64 // block_m))
+    rows = min(block_n, max(16, (32 if block_m >= 128 else 64) * 64 // block_m))
     blocks = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_R": rows, "BLOCK_D": 16}
     return blocks | {"num_warps": _warps(rows, block_m), "num_stages": 1} | all_registers(hip)
 
