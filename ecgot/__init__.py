@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ecgot.data.dataset import load_dataset
     from ecgot.data.record import read_record
     from ecgot.inference.reader import load_pretrained
+    from ecgot.kernels.ot.convergence import SinkhornWarning
     from ecgot.kernels.ot.divergence import sinkhorn_divergence
     from ecgot.kernels.ot.loss import SinkhornLoss
     from ecgot.kernels.ot.outputs import SinkhornOutput
@@ -25,6 +26,7 @@ __all__ = [
     "EcgotError",
     "SinkhornLoss",
     "SinkhornOutput",
+    "SinkhornWarning",
     "__version__",
     "encoder",
     "load_dataset",
@@ -39,6 +41,7 @@ __all__ = [
 _HOME = {
     "SinkhornLoss": "ecgot.kernels",
     "SinkhornOutput": "ecgot.kernels",
+    "SinkhornWarning": "ecgot.kernels",
     "encoder": "ecgot.models.encoders",
     "kernels": "ecgot.kernels",
     "load_dataset": "ecgot.data.dataset",

@@ -71,6 +71,11 @@ def _has_tangent(points: Tensor) -> bool:
     return forward_ad.unpack_dual(points).tangent is not None
 
 
+def batch_of(*given: Any) -> int:
+    """The number of problems, from the first of these that is a tensor with dimensions; 1 if none is."""
+    return next((each.shape[0] for each in given if isinstance(each, Tensor) and each.dim()), 1)
+
+
 def check_cost(cost: str) -> None:
     """One of ``COSTS``."""
     if cost not in COSTS:
@@ -98,7 +103,7 @@ def check_eps(eps: Any, points: Tensor, problems: int) -> Tensor:
             raise ValueError("eps: expected a tensor without gradient, got one that requires it")
         if can_read_values(eps) and not bool(((eps >= MIN_EPS) & (eps <= MAX_EPS)).all()):
             raise ValueError(f"eps: expected {MIN_EPS:g} to {MAX_EPS:g}, got a tensor with an entry outside")
-        return eps.to(dtype)
+        return eps.to(dtype, copy=True)  # the caller may change it in place before plan() reads it
     if not (is_real(eps) and MIN_EPS <= eps <= MAX_EPS):
         raise ValueError(f"eps: expected a number from {MIN_EPS:g} to {MAX_EPS:g}, got {eps!r}")
     return torch.full((problems,), float(eps), dtype=dtype, device=points.device)

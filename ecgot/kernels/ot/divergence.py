@@ -48,6 +48,7 @@ def sinkhorn_divergence(
     b = checks.check_weights("b", b, y, y_mask, any_mass=free)
     x_mass, y_mass = a.clamp_min(0).sum(1), b.clamp_min(0).sum(1)
     length = max(x.shape[1], y.shape[1])
+    n, m = x.shape[1], y.shape[1]
     x, y = padded(x, length), padded(y, length)
     a, b = padded(a, length, ABSENT), padded(b, length, ABSENT)
     a, b = torch.cat([a, a, b]), torch.cat([b, a, b])
@@ -67,11 +68,16 @@ def sinkhorn_divergence(
         precision=precision,
     )
     between, of_x, of_y = out.value.view(3, problems)
+    (f, f_x, f_y), (g, g_x, g_y) = (t.view(3, problems, length) for t in (out.f, out.g))
     value = between - of_x / 2 - of_y / 2
     if free:
         value = value + eps * (x_mass - y_mass).square() / 2
+    else:
+        value = torch.where((x_mass > 0) & (y_mass > 0), value, 0.0)
     return SinkhornDivergenceOutput(
         value=value,
+        f=(f - (f_x + g_x) / 2)[:, :n],
+        g=(g - (f_y + g_y) / 2)[:, :m],
         marginal_error=out.marginal_error.view(3, problems).amax(0),
         iterations=out.iterations.view(3, problems).amax(0),
         converged=out.converged.view(3, problems).all(0),

@@ -1,6 +1,7 @@
 """Entropic optimal transport as a loss module."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ class SinkhornLoss(torch.nn.Module):
     """:func:`sinkhorn` as a loss module: ``loss(x, y) -> Tensor``, in units of the cost.
 
     Args:
-        eps, cost, rho, max_iter, tol, scaling: as in :func:`sinkhorn`.
-        debias: use :func:`sinkhorn_divergence` instead.
+        eps, cost, rho, rho_x, rho_y, max_iter, tol, scaling, precision: as in :func:`sinkhorn`.
+        debias: use :func:`sinkhorn_divergence` instead, which takes ``rho`` but not ``rho_x`` and ``rho_y``.
         reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for the values [B].
 
     >>> import torch
@@ -31,20 +32,27 @@ class SinkhornLoss(torch.nn.Module):
         *,
         cost: str = "sqeuclidean",
         rho: float | None = None,
+        rho_x: float | None = None,
+        rho_y: float | None = None,
         debias: bool = False,
         max_iter: int = 1000,
         tol: float = 1e-4,
         scaling: float | None = None,
+        precision: str = "fp32",
         reduction: str = "mean",
     ) -> None:
         super().__init__()
         checks.check_cost(cost)
-        checks.check_rho(rho, None, None)
+        checks.check_rho(rho, rho_x, rho_y)
         checks.check_eps(eps, torch.empty(0), 1)
         checks.check_settings(max_iter, tol, scaling)
+        checks.check_precision(precision)
+        if debias and (rho_x is not None or rho_y is not None):
+            raise ValueError("rho_x and rho_y: expected rho for both marginals with debias, got one side's")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-        self.eps, self.cost, self.rho, self.debias = eps, cost, rho, debias
+        self.eps, self.cost, self.debias, self.precision = eps, cost, debias, precision
+        self.rho, self.rho_x, self.rho_y = rho, rho_x, rho_y
         self.max_iter, self.tol, self.scaling, self.reduction = max_iter, tol, scaling, reduction
 
     def forward(
@@ -58,7 +66,11 @@ class SinkhornLoss(torch.nn.Module):
         y_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss (scalar, or [B] unreduced) of x [B, N, D] and y [B, M, D]; see :func:`sinkhorn`."""
-        solve: Callable[..., Any] = sinkhorn_divergence if self.debias else sinkhorn
+        solve: Callable[..., Any] = sinkhorn
+        if self.debias:
+            solve = sinkhorn_divergence
+        elif self.rho_x is not None or self.rho_y is not None:
+            solve = partial(sinkhorn, rho_x=self.rho_x, rho_y=self.rho_y)
         value = solve(
             x,
             y,
@@ -72,6 +84,7 @@ class SinkhornLoss(torch.nn.Module):
             max_iter=self.max_iter,
             tol=self.tol,
             scaling=self.scaling,
+            precision=self.precision,
         ).value
         if self.reduction == "none":
             return value
@@ -80,6 +93,7 @@ class SinkhornLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """The settings, as ``repr`` shows them."""
         return (
-            f"eps={self.eps}, cost={self.cost!r}, rho={self.rho}, debias={self.debias}, "
-            f"max_iter={self.max_iter}, tol={self.tol}, scaling={self.scaling}, reduction={self.reduction!r}"
+            f"eps={self.eps}, cost={self.cost!r}, rho={self.rho}, rho_x={self.rho_x}, rho_y={self.rho_y}, "
+            f"debias={self.debias}, max_iter={self.max_iter}, tol={self.tol}, scaling={self.scaling}, "
+            f"precision={self.precision!r}, reduction={self.reduction!r}"
         )

@@ -1,7 +1,9 @@
 """What the public functions return: the value, how it was found, and the plan on demand."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +53,32 @@ class SinkhornOutput:
         with torch.autocast(self.f.device.type, enabled=False):
             return self._problem.plan(*self._raw)
 
+    def log_plan(self) -> Tensor:
+        """log P [B, N, M], differentiable once; minus infinity where P is 0 by definition.
+
+        That is at masked points, points without weight and forbidden pairs. Elsewhere it is exact where P
+        itself would underflow.
+
+        Raises:
+            RuntimeError: as :meth:`plan`.
+
+        >>> import ecgot
+        >>> cost = torch.tensor([[[0.0, 9.0], [torch.inf, 0.0]]])
+        >>> ecgot.sinkhorn_from_cost(cost, eps=0.05).log_plan().round()
+        tensor([[[  -1., -181.],
+                 [ -inf,   -1.]]])
+        """
+        self._check_unchanged()
+        problem, (f, g) = self._problem, self._raw
+        with torch.autocast(f.device.type, enabled=False):
+            cost = problem.cost_matrix()
+            a, b = problem.weights()
+            weighted = (a > 0)[:, :, None] & (b > 0)[:, None, :] & problem.solvable()[:, None, None]
+            log_a, log_b = (torch.where(weight > 0, weight, 1.0).log() for weight in (a, b))
+            exponent = (f[:, :, None] + g[:, None, :] - cost) / problem.eps[:, None, None]
+            exponent = exponent + log_a[:, :, None] + log_b[:, None, :]
+            return torch.where(weighted & (cost != math.inf), exponent, -math.inf)
+
     def apply(self, v: Tensor, *, transpose: bool = False) -> Tensor:
         """P v [B, N, E] of v [B, M, E], or P^T v [B, M, E] of v [B, N, E]; differentiable once.
 
@@ -64,7 +92,7 @@ class SinkhornOutput:
         [1.0, 2.0]
         """
         n, m = self._problem.size
-        wanted = (len(self.f), n if transpose else m)
+        wanted = (len(self._problem.a), n if transpose else m)
         checks.check_floating("v", v, 3, f"[{wanted[0]}, {wanted[1]}, E]")
         if v.device != self.f.device:
             raise ValueError(f"v: expected the device of x, {self.f.device}, got {v.device}")
@@ -102,9 +130,9 @@ class SinkhornOutput:
             plan, cost = part.plan(f, g), part.cost_matrix()
             if terms is not None:
                 cost = cost + terms[0][:, some, None] + terms[1][:, None, :]
-            # A forbidden pair costs infinity and carries nothing. NaN in the plan is not 0 and stays.
-            moved = plan != 0
-            return torch.where(moved, plan * torch.where(moved, cost, 0.0), 0.0).sum((1, 2))
+            # A forbidden pair costs infinity and carries nothing.
+            allowed = cost != math.inf
+            return torch.where(allowed, plan * torch.where(allowed, cost, 0.0), 0.0).sum((1, 2))
 
         return torch.stack(self._by_rows(part_cost)).sum(0)
 
@@ -126,9 +154,30 @@ class SinkhornOutput:
             return [of_rows(start) for start in starts]
         return [checkpoint(of_rows, start, use_reentrant=False) for start in starts]
 
+    def __copy__(self) -> "SinkhornOutput":
+        return replace(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, ``torch.save`` and ``copy.deepcopy``: the copy has no gradient history."""
+        self._check_unchanged()
+        state = {name: _detached(value) for name, value in vars(self).items()}
+        tensors, values = self._problem.flatten()
+        state["_problem"] = Problem.unflatten([_detached(t) for t in tensors], values)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._versions = tensor_versions(self._problem)
+
     def _check_unchanged(self) -> None:
         if self._versions is not None and self._versions != tensor_versions(self._problem):
             raise RuntimeError("plan: expected unchanged x, y, weights and masks, got one changed in place")
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_detached, value))
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def tensor_versions(problem: Problem) -> tuple[int, ...] | None:
@@ -145,12 +194,17 @@ class SinkhornDivergenceOutput:
 
     Attributes:
         value: [B], in units of the cost, differentiable.
+        f, g: [B, N] and [B, M], potentials of OT(x, y) less those of OT(x, x) and OT(y, y), in units of the
+            cost, 0 at masked points; differentiable once. Where both marginals are kept they are the
+            gradients of ``value`` in a and b, up to a constant.
         marginal_error, iterations: [B], the largest of the three problems behind each value.
         converged: [B], whether all three converged.
         backend: which solver ran, as in :class:`SinkhornOutput`.
     """
 
     value: Tensor
+    f: Tensor
+    g: Tensor
     marginal_error: Tensor
     iterations: Tensor
     converged: Tensor
@@ -172,3 +226,9 @@ class SinkhornPairwiseOutput:
     iterations: Tensor
     converged: Tensor
     backend: str
+
+
+# torch.load reads what torch.save wrote of them without weights_only=False.
+torch.serialization.add_safe_globals(
+    [SinkhornOutput, SinkhornDivergenceOutput, SinkhornPairwiseOutput, Problem]
+)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ecgot.kernels.ot import checks, operators
 from ecgot.kernels.ot.backends import backend
+from ecgot.kernels.ot.convergence import warn_if_unsolved
 from ecgot.kernels.ot.outputs import SinkhornPairwiseOutput
 from ecgot.kernels.ot.problem import Problem
 
@@ -79,6 +80,7 @@ def sinkhorn_pairwise(  # type: ignore[misc]  # the overloads leave its settings
     eps_each = checks.check_eps(eps, x, len(x) * len(y))
     problem = Problem(x, y, a, b, None, None, eps_each, cost, *rhos, True, precision)
     problem, found = operators.solve(problem, None, settings)
+    warn_if_unsolved(problem, found, settings.tol)
     assert found.value is not None
     assert found.converged is not None
     if not full_output:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ecgot.kernels.ot import checks, operators
 from ecgot.kernels.ot.backends import backend
+from ecgot.kernels.ot.convergence import warn_if_unsolved
 from ecgot.kernels.ot.outputs import SinkhornOutput, tensor_versions
 from ecgot.kernels.ot.problem import Problem, SolverSettings
 
@@ -57,7 +58,8 @@ def sinkhorn(
             (geomloss's ``reach`` is rho = reach**p on its own cost, which is half the squared distance for
             p = 2: rho = 2 * reach**2 here.)
         max_iter: most iterations at ``eps``, >= 1; one iteration updates f and g.
-        tol: a problem stops once its marginal error is at most this, >= 0.
+        tol: a problem stops once its marginal error is at most this, >= 0. On a CPU a problem that does not
+            get there warns (``SinkhornWarning``); 0 asks for ``max_iter`` iterations, without a warning.
         scaling: anneal: start with eps as large as the costs and multiply it by this factor (> 0, at most
             0.999) after each iteration until it is ``eps``. Pays off where eps is small.
         init: the potential g [B, M] of an earlier solution to start from.
@@ -134,8 +136,9 @@ def sinkhorn_from_cost(
 ) -> SinkhornOutput:
     """:func:`sinkhorn` with a given cost matrix [B, N, M], in which ``value`` is then differentiable.
 
-    Infinity forbids a pair; NaN and minus infinity make their problem's value NaN. The other arguments are
-    those of :func:`sinkhorn`.
+    A cost [N, M] is shared by all problems and not copied for them; the weights, the masks or a tensor ``eps``
+    tell their number B, which is 1 without any. Infinity forbids a pair; NaN and minus infinity make their
+    problem's value NaN. The other arguments are those of :func:`sinkhorn`.
 
     >>> import torch
     >>> cost = torch.tensor([[[1.0, 5.0], [5.0, 2.0]]], requires_grad=True)
@@ -146,7 +149,10 @@ def sinkhorn_from_cost(
     >>> cost.grad.round(decimals=3).tolist()  # the gradient in the cost is the plan
     [[[0.5, 0.0], [0.0, 0.5]]]
     """
-    checks.check_floating("cost", cost, 3, "[B, N, M]")
+    checks.check_tensor("cost", cost)
+    if cost.dim() == 2:
+        cost = cost.expand(checks.batch_of(eps, a, b, x_mask, y_mask), *cost.shape)
+    checks.check_floating("cost", cost, 3, "[B, N, M] or [N, M]")
     rhos = checks.check_rho(rho, rho_x, rho_y)
     settings = checks.check_settings(max_iter, tol, scaling)
     eps = checks.check_eps(eps, cost, len(cost))
@@ -160,6 +166,7 @@ def sinkhorn_from_cost(
 
 def _solution(problem: Problem, init: Tensor | None, settings: SolverSettings) -> SinkhornOutput:
     problem, found = operators.solve(problem, init, settings)
+    warn_if_unsolved(problem, found, settings.tol)
     assert found.value is not None
     assert found.whole_f is not None
     assert found.whole_g is not None

@@ -21,6 +21,7 @@ def sinkhorn_varlen(
     max_seqlen_y: int | None = None,
     a: Tensor | None = None,
     b: Tensor | None = None,
+    init: Tensor | None = None,
     **settings: Any,
 ) -> SinkhornOutput:
     """:func:`sinkhorn` of packed clouds of any length, with FlashAttention's calling convention.
@@ -30,11 +31,12 @@ def sinkhorn_varlen(
         cu_seqlens_x, cu_seqlens_y: int32 [B + 1], where each cloud starts, and the end of the last.
         max_seqlen_x, max_seqlen_y: the longest cloud; if None it is read from the device, which waits.
         a, b: weights [total_x] and [total_y].
-        settings: those of :func:`sinkhorn` except masks and ``init``.
+        init: the packed potential g [total_y] of an earlier solution to start from.
+        settings: those of :func:`sinkhorn` except masks.
 
     Returns:
-        SinkhornOutput, whose ``f`` and ``g`` are packed like x and y; ``plan()`` is [B, max_seqlen_x,
-        max_seqlen_y], and ``apply`` takes clouds padded to these lengths.
+        SinkhornOutput, whose ``f`` and ``g`` are packed like x and y. What its methods take and return is
+        padded: ``plan()`` is [B, max_seqlen_x, max_seqlen_y], ``apply`` takes [B, max_seqlen_y, E].
 
     >>> import torch
     >>> x = torch.tensor([[0.0], [1.0], [5.0]])  # a cloud of two points and one of a single point
@@ -44,7 +46,7 @@ def sinkhorn_varlen(
     >>> out.plan().mul(2).round().int().tolist()
     [[[0, 1], [1, 0]], [[2, 0], [0, 0]]]
     """
-    for name in ("x_mask", "y_mask", "init"):
+    for name in ("x_mask", "y_mask"):
         if name in settings:
             raise TypeError(
                 f"{name}: expected none for packed clouds, whose lengths cu_seqlens give, got one"
@@ -65,6 +67,7 @@ def sinkhorn_varlen(
         b=None if b is None else _unpacked_weights("b", b, y, y_at),
         x_mask=x_mask,
         y_mask=y_mask,
+        init=None if init is None else _unpacked_weights("init", init, y, y_at),
         **settings,
     )
     out.f, out.g = _packed(out.f, x_offsets, len(x)), _packed(out.g, y_offsets, len(y))

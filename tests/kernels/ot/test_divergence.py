@@ -39,3 +39,27 @@ def test_divergence_equals_geomloss():
     peer = geomloss.SamplesLoss("sinkhorn", p=2, blur=math.sqrt(0.1), scaling=0.99, debias=True)
     expected = 2 * peer(tensors["x"].double(), tensors["y"].double())
     close(sinkhorn_divergence(**tensors, eps=0.2, tol=1e-6).value, expected.cpu(), 2e-4)
+
+
+def test_divergence_from_an_empty_cloud_is_zero_and_flat():
+    tensors = problem((2, 5, 4, 3))
+    x = tensors["x"].requires_grad_()
+    y_mask = torch.ones(2, 4, dtype=torch.bool, device=x.device)
+    y_mask[1] = False
+    out = sinkhorn_divergence(x, tensors["y"], y_mask=y_mask, eps=0.3)
+    assert out.value[1] == 0
+    assert out.value[0] > 0
+    (grad,) = torch.autograd.grad(out.value.sum(), x)
+    assert (grad[1] == 0).all()
+    assert (grad[0] != 0).any()
+
+
+def test_potentials_of_the_divergence_are_its_gradients_in_the_weights():
+    tensors = problem((2, 6, 4, 3), weighted=True, dtype=torch.float64)
+    a, b = tensors["a"].requires_grad_(), tensors["b"].requires_grad_()
+    out = sinkhorn_divergence(**tensors, eps=0.4, tol=1e-12, max_iter=20_000)
+    assert out.f.shape == (2, 6)
+    assert out.g.shape == (2, 4)
+    for potential, grad in zip((out.f, out.g), torch.autograd.grad(out.value.sum(), (a, b)), strict=True):
+        difference = potential - grad
+        torch.testing.assert_close(difference, difference.mean(1, keepdim=True).expand_as(difference))

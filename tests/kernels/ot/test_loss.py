@@ -19,3 +19,11 @@ def test_loss_module_reduces():
 def test_bad_reduction():
     with pytest.raises(ValueError, match="reduction: expected 'mean', 'sum' or 'none', got 'median'"):
         SinkhornLoss(reduction="median")
+
+
+def test_loss_with_one_free_marginal():
+    tensors = problem((3, 5, 4, 3), masked=True)
+    expected = sinkhorn(**tensors, eps=0.2, rho_y=0.5).value.mean()
+    torch.testing.assert_close(SinkhornLoss(0.2, rho_y=0.5)(**tensors), expected)
+    with pytest.raises(ValueError, match="rho_x and rho_y: expected rho for both marginals with debias"):
+        SinkhornLoss(0.2, rho_y=0.5, debias=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from ecgot.kernels import sinkhorn
+from ecgot.kernels import sinkhorn, sinkhorn_from_cost
 from tests.kernels.ot.problems import BACKEND, DEVICE, FP64, TOLERANCE, close, oracle, problem
 
 # No size is a multiple of anything; single points and single columns are in.
@@ -477,3 +477,17 @@ def test_autocast_solves_in_fp32():
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = sinkhorn(**tensors, eps=0.2)
     torch.testing.assert_close(out.value, sinkhorn(**tensors, eps=0.2).value)
+
+
+def test_a_cost_is_shared_by_problems_with_their_own_weights():
+    cost = torch.rand(5, 4, device=DEVICE, requires_grad=True)
+    a = torch.rand(3, 5, device=DEVICE)
+    a = a / a.sum(1, keepdim=True)
+    out = sinkhorn_from_cost(cost, eps=0.2, a=a, tol=1e-6)
+    copied = cost.detach().repeat(3, 1, 1).requires_grad_()
+    expected = sinkhorn_from_cost(copied, eps=0.2, a=a, tol=1e-6)
+    torch.testing.assert_close(out.value, expected.value)
+    (grad,) = torch.autograd.grad(out.value.sum(), cost)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.value.sum(), copied)[0].sum(0))
+    assert sinkhorn_from_cost(cost, eps=0.2).value.shape == (1,)
+    assert out._problem.x.untyped_storage().nbytes() == cost.untyped_storage().nbytes()

@@ -23,3 +23,20 @@ def test_packed_clouds_are_the_padded_ones():
     assert grad.shape == x.shape
     with pytest.raises(ValueError, match="cu_seqlens_x: expected offsets that rise from 0 to 11, got"):
         sinkhorn_varlen(x, y, offsets[0][:-1], offsets[1][:-1], eps=0.2)
+
+
+def test_packed_outputs_move_points_and_start_other_solutions():
+    tensors = problem((2, 5, 4, 3))
+    x, y = tensors["x"].flatten(0, 1)[:8], tensors["y"].flatten(0, 1)[:7]
+    offsets = [torch.tensor(each, dtype=torch.int32, device=DEVICE) for each in ([0, 3, 8], [0, 4, 7])]
+    out = sinkhorn_varlen(x, y, *offsets, eps=0.2, tol=1e-6)
+    v = torch.randn(2, 4, 2, device=DEVICE)
+    torch.testing.assert_close(out.apply(v), out.plan() @ v)
+    u = torch.randn(2, 5, 2, device=DEVICE)
+    torch.testing.assert_close(out.apply(u, transpose=True), out.plan().mT @ u)
+    moved = out.plan()[0, :3] @ y[:4] * 3
+    torch.testing.assert_close(out.barycentric_projection()[0, :3], moved, rtol=1e-4, atol=1e-5)
+    again = sinkhorn_varlen(x, y, *offsets, eps=0.2, tol=1e-6, init=out.g)
+    assert (again.iterations < out.iterations).all()
+    with pytest.raises(ValueError, match=r"init: expected floating point \[7\], got \(6,\)"):
+        sinkhorn_varlen(x, y, *offsets, eps=0.2, init=out.g[:6])
