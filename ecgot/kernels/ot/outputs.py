@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ecgot.kernels.ot import checks
+from ecgot.kernels.ot.backends import backend
 from ecgot.kernels.ot.centring import separable_terms
 from ecgot.kernels.ot.problem import Problem
 from ecgot.kernels.ot.torch_solver import MAX_CELLS
@@ -28,8 +29,6 @@ class SinkhornOutput:
             that f sets, where rho is finite); its column marginals are exact in the same sense.
         iterations: [B], int32, how many updates of (f, g) the problem took, annealing included.
         converged: [B], bool, whether ``marginal_error <= tol`` and the value is finite.
-        backend: which solver ran: ``"triton"`` (one problem on chip), ``"triton-streaming"``, ``"numba"``,
-            ``"torch"`` or ``"torch-streaming"`` (costs formed again for each update, no N x M matrix).
     """
 
     value: Tensor
@@ -38,10 +37,18 @@ class SinkhornOutput:
     marginal_error: Tensor
     iterations: Tensor
     converged: Tensor
-    backend: str
     _problem: Problem = field(repr=False)
     _raw: tuple[Tensor, Tensor] = field(repr=False)
     _versions: tuple[int, ...] | None = field(repr=False)
+
+    @property
+    def backend(self) -> str:
+        """Which solver serves such a problem.
+
+        ``"triton"`` (one problem on chip), ``"triton-streaming"``, ``"numba"``, ``"torch"`` or
+        ``"torch-streaming"`` (costs formed again for each update, no N x M matrix).
+        """
+        return backend(self._problem)
 
     def plan(self) -> Tensor:
         """The transport plan P [B, N, M], differentiable once; 0 at masked points.

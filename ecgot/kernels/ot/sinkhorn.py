@@ -12,7 +12,6 @@ import math
 from torch import Tensor
 
 from ecgot.kernels.ot import checks, operators
-from ecgot.kernels.ot.backends import backend
 from ecgot.kernels.ot.convergence import warn_if_unsolved
 from ecgot.kernels.ot.outputs import SinkhornOutput, tensor_versions
 from ecgot.kernels.ot.problem import Problem, SolverSettings
@@ -137,8 +136,8 @@ def sinkhorn_from_cost(
     """:func:`sinkhorn` with a given cost matrix [B, N, M], in which ``value`` is then differentiable.
 
     A cost [N, M] is shared by all problems and not copied for them; weights, masks or a tensor ``eps`` tell
-    their number B, which is 1 without any. Infinity forbids a pair; NaN and minus infinity make their problem's
-    value NaN. The other arguments are those of :func:`sinkhorn`.
+    their number B, which is 1 without any. Infinity forbids a pair; NaN and minus infinity make the value of
+    their problem NaN. The other arguments are those of :func:`sinkhorn`.
 
     >>> import torch
     >>> cost = torch.tensor([[[1.0, 5.0], [5.0, 2.0]]], requires_grad=True)
@@ -178,7 +177,6 @@ def _solution(problem: Problem, init: Tensor | None, settings: SolverSettings) -
         marginal_error=found.error,
         iterations=found.iterations,
         converged=found.converged,
-        backend=backend(problem),
         _problem=problem,
         _raw=(found.f, found.g),
         _versions=tensor_versions(problem),
