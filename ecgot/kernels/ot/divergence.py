@@ -41,7 +41,7 @@ def sinkhorn_divergence(
     '0.000'
     """
     x, y = checks.check_points(x, y)
-    problems = len(x)
+    problems = x.shape[0]
     eps = checks.check_eps(eps, x, problems)
     free = checks.check_rho(rho, None, None)[0] < math.inf
     a = checks.check_weights("a", a, x, x_mask, any_mass=free)
