@@ -13,7 +13,17 @@ from torch import Tensor
 from ecgot.kernels.dispatch import use_triton
 from ecgot.kernels.ot import torch_solver
 from ecgot.kernels.ot.centring import centred, complete, moved_start, step_gradients
-from ecgot.kernels.ot.problem import PlanWeights, Problem, Result, Solution, SolverSettings
+from ecgot.kernels.ot.problem import (
+    ABSENT,
+    CostRange,
+    PlanWeights,
+    Problem,
+    Result,
+    Solution,
+    SolverSettings,
+    can_read_values,
+    rounding,
+)
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 # Of the linear system of implicit gradients; fp32 cannot do better than its rounding.
@@ -45,8 +55,17 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tu
         problem: without centres.
         init: the potential g [B, M] of the points' own costs to start from; zeros if None.
     """
+    cache = cost_cache(problem, backend(problem))
+    if init is not None:  # a point that could match nothing there may match something here
+        init = torch.where(init == math.inf, 0.0, init)
+    found = _solve(problem, init, settings, cache)
+    if settings.scaling and problem.cost == "given" and not problem.empty:
+        found = _from_masks(problem, init, settings, found)
+    return found, cache
+
+
+def _solve(problem: Problem, init: Tensor | None, settings: SolverSettings, cache: Tensor) -> Solution:
     name = backend(problem)
-    cache = cost_cache(problem, name)
     if name == "triton" and not problem.empty:
         from ecgot.kernels.ot import triton_onchip
 
@@ -55,10 +74,35 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tu
         problem = problem if centres_itself else centred(problem)
         found = triton_onchip.solve(problem, moved_start(problem, init), settings)
         problem = replace(problem, x_centre=found.x_centre, y_centre=found.y_centre)
-        return complete(problem, found, settings.tol), cache
+        return complete(problem, found, settings.tol)
     problem = centred(problem)
-    raw = _potentials(name, problem, moved_start(problem, init), settings, cache)
-    return complete(problem, Solution(*raw), settings.tol), cache
+    f, g, error, iterations = _potentials(name, problem, moved_start(problem, init), settings, cache)
+    if not problem.empty:
+        error = error + rounding(problem, f, g)
+    return complete(problem, Solution(f, g, error, iterations), settings.tol)
+
+
+def _from_masks(
+    problem: Problem, init: Tensor | None, settings: SolverSettings, found: Solution
+) -> Solution:
+    """Solve again what did not converge, annealing from all finite costs: what looked like a mask was a cost."""
+    assert found.converged is not None
+    wrong = CostRange.of(problem).masked & ~found.converged
+    if can_read_values(wrong) and not wrong.any():
+        return found
+    part = replace(problem, a=torch.where(wrong[:, None], problem.a, ABSENT))  # the others are not solved
+    cache = problem.eps.new_empty(0)
+    second = _solve(part, init, replace(settings, from_masks=True), cache)
+    better = wrong & ((second.error < found.error) | found.error.isnan())
+
+    def chosen(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+        if old is None or new is None:
+            return old
+        return torch.where(better.view(-1, *(1,) * (old.dim() - 1)), new, old)
+
+    names = ("f", "g", "error", "value", "whole_f", "whole_g", "converged")
+    merged = {name: chosen(getattr(found, name), getattr(second, name)) for name in names}
+    return replace(found, **merged, iterations=found.iterations + second.iterations)
 
 
 def _potentials(

@@ -143,7 +143,9 @@ def whole_potentials(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, Te
     if terms is not None:
         f, g = f + terms[0], g + terms[1]
     if problem.balanced:
-        shift = ((a * f).sum(1) - (b * g).sum(1))[:, None] / 2
+        # A point that may match nothing has an infinite potential, which takes no part.
+        sides = ((w * torch.where(p == math.inf, 0.0, p)).sum(1) for w, p in ((a, f), (b, g)))
+        shift = (next(sides) - next(sides))[:, None] / 2
         f, g = f - shift, g + shift
     solvable = problem.solvable()[:, None]
     return torch.where(solvable & (problem.a >= 0), f, 0.0), torch.where(solvable & (problem.b >= 0), g, 0.0)
@@ -168,11 +170,15 @@ def complete(problem: Problem, found: Solution, tol: float) -> Solution:
             value = value + (a * terms[0]).sum(1) + (b * terms[1]).sum(1)
         if not problem.pairs:
             whole_f, whole_g = whole_potentials(problem, found.f, found.g)
-    converged = found.converged
+    error, converged = found.error, found.converged
+    if problem.cost == "given":
+        value = torch.where(_infeasible(problem, value), math.inf, value)
+        error, converged = torch.where(value == math.inf, math.inf, error), None
     if converged is None or found.whole_f is None:  # then the value is another
-        converged = (found.error <= tol) & value.isfinite()
+        converged = (error <= tol) & value.isfinite()
     return replace(
         found,
+        error=error,
         value=value,
         whole_f=whole_f,
         whole_g=whole_g,
@@ -180,6 +186,21 @@ def complete(problem: Problem, found: Solution, tol: float) -> Solution:
         x_centre=problem.x_centre,
         y_centre=problem.y_centre,
     )
+
+
+def _infeasible(problem: Problem, value: Tensor) -> Tensor:
+    """[B], whether no plan avoids the forbidden pairs, which the dual objective proves.
+
+    A plan costs at most the largest finite cost, and its entropy is at most that of a or of b: a dual value
+    above the sum has no primal one to meet.
+    """
+    if not problem.balanced or problem.empty:
+        return torch.zeros_like(value, dtype=torch.bool)
+    cost = problem.cost_matrix().detach()
+    largest = torch.where(cost.isfinite(), cost, -math.inf).amax((1, 2))
+    entropy = torch.minimum(*(-torch.special.xlogy(w, w).sum(1) for w in problem.weights()))
+    bound = largest + problem.eps * entropy
+    return value > bound + 1e-3 * (problem.eps + bound.abs())  # more than what rounding makes of it
 
 
 def _mean_distances(problem: Problem) -> Tensor:

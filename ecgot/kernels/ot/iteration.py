@@ -13,7 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ecgot.kernels.ot.problem import MAX_ANNEALING, Problem, Result, SolverSettings, start_temperature
+from ecgot.kernels.ot.problem import (
+    MAX_ANNEALING,
+    Problem,
+    Result,
+    SolverSettings,
+    partnered,
+    start_temperature,
+)
 
 CHECK_EVERY = 16  # iterations between looks for convergence on a GPU, where each look waits for it
 MAX_CAPTURED = 100  # iterations that a CUDA graph records, and as many steps of annealing
@@ -56,7 +63,7 @@ class Softmins:
 
 def iterate(problem: Problem, softmins: Softmins, init: Tensor | None, settings: SolverSettings) -> Result:
     """Potentials f [B, N] and g [B, M] in units of the cost, marginal error [B], iterations [B]."""
-    temperatures = annealing(problem, settings.scaling)
+    temperatures = annealing(problem, settings)
     return run(TorchUpdates(problem, softmins, init, settings.tol), temperatures, problem, settings)
 
 
@@ -78,16 +85,16 @@ def run(updates: Updates, temperatures: Tensor, problem: Problem, settings: Solv
     return f, g, error, iterations.to(torch.int32)
 
 
-def annealing(problem: Problem, scaling: float) -> Tensor:
+def annealing(problem: Problem, settings: SolverSettings) -> Tensor:
     """Temperatures [steps + 1, B] from the largest cost down to 1, the last; one g follows from each other.
 
     On a GPU this waits for the largest cost, except in a CUDA graph: there the steps serve for any cost, and
     ``scaling`` is lowered so far that there are at most ``MAX_CAPTURED`` of them.
     """
-    once = torch.ones_like(problem.eps)[None]
+    once, scaling = torch.ones_like(problem.eps)[None], settings.scaling
     if not scaling:
         return once
-    start = start_temperature(problem)
+    start = start_temperature(problem, with_masks=settings.from_masks)
     hottest = MAX_ANNEALING
     if is_capturing(start):
         scaling = min(scaling, MAX_ANNEALING ** (-1 / MAX_CAPTURED))
@@ -122,8 +129,9 @@ class TorchUpdates:
     def __init__(self, problem: Problem, softmins: Softmins, init: Tensor | None, tol: float) -> None:
         self.going = problem.solvable()
         self._softmins, self._tol = softmins, tol
+        self._shift = None if problem.balanced else Shift(problem)
         self._a, _ = problem.weights()
-        self._tau_x, self._tau_y = (tau[:, None] for tau in problem.damping())
+        self._slack_x, self._slack_y = (slack[:, None] for slack in problem.slack())
         self._f = self._f_next = torch.zeros_like(problem.a)
         self._g = torch.zeros_like(problem.b) if init is None else init / problem.eps[:, None]
         self._error = torch.where(self.going, math.inf, 0.0).to(problem.dtype)
@@ -131,36 +139,74 @@ class TorchUpdates:
 
     def anneal(self, temperature: Tensor, following: Tensor, hot: Tensor) -> None:
         """See :class:`Updates`."""
-        tau_x, tau_y = (_at(tau, temperature[:, None]) for tau in (self._tau_x, self._tau_y))
-        f = -tau_x * self._softmins.rows(self._g, temperature)
-        g = -tau_y * self._softmins.columns(f, temperature)
+        heat = temperature[:, None]
+        f = self._softmins.rows(partnered(self._g), temperature) / -(1 + heat * self._slack_x)
+        if self._shift is not None:
+            f = f + self._shift(f, self._g)
+        g = self._softmins.columns(partnered(f), temperature) / -(1 + heat * self._slack_y)
         self._g = torch.where(hot[:, None], g, self._g)
 
     def start(self) -> None:
         """See :class:`Updates`."""
-        self._f_next = -self._tau_x * self._softmins.rows(self._g, None)
+        self._f_next = self._softmins.rows(partnered(self._g), None) / -(1 + self._slack_x)
 
     def advance(self) -> None:
         """See :class:`Updates`."""
         f = self._f_next
-        g = -self._tau_y * self._softmins.columns(f, None)
-        self._f_next = -self._tau_x * self._softmins.rows(g, None)
-        # With f at its fixed point row i sums to a_i exp(-f_i / rho); it is off by the step to the next f.
-        # Far clouds: the target underflows while the step to it overflows, and 0 * inf would be NaN.
-        target = torch.exp(-(1 / self._tau_x - 1) * f).clamp_min(torch.finfo(f.dtype).tiny)
-        step = torch.expm1((f - self._f_next) / self._tau_x).abs()
-        # Points without weight may overflow.
-        error = torch.where(self._a > 0, self._a * (target * step), 0.0).sum(1)
+        if self._shift is not None:
+            f = f + self._shift(f, self._g)
+        g = self._softmins.columns(partnered(f), None) / -(1 + self._slack_y)
+        self._f_next = self._softmins.rows(partnered(g), None) / -(1 + self._slack_x)
+        error = self._marginal_error(f)
         going = self.going
         self._f, self._g = torch.where(going[:, None], f, self._f), torch.where(going[:, None], g, self._g)
         self._error = torch.where(going, error, self._error)
         self._iterations = self._iterations + going.int()
         self.going = going & (error > self._tol)  # False for NaN, which would never converge
 
+    def _marginal_error(self, f: Tensor) -> Tensor:
+        """[B]; at f's fixed point row i sums to a_i exp(-f_i / rho), and is off by the step to the next f."""
+        step = (f - self._f_next) * (1 + self._slack_x)
+        # Points without weight may overflow.
+        if self._shift is None:
+            return torch.where(self._a > 0, self._a * torch.expm1(step).abs(), 0.0).sum(1)
+        # Far clouds: the target may underflow while the step to it overflows.
+        share = self._shift.log_targets(f, 0)
+        share = share - torch.logsumexp(share, 1, keepdim=True)
+        error = torch.exp(share + step.clamp_min(0)) * -torch.expm1(-step.abs())
+        return torch.where(share == -math.inf, 0.0, error).sum(1)
+
     def result(self) -> Result:
         """See :class:`Updates`."""
         return self._f, self._g, self._error, self._iterations
 
 
-def _at(tau: Tensor, temperature: Tensor) -> Tensor:
-    return 1 / (1 + temperature * (1 / tau - 1))
+class Shift:
+    """How far f should move up and g down, in units of eps, before g is updated from f.
+
+    Where marginals are free, updates alone move the plan's mass by a part rho / (rho + eps) of what is left,
+    again and again. Along (f + t, g - t) the plan stays the same, and the dual is largest where both targets
+    have the same mass: t (1 / rho_x + 1 / rho_y) = log <a, exp(-f / rho_x)> - log <b, exp(-g / rho_y)>.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._slack = [slack[:, None] for slack in problem.slack()]
+        self._log_weight = [weight.log() for weight in problem.weights()]
+        total = self._slack[0] + self._slack[1]
+        self._rate = torch.where(total > 0, 1 / total, 0.0)
+
+    def log_targets(self, potential: Tensor, side: int) -> Tensor:
+        """log(a exp(-f / rho_x)) [B, N] for side 0, of y for side 1; -infinity at points without weight."""
+        slack, log_weight = self._slack[side], self._log_weight[side]
+        moved = torch.where(slack > 0, slack * potential, 0.0)  # also where a potential is infinite
+        return torch.where(log_weight > -math.inf, log_weight - moved, -math.inf)
+
+    def __call__(self, f: Tensor, g: Tensor) -> Tensor:
+        """t [B, 1]; 0 where it is no more than rounding, which would never come to rest."""
+        x, y = (torch.logsumexp(self.log_targets(p, i), 1, keepdim=True) for i, p in enumerate((f, g)))
+        sizes = [
+            torch.where((log_weight > -math.inf) & (p != math.inf), p.abs(), 0.0).amax(1, keepdim=True)
+            for log_weight, p in zip(self._log_weight, (f, g), strict=True)
+        ]
+        step = torch.where(self._rate > 0, self._rate * (x - y), 0.0)
+        return torch.where(step.abs() <= torch.finfo(x.dtype).eps * (sizes[0] + sizes[1]), 0.0, step)

@@ -8,6 +8,8 @@ A pass in the log domain absorbs the potentials into the block K, whose rows the
 from there an iteration is multiply-adds alone, a row and what it gives to the columns in one sweep. Where the
 scaling of a column leaves a safe range, or that of a row does (which only unbalanced problems can make it),
 one iteration runs in the log domain and absorbs anew.
+
+A point that may match nothing has the potential infinity, and takes no part.
 """
 
 import math
@@ -16,7 +18,6 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-TINY = 2.0**-126
 SAFE = 1e10  # of u and v: what underflowed in K, below 1e-38, then still is below 1e-18 of a row
 # Sums may be reordered, which lets them use vector registers; NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -67,12 +68,14 @@ def _row_pass(S, r, c, b, g, temperature, lse, K, absorb, h):
     lowest, one = real(-np.inf), real(1)
     rate = one / temperature
     for j in range(m):
-        h[j] = g[j] if b[j] > 0 else lowest
+        h[j] = lowest if b[j] == 0 or g[j] == np.inf else g[j]
     for i in range(n):
         row, out = S[r + i][c : c + m], K[i]
         top = _highest(row, h)
         if top == lowest:  # every cost is infinite
-            top = real(0)
+            lse[i] = lowest
+            out[:] = real(0)
+            continue
         total = real(0)
         for j in range(m):
             e = _exp((row[j] + h[j] - top) * rate)
@@ -94,20 +97,17 @@ def _column_pass(S, r, c, a, f, temperature, top, total, lse):
     top[:] = lowest
     total[:] = real(0)
     for i in range(n):
-        if a[i] > 0:
+        if a[i] > 0 and f[i] != np.inf:
             row, fi = S[r + i][c : c + m], f[i]
             for j in range(m):
                 top[j] = max(top[j], row[j] + fi)
-    for j in range(m):
-        if top[j] == lowest:
-            top[j] = real(0)
     for i in range(n):
-        if a[i] > 0:
+        if a[i] > 0 and f[i] != np.inf:
             row, fi, ai = S[r + i][c : c + m], f[i], a[i]
             for j in range(m):
                 total[j] += ai * _exp((row[j] + fi - top[j]) * rate)
-    for j in range(m):
-        lse[j] = top[j] + temperature * math.log(total[j])
+    for j in range(m):  # where every cost is infinite the total is NaN, or what is left of an exponential
+        lse[j] = lowest if top[j] == lowest else top[j] + temperature * math.log(total[j])
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
@@ -118,83 +118,13 @@ def _damp(lse, tau, term, out):
         out[i] = -tau * lse[i] + (one - tau) * term[i]
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy", inline="always")
-def _row_error(a, f, f_next, tau, term):
-    """|row marginal - a exp(-f / rho)| of a row; f_next is the update from g."""
-    one, target = type(f)(1), type(f)(1)
-    if tau < one:
-        # Far clouds: the target underflows while the step to it overflows, and 0 * inf would be NaN.
-        target = max(math.exp(-(f - term) * (one / tau - one)), type(f)(TINY))
-    return a * (target * abs(math.expm1((f - f_next) / tau)))
-
-
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-def _residual(a, f, f_next, tau, term):
-    """L1 distance of the row marginals of (f, g) from those that f asks for; f_next is the update from g."""
-    error = f.dtype.type(0)
-    for i in range(len(a)):
-        if a[i] > 0:
-            error += _row_error(a[i], f[i], f_next[i], tau, term[i])
-    return error
-
-
-@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-def _sweep(K, a, w, u, u_next, t):
-    """One balanced iteration: u_next from the columns' w, and from it the column sums t. -> marginal error"""
-    n, m = K.shape
-    one, error = K.dtype.type(1), K.dtype.type(0)
-    t[:] = K.dtype.type(0)
-    for i in range(n):
-        row = K[i]
-        s = K.dtype.type(0)
-        for j in range(m):
-            s += row[j] * w[j]
-        u_next[i] = one / s
-        error += a[i] * abs(u[i] * s - one)
-        z = a[i] * u_next[i]
-        for j in range(m):
-            t[j] += z * row[j]
-    return error
-
-
-@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-def _damped_sweep(K, a, w, f, f_next, u_next, t, lse, tau, term):
-    """The same where the rows' marginals are not kept; u is free at rows without weight, f is not."""
-    n, m = K.shape
-    real = K.dtype.type
-    one, error = real(1), real(0)
-    t[:] = real(0)
-    for i in range(n):
-        row = K[i]
-        s = real(0)
-        for j in range(m):
-            s += row[j] * w[j]
-        f_next[i] = -tau * (math.log(s) + lse[i]) + (one - tau) * term[i]
-        u_next[i] = math.exp(f_next[i] + lse[i])
-        if a[i] > 0:
-            error += _row_error(a[i], f[i], f_next[i], tau, term[i])
-            z = a[i] * u_next[i]
-            for j in range(m):
-                t[j] += z * row[j]
-    return error
-
-
-@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-def _columns(t, b, g0, tau, term, v, w):
-    """The columns' scaling v, and w = b v, from their sums. -> whether all that weigh are in range"""
-    real = t.dtype.type
-    one, highest = real(1), real(SAFE)
-    fine = True
-    for j in range(len(t)):
-        if tau == one:
-            v[j] = one / t[j]
-        else:
-            v[j] = math.exp(-tau * (math.log(t[j]) - g0[j]) + (one - tau) * term[j] - g0[j])
-        if b[j] == 0:  # its potential moves nothing, and is found at the end
-            v[j] = one
-        fine &= v[j] <= highest and v[j] * highest >= one
-        w[j] = b[j] * v[j]
-    return fine
+def _has_no_partner(weight, potential):
+    """Whether a point with weight may match nothing."""
+    found = False
+    for i in range(len(weight)):
+        found |= weight[i] > 0 and potential[i] == np.inf
+    return found
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
@@ -206,75 +136,329 @@ def _in_range(a, u):
     return fine
 
 
+# --- both marginals are kept --------------------------------------------------------------------------------
+
+
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-def _solve(S, r, c, a, b, p, q, tau_x, tau_y, f, g, start, scaling, tol, max_iter, K, x_work, y_work):
-    """One problem; f and g are filled, g holds where to start. -> marginal error, iterations"""
+def _residual(a, f, f_next):
+    """L1 distance of the row marginals of (f, g) from a; f_next is the update from g."""
+    error = f.dtype.type(0)
+    for i in range(len(a)):
+        if a[i] > 0:
+            error += a[i] * abs(math.expm1(f[i] - f_next[i]))
+    return error
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+def _sweep(K, a, w, u, u_next, t):
+    """One iteration: u_next from the columns' w, and from it the column sums t. -> marginal error"""
+    n, m = K.shape
+    one, error = K.dtype.type(1), K.dtype.type(0)
+    t[:] = K.dtype.type(0)
+    for i in range(n):
+        row = K[i]
+        s = K.dtype.type(0)
+        for j in range(m):
+            s += row[j] * w[j]
+        if s == 0:  # a point without weight that may match nothing
+            s = one
+        u_next[i] = one / s
+        error += a[i] * abs(u[i] * s - one)
+        z = a[i] * u_next[i]
+        for j in range(m):
+            t[j] += z * row[j]
+    return error
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+def _columns(t, b, v, w):
+    """The columns' scaling v, and w = b v, from their sums. -> whether all that weigh are in range"""
+    one, highest = t.dtype.type(1), t.dtype.type(SAFE)
+    fine = True
+    for j in range(len(t)):
+        v[j] = one / t[j]
+        if b[j] == 0:  # its potential moves nothing, and is found at the end
+            v[j] = one
+        fine &= v[j] <= highest and v[j] * highest >= one
+        w[j] = b[j] * v[j]
+    return fine
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+def _solve_kept(S, r, c, a, b, p, q, f, g, tol, iteration, last, K, x_work, y_work):
+    """f and g at eps, of which g holds where to start. -> marginal error, iterations"""
     n, m = K.shape
     real = S.dtype.type
     one = real(1)
-    lse, u, u_next, f_next = x_work[0][:n], x_work[1][:n], x_work[2][:n], x_work[3][:n]
+    lse, u, u_next = x_work[0][:n], x_work[1][:n], x_work[2][:n]
     t, v, v_next, w = y_work[0][:m], y_work[1][:m], y_work[2][:m], y_work[3][:m]
-    iteration, temperature = 0, start
-    while temperature > one:
-        damped_x = one / (one + temperature * (one / tau_x - one))
-        damped_y = one / (one + temperature * (one / tau_y - one))
-        _row_pass(S, r, c, b, g, temperature, lse, K, False, t)
-        _damp(lse, damped_x, p, f)
-        _column_pass(S, r, c, a, f, temperature, t, v, w)
-        _damp(w, damped_y, q, g)
-        temperature *= scaling
-        iteration += 1
-    last = iteration + max_iter
     updated = False  # whether g is an update from f, so that there is a plan to judge
     error = real(np.inf)
     while True:
         _row_pass(S, r, c, b, g, one, lse, K, True, t)
-        _damp(lse, tau_x, p, u_next)
+        _damp(lse, one, p, u_next)
         if updated:
-            error = _residual(a, f, u_next, tau_x, p)
+            error = _residual(a, f, u_next)
             if not error > tol or iteration >= last:  # so that NaN stops as well
                 return error, iteration
         for i in range(n):
             f[i] = u_next[i]
-            u[i] = one if tau_x == one else math.exp(f[i] + lse[i])
+            u[i] = one
         iteration += 1
-        absorbed = _in_range(a, u)
-        if absorbed:
-            t[:] = real(0)
+        if _has_no_partner(a, f) or _has_no_partner(b, g):  # there is no plan
+            return real(np.inf), iteration
+        t[:] = real(0)
+        for i in range(n):
+            if a[i] > 0:
+                row, z = K[i], a[i]
+                for j in range(m):
+                    t[j] += z * row[j]
+        if not _columns(t, b, v, w):
+            _column_pass(S, r, c, a, f, one, t, v, w)
+            _damp(w, one, q, g)
+            updated = True
+            continue
+        while True:
+            error = _sweep(K, a, w, u, u_next, t)
+            if not error > tol or iteration >= last:
+                for i in range(n):
+                    f[i] = math.log(u[i]) - lse[i]
+                for j in range(m):
+                    g[j] += math.log(v[j])
+                return error, iteration
+            if not _in_range(a, u_next) or not _columns(t, b, v_next, w):
+                break
+            u, u_next = u_next, u
+            v, v_next = v_next, v
+            iteration += 1
+        for j in range(m):
+            g[j] += math.log(v[j])
+        updated = False
+
+
+# --- a marginal is free -------------------------------------------------------------------------------------
+# With s the row sums over K, log u = (1 - tau) (lse + p) - tau log s. The first term, in ``base``, stays while
+# K does, and may be far from 0 where rho is small: it enters the rows' masses a exp(base), whose sum is kept
+# apart as a logarithm, the ``level``. f itself may be so large that differences of it would be rounding.
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+def _log_sum(log_values):
+    """log sum exp; -inf if there is nothing."""
+    real = log_values.dtype.type
+    top = real(-np.inf)
+    for i in range(len(log_values)):
+        top = max(top, log_values[i])
+    if top == -np.inf:
+        return top
+    total = real(0)
+    for i in range(len(log_values)):
+        total += math.exp(log_values[i] - top)
+    return top + math.log(total)
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+def _shift(of_rows, of_columns, rate, unit):
+    """As iteration.Shift, from the logarithms of both sides' masses; ``unit`` is their rounding."""
+    certain = abs(of_rows - of_columns) > unit * (abs(of_rows) + abs(of_columns))
+    return rate * (of_rows - of_columns) * certain
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+def _log_targets(log_weight, slack, potential, term, out):
+    """out_i = log(a_i exp(-f_i / rho)). -> their log-sum-exp"""
+    lowest = out.dtype.type(-np.inf)
+    for i in range(len(out)):
+        if log_weight[i] == lowest or potential[i] == np.inf:
+            out[i] = lowest
+        else:
+            out[i] = log_weight[i] - slack * (potential[i] - term[i])
+    return _log_sum(out)
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+def _free_sweep(K, mass, w, base, tau, sums, jump, share, sums_next, t):
+    """The logarithms of the row sums, and the column sums t that they lead to. -> marginal error
+
+    jump: shift / tau of the potential that is judged, whose row sums were ``sums``.
+    """
+    n, m = K.shape
+    real = K.dtype.type
+    lowest, zero, error = real(-np.inf), real(0), real(0)
+    t[:] = zero
+    for i in range(n):
+        if base[i] == lowest:
+            sums_next[i] = zero
+            continue
+        row = K[i]
+        s = zero
+        for j in range(m):
+            s += row[j] * w[j]
+        ls = math.log(s)
+        sums_next[i] = ls
+        if share[i] > lowest:
+            d = ls - sums[i] + jump
+            error += math.exp(share[i] + max(d, zero)) * -math.expm1(-abs(d))
+            z = mass[i] * math.exp(-tau * ls)
+            for j in range(m):
+                t[j] += z * row[j]
+    return error
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+def _free_rows(log_a, base, tau, sums, target):
+    """target_i = log(a_i exp(-f_i / rho)) less their log-sum-exp, which is returned; before the shift"""
+    one, lowest = target.dtype.type(1), target.dtype.type(-np.inf)
+    for i in range(len(target)):
+        if log_a[i] == lowest or base[i] == lowest:
+            target[i] = lowest
+        else:
+            target[i] = log_a[i] + base[i] + (one - tau) * sums[i]
+    total = _log_sum(target)
+    for i in range(len(target)):
+        target[i] -= total
+    return total
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+def _free_columns(t, b, log_b, g0, tau, term, level, least, v, w, target):
+    """v, w = b v and the columns' targets from their sums. -> whether all that weigh are in range and exact"""
+    real = t.dtype.type
+    one, highest, lowest = real(1), real(SAFE), real(-np.inf)
+    fine = True
+    for j in range(len(t)):
+        v[j] = one
+        w[j] = real(0)
+        target[j] = lowest
+        if b[j] > 0 and g0[j] != np.inf:
+            lse = math.log(t[j]) + level
+            away = (one - tau) * (g0[j] - term[j])
+            v[j] = math.exp(-tau * lse - away)
+            w[j] = b[j] * v[j]
+            target[j] = log_b[j] + (one - tau) * lse - away
+            # Where tau is small v stays near 1 even if the sum that it comes from underflows.
+            fine &= v[j] <= highest and v[j] * highest >= one and t[j] >= least
+    return fine
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+def _free_range(mass, tau, sums):
+    """Whether the rows' scaling since K was formed is in range."""
+    most = mass.dtype.type(math.log(SAFE))
+    fine = True
+    for i in range(len(mass)):
+        fine &= not mass[i] > 0 or abs(tau * sums[i]) <= most
+    return fine
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+def _solve_free(S, r, c, a, b, p, q, tau_x, tau_y, f, g, tol, iteration, last, K, x_work, y_work):
+    """As _solve_kept; before each update of the columns the potentials are shifted, see iteration.Shift."""
+    n, m = K.shape
+    real = S.dtype.type
+    one, zero, lowest = real(1), real(0), real(-np.inf)
+    lse, base, sums, sums_next = x_work[0][:n], x_work[1][:n], x_work[2][:n], x_work[3][:n]
+    mass, share, share_next, log_a = x_work[4][:n], x_work[5][:n], x_work[6][:n], x_work[7][:n]
+    t, v, v_next, w = y_work[0][:m], y_work[1][:m], y_work[2][:m], y_work[3][:m]
+    target, log_b = y_work[4][:m], y_work[5][:m]
+    slack_x, slack_y = one / tau_x - one, one / tau_y - one
+    rate = one / (slack_x + slack_y)
+    unit, least = real(4) * np.finfo(S.dtype).eps, np.finfo(S.dtype).tiny * real(1e8)
+    updated = False
+    error = real(np.inf)
+    while True:
+        _row_pass(S, r, c, b, g, one, lse, K, True, t)
+        if updated:
+            error = zero
             for i in range(n):
-                if a[i] > 0:
-                    row, z = K[i], a[i] * u[i]
-                    for j in range(m):
-                        t[j] += z * row[j]
-            absorbed = _columns(t, b, g, tau_y, q, v, w)
-        if not absorbed:
+                if share[i] > lowest:  # the step from f to the update from g, as below: at rest it is 0
+                    d = (f[i] - ((one - tau_x) * (lse[i] + p[i]) - lse[i])) / tau_x
+                    error += math.exp(share[i] + max(d, zero)) * -math.expm1(-abs(d))
+            if not error > tol or iteration >= last:
+                return error, iteration
+        for i in range(n):
+            base[i] = lowest if lse[i] == lowest else (one - tau_x) * (lse[i] + p[i])
+            sums[i] = zero
+        level = _free_rows(log_a, base, tau_x, sums, share)
+        shift = _shift(level, _log_targets(log_b, slack_y, g, q, target), rate, unit)
+        for i in range(n):
+            f[i] = real(np.inf) if base[i] == lowest else base[i] + shift - lse[i]
+        iteration += 1
+        if (tau_x == one and _has_no_partner(a, f)) or (tau_y == one and _has_no_partner(b, g)):
+            return real(np.inf), iteration
+        t[:] = zero
+        for i in range(n):
+            mass[i] = math.exp(share[i])
+            row, z = K[i], mass[i]
+            for j in range(m):
+                t[j] += z * row[j]
+        if not _free_columns(t, b, log_b, g, tau_y, q, level + shift, least, v, w, target):
             _column_pass(S, r, c, a, f, one, t, v, w)
             _damp(w, tau_y, q, g)
             updated = True
             continue
         while True:
-            if tau_x == one:
-                error = _sweep(K, a, w, u, u_next, t)
-            else:
-                error = _damped_sweep(K, a, w, f, f_next, u_next, t, lse, tau_x, p)
-            if not error > tol or iteration >= last:
-                if tau_x == one:
-                    for i in range(n):
-                        f[i] = math.log(u[i]) - lse[i]
-                for j in range(m):
-                    g[j] += math.log(v[j])
-                return error, iteration
-            if not _in_range(a, u_next) or not _columns(t, b, g, tau_y, q, v_next, w):
-                break
-            u, u_next = u_next, u
-            v, v_next = v_next, v
-            if tau_x < one:
+            error = _free_sweep(K, mass, w, base, tau_x, sums, shift / tau_x, share, sums_next, t)
+            stop = not error > tol or iteration >= last
+            if stop:
                 for i in range(n):
-                    f[i] = f_next[i]
+                    if base[i] > lowest:
+                        f[i] = base[i] - tau_x * sums[i] + shift - lse[i]
+                break
+            if not _free_range(mass, tau_x, sums_next):
+                break
+            rows = _free_rows(log_a, base, tau_x, sums_next, share_next)
+            following = _shift(rows, _log_sum(target), rate, unit)
+            if not _free_columns(t, b, log_b, g, tau_y, q, level + following, least, v_next, w, target):
+                break
+            shift = following
+            sums, sums_next = sums_next, sums
+            share, share_next = share_next, share
+            v, v_next = v_next, v
             iteration += 1
         for j in range(m):
             g[j] += math.log(v[j])
+        if stop:
+            return error, iteration
         updated = False
+
+
+# --- problems -----------------------------------------------------------------------------------------------
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+def _solve(S, r, c, a, b, p, q, tau_x, tau_y, f, g, start, scaling, tol, max_iter, K, x_work, y_work):
+    """One problem; f and g are filled, g holds where to start. -> marginal error, iterations"""
+    n, m = K.shape
+    one = S.dtype.type(1)
+    free, unit = tau_x < one or tau_y < one, S.dtype.type(4) * np.finfo(S.dtype).eps
+    lse, share, log_a = x_work[0][:n], x_work[5][:n], x_work[7][:n]
+    t, v, w, target, log_b = y_work[0][:m], y_work[1][:m], y_work[3][:m], y_work[4][:m], y_work[5][:m]
+    slack_x, slack_y = one / tau_x - one, one / tau_y - one
+    if free:
+        for i in range(n):
+            log_a[i] = math.log(a[i])
+        for j in range(m):
+            log_b[j] = math.log(b[j])
+    iteration, temperature = 0, start
+    while temperature > one:
+        _row_pass(S, r, c, b, g, temperature, lse, K, False, t)
+        _damp(lse, one / (one + temperature * slack_x), p, f)
+        if free:
+            rows, columns = _log_targets(log_a, slack_x, f, p, share), _log_targets(log_b, slack_y, g, q, target)
+            shift = _shift(rows, columns, one / (slack_x + slack_y), unit)
+            for i in range(n):
+                f[i] += shift
+        _column_pass(S, r, c, a, f, temperature, t, v, w)
+        _damp(w, one / (one + temperature * slack_y), q, g)
+        temperature *= scaling
+        iteration += 1
+    last = iteration + max_iter
+    if free:
+        return _solve_free(
+            S, r, c, a, b, p, q, tau_x, tau_y, f, g, tol, iteration, last, K, x_work, y_work
+        )  # fmt: skip
+    return _solve_kept(S, r, c, a, b, p, q, f, g, tol, iteration, last, K, x_work, y_work)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -292,7 +476,7 @@ def solve_blocks(
         return
     n, m = rows[first:last].max(), columns[first:last].max()
     buffer = np.empty(n * m, S.dtype)
-    x_work, y_work = np.empty((4, n), S.dtype), np.empty((4, m), S.dtype)
+    x_work, y_work = np.empty((8, n), S.dtype), np.empty((6, m), S.dtype)
     for k in range(first, last):
         if not usable[k]:
             continue

@@ -25,6 +25,7 @@ from ecgot.kernels.ot.problem import (
     SolverSettings,
     cost_of,
     inverse_norm,
+    partnered,
     prepared,
     start_temperature,
 )
@@ -45,7 +46,9 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings, cost_
     g += clouds.y_terms if not problem.pairs else clouds.y_terms.repeat(shape[0], 1)
     error, iterations = torch.zeros(count, dtype=dtype), torch.zeros(count, dtype=torch.int64)
     tau_x, tau_y = (tau.contiguous() for tau in problem.damping())
-    start = start_temperature(problem) if settings.scaling else torch.ones_like(problem.eps)
+    start = torch.ones_like(problem.eps)
+    if settings.scaling:
+        start = start_temperature(problem, with_masks=settings.from_masks)
 
     def task(begin: int, end: int) -> None:
         for first, last, s, at in clouds.chunks(begin, end, out=cost_cache):
@@ -252,7 +255,7 @@ class _Clouds:
         """What the loops take, one row a problem: in units of eps, with the terms that S leaves out."""
         eps = self.problem.eps[:, None]
         pairs = len(self.problem.b) if self.problem.pairs else 1
-        f, g = (t.reshape(len(eps), t.shape[-1]) / eps for t in (self.x.compact(f), self.y.compact(g)))
+        f, g = (partnered(t.reshape(len(eps), t.shape[-1])) / eps for t in (self.x.compact(f), self.y.compact(g)))
         f += self.x_terms.repeat_interleave(pairs, 0)
         g += self.y_terms.repeat(len(f) // len(self.y_terms), 1)
         return f, g

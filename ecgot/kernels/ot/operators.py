@@ -20,9 +20,12 @@ from ecgot.kernels.ot.centring import step_gradients, weight_terms, whole_potent
 from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot.problem import PlanWeights, Problem, Solution, SolverSettings, can_read_values
 
-TENSORS, VALUES = 7, 5  # how many arguments a problem is
-TENSOR_SCHEMA = "Tensor x, Tensor? y, Tensor a, Tensor b, Tensor? x_centre, Tensor? y_centre, Tensor eps"
-VALUE_SCHEMA = "str cost, float rho_x, float rho_y, bool pairs, str precision"
+TENSORS, VALUES = 9, 3  # how many arguments a problem is
+TENSOR_SCHEMA = (
+    "Tensor x, Tensor? y, Tensor a, Tensor b, Tensor? x_centre, Tensor? y_centre, Tensor eps, "
+    "Tensor? rho_x, Tensor? rho_y"
+)
+VALUE_SCHEMA = "str cost, bool pairs, str precision"
 
 
 def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tuple[Problem, Solution]:
@@ -32,9 +35,9 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tu
         problem: without centres.
         init: a potential g [B, M] to start from; None for zeros.
     """
-    (x, y, a, b, _, _, eps), values = problem.flatten()
+    (x, y, a, b, _, _, *scales), values = problem.flatten()
     stopping = (settings.max_iter, settings.tol, settings.scaling)
-    outputs = sinkhorn_op(x, y, a, b, eps, init, *values, *stopping)
+    outputs = sinkhorn_op(x, y, a, b, *scales, init, *values, *stopping)
     value, f, g, whole_f, whole_g, error, iterations, converged, x_centre, y_centre, _ = outputs
     if x_centre.numel():
         problem = replace(problem, x_centre=x_centre.detach(), y_centre=y_centre.detach())
@@ -70,7 +73,7 @@ def _without_zero_centres(problem: Problem) -> Problem:
 @torch.library.custom_op(
     "ecgot::sinkhorn",
     mutates_args=(),
-    schema="(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor eps, Tensor? init, "
+    schema="(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor eps, Tensor? rho_x, Tensor? rho_y, Tensor? init, "
     f"{VALUE_SCHEMA}, SymInt max_iter, float tol, float scaling)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -95,9 +98,9 @@ def sinkhorn_op(*flat: Any) -> tuple[Tensor, ...]:
 
 def _uncentred(flat: Sequence[Any]) -> tuple[Problem, Tensor | None, Sequence[Any]]:
     """The solver's arguments: the problem, where to start, and the settings."""
-    x, y, a, b, eps, init, *rest = flat
+    x, y, a, b, eps, rho_x, rho_y, init, *rest = flat
     values, settings = rest[:VALUES], rest[VALUES:]
-    return Problem.unflatten((x, y, a, b, None, None, eps), values), init, settings
+    return Problem.unflatten((x, y, a, b, None, None, eps, rho_x, rho_y), values), init, settings
 
 
 def _or_empty(problem: Problem, tensor: Tensor | None) -> Tensor:
@@ -283,7 +286,7 @@ def _cost_vjp_backward(ctx, grad_x, grad_y):  # type: ignore[no-untyped-def]
             torch.autograd.grad([g for g, _ in pairs_of], known, [i for _, i in pairs_of], allow_unused=True)
         )
     *of_problem, grad_f, grad_g, grad_scale = (None if leaf is None else next(found) for leaf in leaves)
-    return *of_problem, None, None, None, grad_f, grad_g, grad_scale, *(None,) * 8
+    return *of_problem, *(None,) * 5, grad_f, grad_g, grad_scale, *(None,) * 6
 
 
 cost_vjp_op.register_autograd(_cost_vjp_backward, setup_context=_setup_cost_vjp_context)

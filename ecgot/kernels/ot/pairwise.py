@@ -9,7 +9,7 @@ from ecgot.kernels.ot import checks, operators
 from ecgot.kernels.ot.backends import backend
 from ecgot.kernels.ot.convergence import warn_if_unsolved
 from ecgot.kernels.ot.outputs import SinkhornPairwiseOutput
-from ecgot.kernels.ot.problem import Problem
+from ecgot.kernels.ot.problem import Problem, penalty
 
 
 @overload
@@ -78,7 +78,8 @@ def sinkhorn_pairwise(  # type: ignore[misc]  # the overloads leave its settings
     a = checks.check_weights("a", a, x, x_mask, any_mass=free)
     b = checks.check_weights("b", b, y, y_mask, any_mass=free)
     eps_each = checks.check_eps(eps, x, len(x) * len(y))
-    problem = Problem(x, y, a, b, None, None, eps_each, cost, *rhos, True, precision)
+    penalties = (penalty(r, eps_each) for r in rhos)
+    problem = Problem(x, y, a, b, None, None, eps_each, cost, *penalties, True, precision)
     problem, found = operators.solve(problem, None, settings)
     warn_if_unsolved(problem, found, settings.tol)
     assert found.value is not None

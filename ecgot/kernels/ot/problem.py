@@ -16,6 +16,8 @@ from torch.nn import functional as F
 ABSENT = -1.0  # the weight of a point that does not exist
 MAX_EXPONENT = 80.0  # of exp: at a point without weight a larger one would overflow, and inf * 0 is NaN
 MAX_ANNEALING = 1e7  # largest cost / eps from which annealing starts
+GAP = 1e3  # between the costs of a problem and what is no cost but a mask
+EXACT = 2.0**12  # potentials in units of eps up to which rounding does not count: in fp32 it is 6e-5 there
 Result = tuple[Tensor, Tensor, Tensor, Tensor]  # f, g, marginal error, iterations
 
 
@@ -25,13 +27,15 @@ class SolverSettings:
 
     Attributes:
         max_iter: most iterations at the final eps.
-        tol: the marginal error (L1) at which a problem stops.
+        tol: the marginal error (L1, relative to the marginal's mass) at which a problem stops.
         scaling: factor of eps per annealing step; 0 does not anneal.
+        from_masks: whether annealing starts above costs that look like masks, see :class:`CostRange`.
     """
 
     max_iter: int
     tol: float
     scaling: float = 0.0
+    from_masks: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Problem:
             clouds; see :mod:`ecgot.kernels.ot.centring`.
         eps: [B]; [B * K] for pairs.
         cost: "sqeuclidean", "euclidean", "cosine", "dot" or "given".
-        rho_x, rho_y: penalty of a missed marginal; infinite where the marginal is kept.
+        rho_x, rho_y: penalty of a missed marginal, [B] ([B * K] for pairs) in the solver's dtype, infinite
+            where a problem keeps it; None where all do.
         pairs: whether every cloud x meets every cloud y.
         precision: of fp32 products on a GPU, "fp32" or "tf32".
     """
@@ -61,20 +66,22 @@ class Problem:
     y_centre: Tensor | None
     eps: Tensor
     cost: str
-    rho_x: float = math.inf
-    rho_y: float = math.inf
+    rho_x: Tensor | None = None
+    rho_y: Tensor | None = None
     pairs: bool = False
     precision: str = "fp32"
 
     def flatten(self) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-        """The seven tensors and the five other values, as a registered operator takes them."""
+        """The nine tensors and the three other values, as a registered operator takes them."""
         tensors = (self.x, self.y, self.a, self.b, self.x_centre, self.y_centre, self.eps)
-        return tensors, (self.cost, self.rho_x, self.rho_y, self.pairs, self.precision)
+        return (*tensors, self.rho_x, self.rho_y), (self.cost, self.pairs, self.precision)
 
     @classmethod
     def unflatten(cls, tensors: Sequence[Any], values: Sequence[Any]) -> "Problem":
         """The inverse of :meth:`flatten`."""
-        return cls(*tensors, *values)
+        *of_problem, rho_x, rho_y = tensors
+        cost, pairs, precision = values
+        return cls(*of_problem, cost, rho_x, rho_y, pairs, precision)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,12 +105,17 @@ class Problem:
 
     @property
     def balanced(self) -> bool:
-        """Whether both marginals are kept."""
-        return math.isinf(self.rho_x) and math.isinf(self.rho_y)
+        """Whether every problem keeps both marginals."""
+        return self.rho_x is None and self.rho_y is None
+
+    def slack(self) -> tuple[Tensor, Tensor]:
+        """eps / rho of x and y, [B] ([B * K] for pairs) each: 0 where the marginal is kept."""
+        return _slack(self.rho_x, self.eps), _slack(self.rho_y, self.eps)
 
     def damping(self) -> tuple[Tensor, Tensor]:
-        """rho / (rho + eps) of x and y, [B] each: 1 where the marginal is kept."""
-        return _damping(self.rho_x, self.eps), _damping(self.rho_y, self.eps)
+        """rho / (rho + eps) of x and y, as :meth:`slack`: 1 where the marginal is kept."""
+        slack_x, slack_y = self.slack()
+        return 1 / (1 + slack_x), 1 / (1 + slack_y)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """a and b, 0 where no point exists."""
@@ -116,22 +128,25 @@ class Problem:
 
     def rows(self, start: int, stop: int) -> "Problem":
         """Problems ``start`` to ``stop``; for pairs, every pair of a cloud x in that range, as a problem."""
-        b, y, y_centre, eps = self.b, self.y, self.y_centre, self.eps
+        b, y, y_centre = self.b, self.y, self.y_centre
+        k = len(b) if self.pairs else 1
+        own = slice(start * k, stop * k)
+        rho_x, rho_y = (None if rho is None else rho[own] for rho in (self.rho_x, self.rho_y))
         x, a = self.x[start:stop], self.a[start:stop]
         x_centre = None if self.x_centre is None else self.x_centre[start:stop]
         if not self.pairs:
             y = None if y is None else y[start:stop]
             y_centre = None if y_centre is None else y_centre[start:stop]
-            b, eps = b[start:stop], eps[start:stop]
+            b = b[start:stop]
         else:
-            k, count = len(b), stop - start
+            count = stop - start
             x, a = x.repeat_interleave(k, 0), a.repeat_interleave(k, 0)
             x_centre = None if x_centre is None else x_centre.repeat_interleave(k, 0)
             assert y is not None
             b, y = b.repeat(count, 1), y.repeat(count, 1, 1)
             y_centre = None if y_centre is None else y_centre.repeat(count, 1)
-            eps = eps[start * k : stop * k]
-        return replace(self, x=x, y=y, a=a, b=b, x_centre=x_centre, y_centre=y_centre, eps=eps, pairs=False)
+        part = replace(self, x=x, y=y, a=a, b=b, x_centre=x_centre, y_centre=y_centre, pairs=False)
+        return replace(part, eps=self.eps[own], rho_x=rho_x, rho_y=rho_y)
 
     def with_rows(self, some: slice) -> "Problem":
         """The problems restricted to some points of x; the weights a then no longer sum to 1."""
@@ -152,6 +167,7 @@ class Problem:
 
     def kernel(self, f: Tensor, g: Tensor) -> Tensor:
         """exp((f + g - C) / eps) [B, N, M]: the plan without its weights."""
+        f, g = partnered(f), partnered(g)
         exponent = (f[:, :, None] + g[:, None, :] - self.cost_matrix()) / self.eps[:, None, None]
         return torch.exp(exponent.clamp_max(MAX_EXPONENT))
 
@@ -168,19 +184,23 @@ class Problem:
         a, b = self.weights()
         a_mass, b_mass = a.sum(1), b.sum(1)
         solvable = self.solvable()
-        eps = self.eps
+        eps, rho_x, rho_y = self._each()
         if self.pairs:
             a, a_mass, b_mass = a[:, None, :], a_mass[:, None], b_mass[None, :]
-            eps = eps.view(solvable.shape)
-        value = _dual_side(a, f, self.rho_x) + _dual_side(b, g, self.rho_y)
+        value = _dual_side(a, f, rho_x) + _dual_side(b, g, rho_y)
+        alone = torch.zeros_like(value)  # without a plan only the penalties of missed marginals are left
         if not self.balanced:
-            moved = b_mass if math.isinf(self.rho_y) else _weighted(b, torch.exp(-g / self.rho_y))
+            moved = b_mass if rho_y is None else _weighted(b, torch.exp(-g / rho_y[..., None]))
             value = value - eps * (moved - a_mass * b_mass)
-        # Without a plan nothing moves: only the penalties of the missed marginals are left.
-        alone = (0.0 if math.isinf(self.rho_x) else self.rho_x * a_mass) + (
-            0.0 if math.isinf(self.rho_y) else self.rho_y * b_mass
-        )
+            for rho, mass in ((rho_x, a_mass), (rho_y, b_mass)):
+                if rho is not None:
+                    alone = alone + torch.where(rho < math.inf, rho * mass, 0.0)
         return torch.where(solvable, value, alone)
+
+    def _each(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """eps, rho_x and rho_y in the shape of the problems, [B] or [B, K]."""
+        rho_x, rho_y = (None if rho is None else rho.view(self.shape) for rho in (self.rho_x, self.rho_y))
+        return self.eps.view(self.shape), rho_x, rho_y
 
     def weight_gradients(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """d value / d a [B, N] and d value / d b [B, M] at the optimum, differentiable.
@@ -188,18 +208,22 @@ class Problem:
         [B, K, N] and [B, K, M] for pairs. Where balanced these are the potentials.
         """
         a_mass, b_mass = (weight.sum(1) for weight in self.weights())
-        eps = self.eps.view(self.shape)[..., None]
+        eps, rho_x, rho_y = self._each()
         if self.pairs:
             a_mass, b_mass = a_mass[:, None], b_mass[None, :]
         return (
-            _dual_slope(f, self.rho_x, eps, b_mass[..., None]),
-            _dual_slope(g, self.rho_y, eps, a_mass[..., None]),
+            _dual_slope(f, rho_x, eps[..., None], b_mass[..., None]),
+            _dual_slope(g, rho_y, eps[..., None], a_mass[..., None]),
         )
 
-    def largest_cost(self) -> Tensor:
-        """[B] ([B * K] for pairs), a bound on the spread of the costs, where annealing starts."""
+    def largest_cost(self, *, with_masks: bool = True) -> Tensor:
+        """[B] ([B * K] for pairs), a bound on the spread of the costs, where annealing starts.
+
+        with_masks: also of costs that look like masks, see :class:`CostRange`; infinite ones never count.
+        """
         if self.cost == "given":
-            return (self.cost_matrix().amax((1, 2)) - self.cost_matrix().amin((1, 2))).nan_to_num(0.0)
+            costs = CostRange.of(self)
+            return costs.top if with_masks else torch.where(costs.masked, costs.low, costs.top)
         if self.cost == "cosine":
             return torch.full_like(self.eps, 2.0)
         x_norm, y_norm = (p.square().sum(2).amax(1).sqrt() for p in self.points())
@@ -213,14 +237,56 @@ class Problem:
         return bound.nan_to_num(0.0)
 
 
-def _damping(rho: float, eps: Tensor) -> Tensor:
-    return torch.ones_like(eps) if math.isinf(rho) else rho / (rho + eps)
+@dataclass(frozen=True)
+class CostRange:
+    """Which given costs a plan can be expected to use: annealing has to start from their spread.
+
+    Large finite costs may stand for forbidden pairs. An annealing that starts from them leaves potentials of
+    their size, which the iterations at eps cannot bring back. But they may as well be the way between two
+    clusters whose masses differ. So costs are taken for masks only if they are ``GAP`` times eps and the next
+    smaller cost, and if each point with weight has a partner below; and
+    :func:`ecgot.kernels.ot.backends.solve` starts from them after all where that does not converge.
+
+    Attributes:
+        top: [B], the largest finite cost between points with weight, less the smallest.
+        low: [B], the same without masks; ``top`` where ``masked`` is False.
+        masked: [B], whether there are masks.
+    """
+
+    top: Tensor
+    low: Tensor
+    masked: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem) -> "CostRange":
+        """The ranges of a problem with cost "given"."""
+        weighty = (problem.a > 0)[:, :, None] & (problem.b > 0)[:, None, :]
+        cost = problem.cost_matrix()
+        usable = weighty & cost.isfinite()
+        cost = torch.where(usable, cost, math.inf)
+        cost = cost - cost.amin((1, 2), keepdim=True)  # infinity or NaN where not usable
+        top = torch.where(usable, cost, 0.0).amax((1, 2))
+        near = usable & (cost <= top[:, None, None] / GAP)
+        low = torch.where(near, cost, 0.0).amax((1, 2))
+        high = torch.where(usable & ~near, cost, math.inf).amin((1, 2))
+        partnered_rows = (near.any(2) | (problem.a <= 0)).all(1)
+        partnered_columns = (near.any(1) | (problem.b <= 0)).all(1)
+        masked = (high >= GAP * torch.maximum(low, problem.eps)) & (high < math.inf)
+        masked = masked & partnered_rows & partnered_columns
+        return cls(top, torch.where(masked, low, top), masked)
 
 
-def _dual_side(weight: Tensor, potential: Tensor, rho: float) -> Tensor:
-    if math.isinf(rho):
-        return _weighted(weight, potential)
-    return -rho * _weighted(weight, torch.expm1(-potential / rho))
+def _slack(rho: Tensor | None, eps: Tensor) -> Tensor:
+    return torch.zeros_like(eps) if rho is None else (eps / rho).clamp_max(torch.finfo(eps.dtype).max)
+
+
+def _dual_side(weight: Tensor, potential: Tensor, rho: Tensor | None) -> Tensor:
+    kept = _weighted(weight, potential)
+    if rho is None:
+        return kept
+    finite = torch.where(rho < math.inf, rho, 1.0)
+    free = -finite * _weighted(weight, torch.expm1(-potential / finite[..., None]))
+    return torch.where(rho < math.inf, free, kept)
 
 
 def _weighted(weight: Tensor, moved: Tensor) -> Tensor:
@@ -228,10 +294,44 @@ def _weighted(weight: Tensor, moved: Tensor) -> Tensor:
     return torch.where(weight > 0, weight * moved, 0.0).sum(-1)
 
 
-def _dual_slope(potential: Tensor, rho: float, eps: Tensor, other_mass: Tensor) -> Tensor:
-    if math.isinf(rho):
-        return potential - eps * (1 - other_mass)
-    return -rho * torch.expm1(-potential / rho) - eps * (torch.exp(-potential / rho) - other_mass)
+def _dual_slope(potential: Tensor, rho: Tensor | None, eps: Tensor, other_mass: Tensor) -> Tensor:
+    kept = potential - eps * (1 - other_mass)
+    if rho is None:
+        return kept
+    rho = rho[..., None]
+    finite = torch.where(rho < math.inf, rho, 1.0)
+    free = -finite * torch.expm1(-potential / finite) - eps * (torch.exp(-potential / finite) - other_mass)
+    return torch.where(rho < math.inf, free, kept)
+
+
+def partnered(potential: Tensor) -> Tensor:
+    """What a potential adds to exponents: nothing reaches a point that may match nothing.
+
+    Its potential is infinity, and so are its costs. -infinity in its place gives exp(-infinity) = 0 and no NaN.
+    """
+    return torch.where(potential == math.inf, -math.inf, potential)
+
+
+def penalty(rho: float, eps: Tensor) -> Tensor | None:
+    """One penalty for all problems, as :class:`Problem` takes it."""
+    return None if math.isinf(rho) else torch.full_like(eps, rho)
+
+
+def rounding(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
+    """What rounding of f + g - C may add to the marginal error, [B] ([B, K] for pairs).
+
+    A quarter of a unit in the last place of the largest potentials, as roundings average out over a row. Up
+    to ``EXACT`` units of eps they do not count: tolerances of ordinary problems have to stay in reach.
+    """
+    a, b = problem.a, problem.b
+    if problem.pairs:
+        a = a[:, None, :]
+    largest = [
+        torch.where((weight > 0) & (potential != math.inf), potential.abs(), 0.0).amax(-1)
+        for weight, potential in ((a, f), (b, g))
+    ]
+    units = (largest[0] + largest[1]) / problem.eps.view(problem.shape)
+    return (units - EXACT).clamp_min(0) * (torch.finfo(problem.dtype).eps / 8)
 
 
 def prepared(points: Tensor, weights: Tensor, centre: Tensor | None, cost: str, dtype: torch.dtype) -> Tensor:
@@ -287,9 +387,9 @@ def padded(points: Tensor, length: int, value: float = 0.0) -> Tensor:
     return F.pad(points, (0, 0) * (points.dim() - 2) + (0, length - points.shape[1]), value=value)
 
 
-def start_temperature(problem: Problem) -> Tensor:
-    """[B] ([B * K] for pairs), the spread of the costs in units of eps, at least 1."""
-    return (problem.largest_cost() / problem.eps).clamp(1.0, MAX_ANNEALING)
+def start_temperature(problem: Problem, *, with_masks: bool = True) -> Tensor:
+    """[B] ([B * K] for pairs), :meth:`Problem.largest_cost` in units of eps, at least 1."""
+    return (problem.largest_cost(with_masks=with_masks) / problem.eps).clamp(1.0, MAX_ANNEALING)
 
 
 # --- solutions ----------------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ def solve(
     while True:
         g = -tau_y * eps * torch.logsumexp(log_a[:, None] + (f[:, None] - cost) / eps, dim=0)
         plan = torch.exp(log_a[:, None] + log_b[None, :] + (f[:, None] + g[None, :] - cost) / eps)
-        error = (plan.sum(1) - a * torch.exp(-f / rho_x)).abs().sum().item()
+        target = a * torch.exp(-f / rho_x)
+        error = ((plan.sum(1) - target).abs().sum() / target.sum()).item()
         iterations += 1
         if error <= tol or iterations >= max_iter:
             break

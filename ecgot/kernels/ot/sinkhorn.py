@@ -14,7 +14,7 @@ from torch import Tensor
 from ecgot.kernels.ot import checks, operators
 from ecgot.kernels.ot.convergence import warn_if_unsolved
 from ecgot.kernels.ot.outputs import SinkhornOutput, tensor_versions
-from ecgot.kernels.ot.problem import Problem, SolverSettings
+from ecgot.kernels.ot.problem import Problem, SolverSettings, penalty
 
 
 def sinkhorn(
@@ -111,7 +111,9 @@ def sinkhorn(
     free = not all(map(math.isinf, rhos))
     a = checks.check_weights("a", a, x, x_mask, any_mass=free)
     b = checks.check_weights("b", b, y, y_mask, any_mass=free)
-    problem = Problem(x, y, a, b, None, None, eps, cost, *rhos, precision=precision)
+    problem = Problem(
+        x, y, a, b, None, None, eps, cost, *(penalty(r, eps) for r in rhos), precision=precision
+    )
     if init is not None:
         init = checks.check_potential(init, b.shape, x)
     return _solution(problem, init, settings)
@@ -160,7 +162,8 @@ def sinkhorn_from_cost(
     b = checks.check_weights("b", b, cost.mT, y_mask, any_mass=free)
     if init is not None:
         init = checks.check_potential(init, b.shape, cost)
-    return _solution(Problem(cost, None, a, b, None, None, eps, "given", *rhos), init, settings)
+    penalties = (penalty(r, eps) for r in rhos)
+    return _solution(Problem(cost, None, a, b, None, None, eps, "given", *penalties), init, settings)
 
 
 def _solution(problem: Problem, init: Tensor | None, settings: SolverSettings) -> SinkhornOutput:

@@ -601,7 +601,7 @@ class StreamingUpdates:
 
 def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> Result:
     """As :func:`ecgot.kernels.ot.iteration.iterate`."""
-    temperatures = annealing(problem, settings.scaling)
+    temperatures = annealing(problem, settings)
     updates = StreamingUpdates(problem, init, temperatures[0], settings.tol)
     return run(updates, temperatures, problem, settings)
 

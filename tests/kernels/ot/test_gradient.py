@@ -215,8 +215,8 @@ def test_strided_points_and_no_dimension():
 def test_the_step_between_the_centres_belongs_to_kept_marginals():
     single, given = problem((2, 9, 7, 6), "sqeuclidean", torch.float32)
     for other in (
-        replace(single, rho_x=0.5, rho_y=0.5),
-        replace(single, rho_y=0.5),
+        replace(single, rho_x=single.eps, rho_y=single.eps),
+        replace(single, rho_y=single.eps),
         replace(single, cost="euclidean"),
         replace(single, x_centre=None, y_centre=None),
     ):

@@ -402,12 +402,12 @@ def test_opcheck(optional):
     x_centre, y_centre = (x.detach().mean(1), y.detach().mean(1)) if optional else (None, None)
     init = torch.zeros(2, 4, device=DEVICE) if optional else None
     eps = torch.tensor([0.2, 0.3], device=DEVICE)
-    rho = 1.0 if optional else math.inf
-    kind = ("sqeuclidean", rho, rho, False, "fp32")
-    args = (x, y, a.to(DEVICE), b.to(DEVICE), x_centre, y_centre, eps)
-    points, eps = args[:4], args[6]
-    torch.library.opcheck(torch.ops.ecgot.sinkhorn.default, (*points, eps, init, *kind, 5, 1e-4, 0.5))
-    _, f, g, *_, kept = torch.ops.ecgot.sinkhorn(*points, eps, init, *kind, 5, 1e-4, 0.0)
+    rho = torch.tensor([1.0, math.inf], device=DEVICE) if optional else None
+    kind = ("sqeuclidean", False, "fp32")
+    args = (x, y, a.to(DEVICE), b.to(DEVICE), x_centre, y_centre, eps, rho, rho)
+    start = (*args[:4], *args[6:], init)
+    torch.library.opcheck(torch.ops.ecgot.sinkhorn.default, (*start, *kind, 5, 1e-4, 0.5))
+    _, f, g, *_, kept = torch.ops.ecgot.sinkhorn(*start, *kind, 5, 1e-4, 0.0)
     f, g = f.detach(), g.detach()
     with torch.no_grad():
         args = tuple(None if t is None else t.detach() for t in args)

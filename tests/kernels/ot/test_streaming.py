@@ -25,7 +25,7 @@ kernels_run = pytest.mark.skipif(BACKEND != "triton", reason="needs TRITON_INTER
 ONCE = SolverSettings(max_iter=1, tol=0.0)
 
 
-def as_problem(tensors: dict[str, Tensor], cost: str, eps: float, **rest: Any) -> Problem:
+def as_problem(tensors: dict[str, Tensor], cost: str, eps: float, **rhos: float) -> Problem:
     """The problem that ``sinkhorn`` would solve, centred on each cloud's mean where that costs nothing."""
     x, y = tensors["x"], tensors["y"]
     weights, centres = {}, {}
@@ -44,7 +44,7 @@ def as_problem(tensors: dict[str, Tensor], cost: str, eps: float, **rest: Any) -
         centres["b"] if centred else None,
         torch.full((len(x),), eps, device=x.device),
         cost,
-        **rest,
+        **{name: torch.full((len(x),), rho, device=x.device) for name, rho in rhos.items()},
     )
 
 
@@ -65,11 +65,8 @@ def potentials_of_the_reference(
         if given.x_centre is not None:
             x, y = x - given.x_centre[index].cpu().double(), y - given.y_centre[index].cpu().double()
         a, b = given.a[index].cpu().double()[keep_x], given.b[index].cpu().double()[keep_y]
-        rhos = {"rho_x": given.rho_x, "rho_y": given.rho_y}
         cost = reference.cost_matrix(x, y, given.cost)
-        found.append(
-            (reference.solve(cost, a, b, given.eps[index].item(), **rhos, **settings), keep_x, keep_y)
-        )
+        found.append((reference.solve(cost, a, b, given.eps[index].item(), **settings), keep_x, keep_y))
     return found
 
 
@@ -185,9 +182,9 @@ def test_the_unit_of_the_coordinates_does_not_matter(scale):
     given = as_problem(problem((1, 70, 66, 5), weighted=True), "sqeuclidean", 0.3)
     expected = streaming.solve(given, None, ONCE)
     tensors, values = given.flatten()
-    x, y, a, b, x_centre, y_centre, eps = tensors
+    x, y, a, b, x_centre, y_centre, eps, *rhos = tensors
     x, y, x_centre, y_centre = (t * scale for t in (x, y, x_centre, y_centre))
-    scaled = Problem.unflatten((x, y, a, b, x_centre, y_centre, eps * scale * scale), values)
+    scaled = Problem.unflatten((x, y, a, b, x_centre, y_centre, eps * scale * scale, *rhos), values)
     found = streaming.solve(scaled, None, ONCE)
     torch.testing.assert_close(found[0] / scale / scale, expected[0], atol=3e-6, rtol=1e-6)
     torch.testing.assert_close(found[2], expected[2], atol=1e-6, rtol=0)
@@ -387,7 +384,7 @@ def test_when_to_look_for_convergence(capturing, monkeypatch):
 def test_annealing_goes_down_to_one(monkeypatch):
     tensors = problem((3, 6, 5, 2), dtype=torch.float64)
     given = in_fp64(as_problem(tensors, "sqeuclidean", 0.01))
-    temperatures = annealing(given, 0.5)
+    temperatures = annealing(given, SolverSettings(1, 0.0, 0.5))
     expected, rows = iteration.start_temperature(given), []
     for _ in range(len(temperatures)):
         rows.append(expected)
@@ -395,8 +392,8 @@ def test_annealing_goes_down_to_one(monkeypatch):
     torch.testing.assert_close(temperatures, torch.stack(rows), atol=0, rtol=1e-12)
     assert (temperatures[-2] > 1).any()
     assert (temperatures[-1] == 1).all()
-    assert (annealing(given, 0.0) == 1).all()
+    assert (annealing(given, ONCE) == 1).all()
     monkeypatch.setattr(iteration, "is_capturing", lambda tensor: True)
-    recorded = annealing(given, 0.999)
+    recorded = annealing(given, SolverSettings(1, 0.0, 0.999))
     assert 50 < len(recorded) <= iteration.MAX_CAPTURED + 1
     assert (recorded[-1] == 1).all()

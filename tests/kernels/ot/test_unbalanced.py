@@ -61,8 +61,9 @@ def test_far_clouds_where_a_marginal_may_be_missed(rho, dtype, shift):
     value, _ = solved(tensors, eps=0.1, max_iter=200, tol=-1.0, **rho)
     x = tensors["x"].requires_grad_()
     out = sinkhorn(**tensors, eps=0.1, max_iter=200, tol=1e-6, **rho)
-    assert out.converged.all()
-    assert (out.iterations > 1).all()
+    # Costs of 3e5 eps are beyond fp32: marginals are good to 1e-3 there, and the solution says so.
+    assert out.converged.tolist() == [dtype == torch.float64 or shift == 10] * 2
+    assert ((out.marginal_error > 1e-3) == ~out.converged).all()
     torch.testing.assert_close(out.value.cpu().double(), value, rtol=2e-6, atol=0)
     (grad,) = torch.autograd.grad(out.value.sum(), x)
     assert grad.isfinite().all()
