@@ -82,10 +82,8 @@ def _solve(problem: Problem, init: Tensor | None, settings: SolverSettings, cach
     return complete(problem, Solution(f, g, error, iterations), settings.tol)
 
 
-def _from_masks(
-    problem: Problem, init: Tensor | None, settings: SolverSettings, found: Solution
-) -> Solution:
-    """Solve again what did not converge, annealing from all finite costs: what looked like a mask was a cost."""
+def _from_masks(problem: Problem, init: Tensor | None, settings: SolverSettings, found: Solution) -> Solution:
+    """Solve again what did not converge, annealing from all finite costs: there were no masks after all."""
     assert found.converged is not None
     wrong = CostRange.of(problem).masked & ~found.converged
     if can_read_values(wrong) and not wrong.any():
@@ -95,14 +93,11 @@ def _from_masks(
     second = _solve(part, init, replace(settings, from_masks=True), cache)
     better = wrong & ((second.error < found.error) | found.error.isnan())
 
-    def chosen(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-        if old is None or new is None:
-            return old
-        return torch.where(better.view(-1, *(1,) * (old.dim() - 1)), new, old)
-
-    names = ("f", "g", "error", "value", "whole_f", "whole_g", "converged")
-    merged = {name: chosen(getattr(found, name), getattr(second, name)) for name in names}
-    return replace(found, **merged, iterations=found.iterations + second.iterations)
+    for name in ("f", "g", "error", "value", "whole_f", "whole_g", "converged"):
+        old, new = getattr(found, name), getattr(second, name)
+        chosen = better if old.dim() == 1 else better[:, None]
+        setattr(second, name, torch.where(chosen, new, old))
+    return replace(second, iterations=found.iterations + second.iterations)
 
 
 def _potentials(

@@ -111,11 +111,12 @@ def _column_pass(S, r, c, a, f, temperature, top, total, lse):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-def _damp(lse, tau, term, out):
-    """The potential of a log-sum-exp; ``term`` is what S leaves out of the cost."""
+def _damp(lse, slack, term, out):
+    """The potential of a log-sum-exp, slack = eps / rho; ``term`` is what S leaves out of the cost."""
     one = lse.dtype.type(1)
+    tau = one / (one + slack)
     for i in range(len(lse)):
-        out[i] = -tau * lse[i] + (one - tau) * term[i]
+        out[i] = -tau * lse[i] + slack * tau * term[i]
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
@@ -189,14 +190,14 @@ def _solve_kept(S, r, c, a, b, p, q, f, g, tol, iteration, last, K, x_work, y_wo
     """f and g at eps, of which g holds where to start. -> marginal error, iterations"""
     n, m = K.shape
     real = S.dtype.type
-    one = real(1)
+    one, zero = real(1), real(0)
     lse, u, u_next = x_work[0][:n], x_work[1][:n], x_work[2][:n]
     t, v, v_next, w = y_work[0][:m], y_work[1][:m], y_work[2][:m], y_work[3][:m]
     updated = False  # whether g is an update from f, so that there is a plan to judge
     error = real(np.inf)
     while True:
         _row_pass(S, r, c, b, g, one, lse, K, True, t)
-        _damp(lse, one, p, u_next)
+        _damp(lse, zero, p, u_next)
         if updated:
             error = _residual(a, f, u_next)
             if not error > tol or iteration >= last:  # so that NaN stops as well
@@ -207,7 +208,7 @@ def _solve_kept(S, r, c, a, b, p, q, f, g, tol, iteration, last, K, x_work, y_wo
         iteration += 1
         if _has_no_partner(a, f) or _has_no_partner(b, g):  # there is no plan
             return real(np.inf), iteration
-        t[:] = real(0)
+        t[:] = zero
         for i in range(n):
             if a[i] > 0:
                 row, z = K[i], a[i]
@@ -215,7 +216,7 @@ def _solve_kept(S, r, c, a, b, p, q, f, g, tol, iteration, last, K, x_work, y_wo
                     t[j] += z * row[j]
         if not _columns(t, b, v, w):
             _column_pass(S, r, c, a, f, one, t, v, w)
-            _damp(w, one, q, g)
+            _damp(w, zero, q, g)
             updated = True
             continue
         while True:
@@ -237,9 +238,9 @@ def _solve_kept(S, r, c, a, b, p, q, f, g, tol, iteration, last, K, x_work, y_wo
 
 
 # --- a marginal is free -------------------------------------------------------------------------------------
-# With s the row sums over K, log u = (1 - tau) (lse + p) - tau log s. The first term, in ``base``, stays while
-# K does, and may be far from 0 where rho is small: it enters the rows' masses a exp(base), whose sum is kept
-# apart as a logarithm, the ``level``. f itself may be so large that differences of it would be rounding.
+# With s the row sums over K, log u = away (lse + p) - tau log s, away = 1 - tau. The first term, ``base``, stays
+# while K does, and may be far from 0 where rho is small: it enters the rows' masses a exp(base), whose sum is
+# kept apart as a logarithm, the ``level``. f itself may be so large that differences of it would be rounding.
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
@@ -306,14 +307,14 @@ def _free_sweep(K, mass, w, base, tau, sums, jump, share, sums_next, t):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-def _free_rows(log_a, base, tau, sums, target):
+def _free_rows(log_a, base, away, sums, target):
     """target_i = log(a_i exp(-f_i / rho)) less their log-sum-exp, which is returned; before the shift"""
-    one, lowest = target.dtype.type(1), target.dtype.type(-np.inf)
+    lowest = target.dtype.type(-np.inf)
     for i in range(len(target)):
         if log_a[i] == lowest or base[i] == lowest:
             target[i] = lowest
         else:
-            target[i] = log_a[i] + base[i] + (one - tau) * sums[i]
+            target[i] = log_a[i] + base[i] + away * sums[i]
     total = _log_sum(target)
     for i in range(len(target)):
         target[i] -= total
@@ -321,21 +322,21 @@ def _free_rows(log_a, base, tau, sums, target):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-def _free_columns(t, b, log_b, g0, tau, term, level, least, v, w, target):
-    """v, w = b v and the columns' targets from their sums. -> whether all that weigh are in range and exact"""
+def _free_columns(t, b, log_b, g0, slack, term, level, least, v, w, target):
+    """v, w = b v and the columns' targets from their sums. -> whether all are in range and exact"""
     real = t.dtype.type
     one, highest, lowest = real(1), real(SAFE), real(-np.inf)
-    fine = True
+    tau, fine = one / (one + slack), True
     for j in range(len(t)):
         v[j] = one
         w[j] = real(0)
         target[j] = lowest
         if b[j] > 0 and g0[j] != np.inf:
             lse = math.log(t[j]) + level
-            away = (one - tau) * (g0[j] - term[j])
+            away = slack * tau * (g0[j] - term[j])
             v[j] = math.exp(-tau * lse - away)
             w[j] = b[j] * v[j]
-            target[j] = log_b[j] + (one - tau) * lse - away
+            target[j] = log_b[j] + slack * tau * lse - away
             # Where tau is small v stays near 1 even if the sum that it comes from underflows.
             fine &= v[j] <= highest and v[j] * highest >= one and t[j] >= least
     return fine
@@ -352,7 +353,7 @@ def _free_range(mass, tau, sums):
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-def _solve_free(S, r, c, a, b, p, q, tau_x, tau_y, f, g, tol, iteration, last, K, x_work, y_work):
+def _solve_free(S, r, c, a, b, p, q, slack_x, slack_y, f, g, tol, iteration, last, K, x_work, y_work):
     """As _solve_kept; before each update of the columns the potentials are shifted, see iteration.Shift."""
     n, m = K.shape
     real = S.dtype.type
@@ -361,8 +362,8 @@ def _solve_free(S, r, c, a, b, p, q, tau_x, tau_y, f, g, tol, iteration, last, K
     mass, share, share_next, log_a = x_work[4][:n], x_work[5][:n], x_work[6][:n], x_work[7][:n]
     t, v, v_next, w = y_work[0][:m], y_work[1][:m], y_work[2][:m], y_work[3][:m]
     target, log_b = y_work[4][:m], y_work[5][:m]
-    slack_x, slack_y = one / tau_x - one, one / tau_y - one
-    rate = one / (slack_x + slack_y)
+    tau_x, rate = one / (one + slack_x), one / (slack_x + slack_y)
+    away_x = slack_x * tau_x
     unit, least = real(4) * np.finfo(S.dtype).eps, np.finfo(S.dtype).tiny * real(1e8)
     updated = False
     error = real(np.inf)
@@ -372,19 +373,19 @@ def _solve_free(S, r, c, a, b, p, q, tau_x, tau_y, f, g, tol, iteration, last, K
             error = zero
             for i in range(n):
                 if share[i] > lowest:  # the step from f to the update from g, as below: at rest it is 0
-                    d = (f[i] - ((one - tau_x) * (lse[i] + p[i]) - lse[i])) / tau_x
+                    d = (f[i] - (away_x * (lse[i] + p[i]) - lse[i])) / tau_x
                     error += math.exp(share[i] + max(d, zero)) * -math.expm1(-abs(d))
             if not error > tol or iteration >= last:
                 return error, iteration
         for i in range(n):
-            base[i] = lowest if lse[i] == lowest else (one - tau_x) * (lse[i] + p[i])
+            base[i] = lowest if lse[i] == lowest else away_x * (lse[i] + p[i])
             sums[i] = zero
-        level = _free_rows(log_a, base, tau_x, sums, share)
+        level = _free_rows(log_a, base, away_x, sums, share)
         shift = _shift(level, _log_targets(log_b, slack_y, g, q, target), rate, unit)
         for i in range(n):
             f[i] = real(np.inf) if base[i] == lowest else base[i] + shift - lse[i]
         iteration += 1
-        if (tau_x == one and _has_no_partner(a, f)) or (tau_y == one and _has_no_partner(b, g)):
+        if (slack_x == zero and _has_no_partner(a, f)) or (slack_y == zero and _has_no_partner(b, g)):
             return real(np.inf), iteration
         t[:] = zero
         for i in range(n):
@@ -392,9 +393,9 @@ def _solve_free(S, r, c, a, b, p, q, tau_x, tau_y, f, g, tol, iteration, last, K
             row, z = K[i], mass[i]
             for j in range(m):
                 t[j] += z * row[j]
-        if not _free_columns(t, b, log_b, g, tau_y, q, level + shift, least, v, w, target):
+        if not _free_columns(t, b, log_b, g, slack_y, q, level + shift, least, v, w, target):
             _column_pass(S, r, c, a, f, one, t, v, w)
-            _damp(w, tau_y, q, g)
+            _damp(w, slack_y, q, g)
             updated = True
             continue
         while True:
@@ -407,9 +408,9 @@ def _solve_free(S, r, c, a, b, p, q, tau_x, tau_y, f, g, tol, iteration, last, K
                 break
             if not _free_range(mass, tau_x, sums_next):
                 break
-            rows = _free_rows(log_a, base, tau_x, sums_next, share_next)
+            rows = _free_rows(log_a, base, away_x, sums_next, share_next)
             following = _shift(rows, _log_sum(target), rate, unit)
-            if not _free_columns(t, b, log_b, g, tau_y, q, level + following, least, v_next, w, target):
+            if not _free_columns(t, b, log_b, g, slack_y, q, level + following, least, v_next, w, target):
                 break
             shift = following
             sums, sums_next = sums_next, sums
@@ -427,14 +428,13 @@ def _solve_free(S, r, c, a, b, p, q, tau_x, tau_y, f, g, tol, iteration, last, K
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
-def _solve(S, r, c, a, b, p, q, tau_x, tau_y, f, g, start, scaling, tol, max_iter, K, x_work, y_work):
+def _solve(S, r, c, a, b, p, q, slack_x, slack_y, f, g, start, scaling, tol, max_iter, K, x_work, y_work):
     """One problem; f and g are filled, g holds where to start. -> marginal error, iterations"""
     n, m = K.shape
     one = S.dtype.type(1)
-    free, unit = tau_x < one or tau_y < one, S.dtype.type(4) * np.finfo(S.dtype).eps
+    free, unit = slack_x > 0 or slack_y > 0, S.dtype.type(4) * np.finfo(S.dtype).eps
     lse, share, log_a = x_work[0][:n], x_work[5][:n], x_work[7][:n]
     t, v, w, target, log_b = y_work[0][:m], y_work[1][:m], y_work[3][:m], y_work[4][:m], y_work[5][:m]
-    slack_x, slack_y = one / tau_x - one, one / tau_y - one
     if free:
         for i in range(n):
             log_a[i] = math.log(a[i])
@@ -443,27 +443,28 @@ def _solve(S, r, c, a, b, p, q, tau_x, tau_y, f, g, start, scaling, tol, max_ite
     iteration, temperature = 0, start
     while temperature > one:
         _row_pass(S, r, c, b, g, temperature, lse, K, False, t)
-        _damp(lse, one / (one + temperature * slack_x), p, f)
+        _damp(lse, temperature * slack_x, p, f)
         if free:
-            rows, columns = _log_targets(log_a, slack_x, f, p, share), _log_targets(log_b, slack_y, g, q, target)
+            rows = _log_targets(log_a, slack_x, f, p, share)
+            columns = _log_targets(log_b, slack_y, g, q, target)
             shift = _shift(rows, columns, one / (slack_x + slack_y), unit)
             for i in range(n):
                 f[i] += shift
         _column_pass(S, r, c, a, f, temperature, t, v, w)
-        _damp(w, one / (one + temperature * slack_y), q, g)
+        _damp(w, temperature * slack_y, q, g)
         temperature *= scaling
         iteration += 1
     last = iteration + max_iter
     if free:
         return _solve_free(
-            S, r, c, a, b, p, q, tau_x, tau_y, f, g, tol, iteration, last, K, x_work, y_work
+            S, r, c, a, b, p, q, slack_x, slack_y, f, g, tol, iteration, last, K, x_work, y_work
         )  # fmt: skip
     return _solve_kept(S, r, c, a, b, p, q, f, g, tol, iteration, last, K, x_work, y_work)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def solve_blocks(
-    S, usable, row, rows, column, columns, a, a_at, b, b_at, p, q, tau_x, tau_y, f, f_at, g, g_at, start,
+    S, usable, row, rows, column, columns, a, a_at, b, b_at, p, q, slack_x, slack_y, f, f_at, g, g_at, start,
     scaling, tol, max_iter, error, iterations, first, last,
 ):  # fmt: skip
     """Solve the usable blocks of ``first`` to ``last`` of S.
@@ -486,15 +487,16 @@ def solve_blocks(
         fk, gk = f[f_at[k] : f_at[k] + n], g[g_at[k] : g_at[k] + m]
         K = buffer[: n * m].reshape((n, m))
         error[k], iterations[k] = _solve(
-            S, r, c, ak, bk, pk, qk, tau_x[k], tau_y[k], fk, gk, start[k], scaling, tol, max_iter, K, x_work,
+            S, r, c, ak, bk, pk, qk, slack_x[k], slack_y[k], fk, gk, start[k], scaling, tol, max_iter, K, x_work,
             y_work,
         )  # fmt: skip
         if bk.min() <= 0:  # the potential of a column without weight
-            one, lse = S.dtype.type(1), y_work[2][:m]
+            one, lse, more = S.dtype.type(1), y_work[2][:m], y_work[3][:m]
             _column_pass(S, r, c, ak, fk, one, y_work[0][:m], y_work[1][:m], lse)
+            _damp(lse, slack_y[k], qk, more)
             for j in range(m):
                 if bk[j] == 0:
-                    gk[j] = -tau_y[k] * lse[j] + (one - tau_y[k]) * qk[j]
+                    gk[j] = more[j]
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)

@@ -45,7 +45,7 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings, cost_
         g += clouds.y.compact(init) / problem.eps[:, None]
     g += clouds.y_terms if not problem.pairs else clouds.y_terms.repeat(shape[0], 1)
     error, iterations = torch.zeros(count, dtype=dtype), torch.zeros(count, dtype=torch.int64)
-    tau_x, tau_y = (tau.contiguous() for tau in problem.damping())
+    slack_x, slack_y = (slack.contiguous() for slack in problem.slack())
     start = torch.ones_like(problem.eps)
     if settings.scaling:
         start = start_temperature(problem, with_masks=settings.from_masks)
@@ -55,7 +55,7 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings, cost_
             arguments = (
                 clouds.usable[first:last], at["row"], at["rows"], at["column"], at["columns"],
                 clouds.x.weights, at["a"], clouds.y.weights, at["b"], clouds.x_terms, clouds.y_terms,
-                tau_x[first:last], tau_y[first:last], f, at["f"], g, at["g"], start[first:last],
+                slack_x[first:last], slack_y[first:last], f, at["f"], g, at["g"], start[first:last],
                 settings.scaling, settings.tol, settings.max_iter, error[first:last], iterations[first:last],
             )  # fmt: skip
             run_loop(loops.solve_blocks, last - first, s, arguments)
@@ -255,7 +255,9 @@ class _Clouds:
         """What the loops take, one row a problem: in units of eps, with the terms that S leaves out."""
         eps = self.problem.eps[:, None]
         pairs = len(self.problem.b) if self.problem.pairs else 1
-        f, g = (partnered(t.reshape(len(eps), t.shape[-1])) / eps for t in (self.x.compact(f), self.y.compact(g)))
+        f, g = (
+            partnered(t.reshape(len(eps), t.shape[-1])) / eps for t in (self.x.compact(f), self.y.compact(g))
+        )
         f += self.x_terms.repeat_interleave(pairs, 0)
         g += self.y_terms.repeat(len(f) // len(self.y_terms), 1)
         return f, g

@@ -73,8 +73,8 @@ def _without_zero_centres(problem: Problem) -> Problem:
 @torch.library.custom_op(
     "ecgot::sinkhorn",
     mutates_args=(),
-    schema="(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor eps, Tensor? rho_x, Tensor? rho_y, Tensor? init, "
-    f"{VALUE_SCHEMA}, SymInt max_iter, float tol, float scaling)"
+    schema="(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor eps, Tensor? rho_x, Tensor? rho_y, "
+    f"Tensor? init, {VALUE_SCHEMA}, SymInt max_iter, float tol, float scaling)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def sinkhorn_op(*flat: Any) -> tuple[Tensor, ...]:

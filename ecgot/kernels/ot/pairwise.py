@@ -78,8 +78,8 @@ def sinkhorn_pairwise(  # type: ignore[misc]  # the overloads leave its settings
     a = checks.check_weights("a", a, x, x_mask, any_mass=free)
     b = checks.check_weights("b", b, y, y_mask, any_mass=free)
     eps_each = checks.check_eps(eps, x, len(x) * len(y))
-    penalties = (penalty(r, eps_each) for r in rhos)
-    problem = Problem(x, y, a, b, None, None, eps_each, cost, *penalties, True, precision)
+    of_x, of_y = (penalty(number, eps_each) for number in rhos)
+    problem = Problem(x, y, a, b, None, None, eps_each, cost, of_x, of_y, True, precision)
     problem, found = operators.solve(problem, None, settings)
     warn_if_unsolved(problem, found, settings.tol)
     assert found.value is not None

@@ -79,9 +79,9 @@ class Problem:
     @classmethod
     def unflatten(cls, tensors: Sequence[Any], values: Sequence[Any]) -> "Problem":
         """The inverse of :meth:`flatten`."""
-        *of_problem, rho_x, rho_y = tensors
+        x, y, a, b, x_centre, y_centre, eps, rho_x, rho_y = tensors
         cost, pairs, precision = values
-        return cls(*of_problem, cost, rho_x, rho_y, pairs, precision)
+        return cls(x, y, a, b, x_centre, y_centre, eps, cost, rho_x, rho_y, pairs, precision)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -307,7 +307,7 @@ def _dual_slope(potential: Tensor, rho: Tensor | None, eps: Tensor, other_mass: 
 def partnered(potential: Tensor) -> Tensor:
     """What a potential adds to exponents: nothing reaches a point that may match nothing.
 
-    Its potential is infinity, and so are its costs. -infinity in its place gives exp(-infinity) = 0 and no NaN.
+    Its potential is infinity, and so are its costs. With -infinity in its place exp gives 0, and never NaN.
     """
     return torch.where(potential == math.inf, -math.inf, potential)
 

@@ -111,9 +111,8 @@ def sinkhorn(
     free = not all(map(math.isinf, rhos))
     a = checks.check_weights("a", a, x, x_mask, any_mass=free)
     b = checks.check_weights("b", b, y, y_mask, any_mass=free)
-    problem = Problem(
-        x, y, a, b, None, None, eps, cost, *(penalty(r, eps) for r in rhos), precision=precision
-    )
+    of_x, of_y = (penalty(number, eps) for number in rhos)
+    problem = Problem(x, y, a, b, None, None, eps, cost, of_x, of_y, precision=precision)
     if init is not None:
         init = checks.check_potential(init, b.shape, x)
     return _solution(problem, init, settings)
@@ -162,8 +161,9 @@ def sinkhorn_from_cost(
     b = checks.check_weights("b", b, cost.mT, y_mask, any_mass=free)
     if init is not None:
         init = checks.check_potential(init, b.shape, cost)
-    penalties = (penalty(r, eps) for r in rhos)
-    return _solution(Problem(cost, None, a, b, None, None, eps, "given", *penalties), init, settings)
+    of_x, of_y = (penalty(number, eps) for number in rhos)
+    problem = Problem(cost, None, a, b, None, None, eps, "given", of_x, of_y)
+    return _solution(problem, init, settings)
 
 
 def _solution(problem: Problem, init: Tensor | None, settings: SolverSettings) -> SinkhornOutput:

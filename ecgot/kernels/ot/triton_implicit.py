@@ -19,14 +19,17 @@ from ecgot.kernels.ot.problem import Problem
 from ecgot.kernels.ot.triton_tiles import (
     CONVENTIONS,
     COST_CODES,
+    GIVEN,
     LOG2_E,
     MAX_EXPONENT,
     block_size,
     cost_tile,
-    damping,
     fp32_precisions,
     launch_arguments,
+    load_slack,
     load_weights,
+    partnered,
+    rho_arguments,
 )
 
 MAX_TILE = 64 * 64  # conjugate gradients need many vectors beside the tile
@@ -57,6 +60,8 @@ def _sinkhorn_implicit_kernel(
     x_centre_ptr,
     y_centre_ptr,
     eps_ptr,
+    rho_x_ptr,
+    rho_y_ptr,
     f_ptr,
     g_ptr,
     grad_f_ptr,
@@ -68,8 +73,6 @@ def _sinkhorn_implicit_kernel(
     N,
     M,
     D,
-    rho_x,
-    rho_y,
     tol,
     max_iter,
     stride_xb,
@@ -84,6 +87,7 @@ def _sinkhorn_implicit_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    BALANCED: tl.constexpr,
 ):
     """Conjugate gradients on the tile that is in registers; see ``torch_solver.implicit``."""
     problem = tl.program_id(0).to(tl.int64)
@@ -94,8 +98,8 @@ def _sinkhorn_implicit_kernel(
     solvable = (tl.sum(a, axis=0) > 0) & (tl.sum(b, axis=0) > 0)
     eps = tl.load(eps_ptr + problem)
     per_unit = LOG2_E / eps
-    tau_x = damping(rho_x, eps, False)
-    tau_y = damping(rho_y, eps, False)
+    tau_x = 1.0 / (1.0 + load_slack(rho_x_ptr, problem, eps, BALANCED))
+    tau_y = 1.0 / (1.0 + load_slack(rho_y_ptr, problem, eps, BALANCED))
     cost, _, _ = cost_tile(
         x_ptr + problem * stride_xb, y_ptr + problem * stride_yb, x_centre_ptr + problem * D,
         y_centre_ptr + problem * D, x_index, y_index, x_valid, y_valid, D, stride_xn, stride_xd, stride_yn,
@@ -106,6 +110,9 @@ def _sinkhorn_implicit_kernel(
     g = tl.load(g_ptr + column, mask=y_valid, other=0.0) * per_unit
     grad_f = tl.where(solvable, tl.load(grad_f_ptr + row, mask=x_valid, other=0.0), 0.0)
     grad_g = tl.where(solvable, tl.load(grad_g_ptr + column, mask=y_valid, other=0.0), 0.0)
+    if COST == GIVEN:
+        f = partnered(f)
+        g = partnered(g)
     kernel = tl.exp2(tl.minimum(f[:, None] + g[None, :] - cost * per_unit, MAX_EXPONENT))
     kernel = tl.where(x_valid[:, None] & y_valid[None, :], kernel, 0.0)
 
@@ -184,8 +191,8 @@ def implicit(
             right_ptr=right,
             grad_a_ptr=grad_a,
             grad_b_ptr=grad_b,
-            rho_x=problem.rho_x,
-            rho_y=problem.rho_y,
+            BALANCED=problem.balanced,
+            **rho_arguments(problem),
             tol=tol,
             max_iter=max_iter,
             **_configuration(*problem.size),
@@ -204,4 +211,7 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
             continue
         for dtype, cost, used in itertools.product(DTYPES, COST_CODES, fp32_precisions(hip)):
             kind = {"COST": COST_CODES[cost], "CENTRED": cost in CENTRED_COSTS, "PRECISION": used}
-            yield compile_case(_sinkhorn_implicit_kernel, dtype, kind, _configuration(n, m, hip), CONVENTIONS)
+            for balanced in (False, True):
+                flags = kind | {"BALANCED": balanced}
+                chosen = _configuration(n, m, hip)
+                yield compile_case(_sinkhorn_implicit_kernel, dtype, flags, chosen, CONVENTIONS)

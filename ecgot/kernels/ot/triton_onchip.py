@@ -37,21 +37,25 @@ from torch import Tensor
 from ecgot.kernels.compilation import DTYPES, CompileCase, compile_case
 from ecgot.kernels.dispatch import HIP, launch
 from ecgot.kernels.ot.checks import CENTRED_COSTS
+from ecgot.kernels.ot import problem as problems
 from ecgot.kernels.ot.problem import Problem, Solution, SolverSettings, start_temperature
 from ecgot.kernels.ot.triton_tiles import (
     CONVENTIONS,
     COST_CODES,
+    GIVEN,
     LN_2,
     LOG2_E,
     TINY,
     block_size,
     cost_tile,
-    damping,
     fp32_precisions,
     launch_arguments,
     load_chunk,
+    load_slack,
     load_weights,
     log2,
+    partnered,
+    rho_arguments,
 )
 
 # Tiles of at most this many cells, with no side longer than its MAX_BLOCK, stay in registers.
@@ -62,8 +66,10 @@ REGISTERS = 65536  # of a multiprocessor
 CELLS_OF_WARP = 64 * 32  # 64 a thread, so that two programs of eight warps share a multiprocessor
 SAFE = tl.constexpr(1e10)  # of u and v: what underflowed in K, below 2^-126, is still below 1e-18 of a row
 UNSAFE = tl.constexpr(1e-10)
+EPSILON = tl.constexpr(2.0**-23)
 UNDERFLOWN = tl.constexpr(1e-30)  # a smaller sum over K may owe its size to terms that underflowed
 MAX_UNCHECKED = tl.constexpr(8)  # iterations between looks at the range of u and v
+EXACT = tl.constexpr(problems.EXACT)
 NOT_CENTRED = tl.constexpr(0)
 CENTRES_GIVEN = tl.constexpr(1)
 OWN_CENTRES = tl.constexpr(2)  # each cloud moves to its own mean
@@ -193,12 +199,43 @@ def _reciprocal(positive):
 
 
 @triton.jit
-def _row_error(a, f, f_next, tau):
-    """|row marginal - a exp(-f / rho)| per row; f_next is the update from g."""
-    # Far clouds: the target underflows while the step to it overflows, and 0 * inf would be NaN.
-    target = tl.maximum(tl.exp2(-f * (1.0 / tau - 1.0)), TINY)
-    step = tl.abs(tl.exp2((f - f_next) / tau) - 1.0)
-    return tl.where(a > 0, a * (target * step), 0.0)  # points without weight may overflow
+def _most(vector):
+    """The maximum of a vector of rows or of columns."""
+    vector = tl.max(tl.max(vector, axis=1), axis=0)
+    vector = tl.max(tl.max(vector, axis=2), axis=1)
+    return tl.max(vector, axis=0)
+
+
+@triton.jit
+def _log_sum(exponent):
+    """log2 of the sum of exp2 of a vector; -inf if there is nothing."""
+    top = _most(exponent)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    return top + tl.log2(_total(tl.exp2(exponent - top)))
+
+
+@triton.jit
+def _log_targets(weight, potential, slack):
+    """log2(weight exp(-potential / rho)), where a potential may be infinite."""
+    target = log2(weight) - slack * potential
+    return tl.where((weight > 0) & (potential < float("inf")), target, float("-inf"))
+
+
+@triton.jit
+def _shift(rows, columns, slack_x, slack_y):
+    """See :class:`ecgot.kernels.ot.iteration.Shift`; from the logarithms of both sides' masses."""
+    total = slack_x + slack_y
+    certain = tl.abs(rows - columns) > (tl.abs(rows) + tl.abs(columns)) * (4.0 * EPSILON)
+    return tl.where(certain, (rows - columns) / tl.where(total > 0, total, float("inf")), 0.0)
+
+
+@triton.jit
+def _row_errors(share, step):
+    """exp2(share) |exp2(step) - 1|, where either may overflow; ``share`` is of a logarithm."""
+    size = tl.abs(step)
+    near = size * LN_2 * (1.0 - size * (0.5 * LN_2))  # the difference would be rounding
+    part = tl.where(size < 1e-3, near, 1.0 - tl.exp2(-size))
+    return tl.where(share == float("-inf"), 0.0, tl.exp2(share + tl.maximum(step, 0.0)) * part)
 
 
 @triton.jit
@@ -212,6 +249,13 @@ def _in_range(factor, weight):
 def _exact(sums, weight):
     """Whether every sum at a point with weight is large beside what underflowed."""
     return _total(tl.where((sums > UNDERFLOWN) | (weight == 0), 0.0, 1.0)) == 0.0
+
+
+@triton.jit
+def _largest_of(potential, weight):
+    """The largest finite size of a potential at points with weight."""
+    size = tl.abs(potential)
+    return _most(tl.where((weight > 0) & (size < float("inf")), size, 0.0))
 
 
 @triton.jit
@@ -301,6 +345,8 @@ def _solve_problem(
     x_centre_ptr,
     y_centre_ptr,
     eps_ptr,
+    rho_x_ptr,
+    rho_y_ptr,
     init_ptr,
     start_ptr,
     scratch_ptr,
@@ -316,8 +362,6 @@ def _solve_problem(
     M,
     D,
     K,
-    rho_x,
-    rho_y,
     tol,
     scaling,
     max_iter,
@@ -408,8 +452,12 @@ def _solve_problem(
     _store(b_place, b)
     _store(f_place, tl.zeros_like(a))
     _store(g_place, g)
-    tau_x = damping(rho_x, eps, BALANCED)
-    tau_y = damping(rho_y, eps, BALANCED)
+    slack_x = load_slack(rho_x_ptr, problem, eps, BALANCED)
+    slack_y = load_slack(rho_y_ptr, problem, eps, BALANCED)
+    tau_x = 1.0 / (1.0 + slack_x)
+    tau_y = 1.0 / (1.0 + slack_y)
+    away_x = slack_x * tau_x  # 1 - tau, to all its digits
+    away_y = slack_y * tau_y
     temperature = 1.0
     if ANNEALED:
         temperature = tl.load(start_ptr + problem)
@@ -431,10 +479,12 @@ def _solve_problem(
         if columns:
             rate = 1.0 / temperature
             f = _as_rows(tl.load(f_place))
+            if COST == GIVEN:
+                f = partnered(f)
             exponent = (f * rate + log2(_as_rows(tl.load(a_place)))) - tl.load(cells) * rate
             top = _largest(exponent, 0)
             lse_y = temperature * (top + tl.log2(_column_sums(tl.exp2(exponent - top))))
-            update = -damping(rho_y, eps * temperature, BALANCED) * lse_y
+            update = -lse_y / (1.0 + temperature * slack_y)
             # At the end only points without weight still lack a potential, and theirs moves nothing.
             g = _as_columns(tl.load(g_place))
             b = _as_columns(tl.load(b_place))
@@ -451,31 +501,62 @@ def _solve_problem(
         else:
             rate = 1.0 / temperature
             g = _as_columns(tl.load(g_place))
+            if COST == GIVEN:
+                g = partnered(g)
             exponent = (g * rate + log2(_as_columns(tl.load(b_place)))) - tl.load(cells) * rate
             top = _largest(exponent, 1)
             kernel = tl.exp2(exponent - top)
             s = _row_sums(kernel)
+            if not BALANCED:
+                if COST != GIVEN:  # a distance overflows: the row has partners
+                    s = tl.where(s > 0, s, float("nan"))
             lse = temperature * (top + tl.log2(s))
             if judge:
                 f = _as_rows(tl.load(f_place))
-                error = _total(_row_error(_as_rows(tl.load(a_place)), f, -tau_x * lse, tau_x))
+                a = _as_rows(tl.load(a_place))
+                if BALANCED:
+                    error = _total(tl.where(a > 0, a * tl.abs(tl.exp2(f + lse) - 1.0), 0.0))
+                else:
+                    share = _log_targets(a, f, slack_x)
+                    step = (f - (away_x * lse - lse)) / tau_x  # as below: at rest it is 0
+                    error = _total(_row_errors(share - _log_sum(share), step))
                 going = (error > tol) & (left > 0)  # False for NaN
             if going:
                 tl.debug_barrier()  # every warp has read f
                 if ANNEALED:
                     columns = temperature > 1.0
                 if columns:
-                    _store(f_place, -damping(rho_x, eps * temperature, BALANCED) * lse)
+                    f = -lse / (1.0 + temperature * slack_x)
+                    if not BALANCED:
+                        g = _as_columns(tl.load(g_place))
+                        rows = _log_sum(_log_targets(_as_rows(tl.load(a_place)), f, slack_x))
+                        targets = _log_targets(_as_columns(tl.load(b_place)), g, slack_y)
+                        f += _shift(rows, _log_sum(targets), slack_x, slack_y)
+                    _store(f_place, f)
                 else:
                     _store(f_place, lse)  # not needed for a while
                     kernel = kernel * tl.where(s > 0, 1.0 / s, s * 0.0)  # b in it: rows sum to 1; NaN stays
                     s = tl.where(s > 0, 1.0, s)
                     a = _as_rows(tl.load(a_place))
                     b = _as_columns(tl.load(b_place))
+                    if COST == GIVEN:  # what may match nothing takes no part
+                        g = _as_columns(tl.load(g_place))
+                        b = tl.where(g == float("inf"), 0.0, b)
+                        g = tl.where(g == float("inf"), 0.0, g)
+                        a = tl.where(lse == float("-inf"), 0.0, a)
+                        s = tl.where(lse == float("-inf"), 1.0, s)
                     u = tl.full((BLOCK_N // ROW_LANES, 1, 1, ROW_LANES, 1), 1.0, dtype=tl.float32)
                     v = tl.full((1, COLUMNS, WARPS, 1, COLUMN_LANES), 1.0, dtype=tl.float32)
                     t = v
                     f = -tau_x * lse
+                    # Free marginals: lse stays while K does, so its part of log u enters the rows' masses,
+                    # whose sum is kept apart as a logarithm.
+                    level = 0.0
+                    shift = 0.0
+                    if not BALANCED:
+                        a = tl.where(a > 0, log2(a) + away_x * lse, float("-inf"))
+                        level = _log_sum(a)
+                        a -= level
                     few = True  # first one iteration, then MAX_UNCHECKED
                     safe = True
                     while going & safe:
@@ -485,25 +566,35 @@ def _solve_problem(
                             # The maximum keeps points that meet nothing, which have no weight, finite.
                             if BALANCED:
                                 u = _reciprocal(tl.maximum(s, TINY))
-                            else:
-                                f = -tau_x * (tl.log2(s) + lse)
-                                u = tl.where(a > 0, tl.exp2(f + lse), 0.0)
-                            t = _column_sums(kernel * (a * u))
-                            if BALANCED:
+                                t = _column_sums(kernel * (a * u))
                                 v = b * _reciprocal(tl.maximum(t, TINY))
                             else:
-                                v = tl.where(b > 0, tl.exp2(-tau_y * (tl.log2(t / b) - g) - g), 0.0)
+                                sums = tl.log2(s)
+                                share = a + away_x * sums
+                                mass = _log_sum(share)
+                                share -= mass
+                                targets = _log_targets(b, g + tl.log2(tl.where(b > 0, v, 1.0)), slack_y)
+                                shift = _shift(mass + level, _log_sum(targets), slack_x, slack_y)
+                                f = away_x * lse - lse - tau_x * sums + shift
+                                u = tl.exp2(-tau_x * sums)
+                                t = _column_sums(kernel * tl.where(a > float("-inf"), tl.exp2(a) * u, 0.0))
+                                log_t = tl.log2(t / b) + (level + shift)
+                                v = tl.exp2(-tau_y * log_t - away_y * g)
+                                v = tl.where((b > 0) & (t > 0), v, 0.0)
                             left -= 1
                             s = _row_sums(kernel * v)
                             if BALANCED:
                                 error = _total(a * tl.abs(u * s - 1.0))
                             else:
-                                error = _total(_row_error(a, f, -tau_x * (tl.log2(s) + lse), tau_x))
+                                if COST == GIVEN:
+                                    s = tl.where(lse == float("-inf"), 1.0, s)
+                                error = _total(_row_errors(share, tl.log2(s) - sums + shift / tau_x))
                             going = error > tol
                         safe = _in_range(v, b)
                         if not BALANCED:
                             # Where tau is small v stays near 1 even if the sum that it comes from underflows.
-                            safe = safe & _in_range(u, a) & _exact(t, b)
+                            u = tl.where(a > float("-inf"), u, 1.0)
+                            safe = safe & _in_range(u, u) & _exact(t, b)
                         going = tl.where(safe, going & (left > 0), True)
                     # Out of range, the last update of g is taken again in the log domain, and judged there.
                     columns = not safe
@@ -537,6 +628,8 @@ def _solve_problem(
     f = _as_rows(tl.load(f_place))
     g = _as_columns(tl.load(g_place))
     solvable = (_total(a) > 0) & (_total(b) > 0)
+    units = (_largest_of(f, a) + _largest_of(g, b)) * LN_2  # see problem.rounding
+    error += tl.maximum(units - EXACT, 0.0) * (EPSILON / 8)
     per_unit = eps * LN_2
     f = tl.where(solvable, tl.where(x_valid, f * per_unit, 0.0), 0.0)
     g = tl.where(solvable, tl.where(y_valid, g * per_unit, 0.0), 0.0)
@@ -562,6 +655,9 @@ def _solve_problem(
             f += _as_rows(tl.load(whole_f_ptr + problem * N + x_index, mask=x_inside, other=0.0))
             g += _as_columns(tl.load(whole_g_ptr + problem * M + y_index, mask=y_inside, other=0.0))
         if BALANCED:
+            if COST == GIVEN:
+                a = tl.where(f == float("inf"), 0.0, a)
+                b = tl.where(g == float("inf"), 0.0, b)
             shift = 0.5 * (_weighted_total(a, f) - _weighted_total(b, g))
             f -= shift
             g += shift
@@ -581,6 +677,8 @@ def _sinkhorn_fwd_kernel(
     x_centre_ptr,
     y_centre_ptr,
     eps_ptr,
+    rho_x_ptr,
+    rho_y_ptr,
     init_ptr,
     start_ptr,
     scratch_ptr,
@@ -597,8 +695,6 @@ def _sinkhorn_fwd_kernel(
     M,
     D,
     K,
-    rho_x,
-    rho_y,
     tol,
     scaling,
     max_iter,
@@ -635,18 +731,18 @@ def _sinkhorn_fwd_kernel(
         for turn in range(0, PROBLEMS - tl.program_id(0), tl.num_programs(0)):
             problem = turn + tl.program_id(0).to(tl.int64)
             _solve_problem(
-                problem, x_ptr, y_ptr, a_ptr, b_ptr, x_centre_ptr, y_centre_ptr, eps_ptr, init_ptr, start_ptr,
-                scratch_ptr, value_ptr, f_ptr, g_ptr, whole_f_ptr, whole_g_ptr, error_ptr, iterations_ptr,
-                converged_ptr, N, M, D, K, rho_x, rho_y, tol, scaling, max_iter, stride_xb, stride_xn,
-                stride_xd, stride_yb, stride_yn, stride_yd, COST, CENTRE, PAIRS, BALANCED, HAS_INIT, ANNEALED,
+                problem, x_ptr, y_ptr, a_ptr, b_ptr, x_centre_ptr, y_centre_ptr, eps_ptr, rho_x_ptr, rho_y_ptr,
+                init_ptr, start_ptr, scratch_ptr, value_ptr, f_ptr, g_ptr, whole_f_ptr, whole_g_ptr,
+                error_ptr, iterations_ptr, converged_ptr, N, M, D, K, tol, scaling, max_iter, stride_xb,
+                stride_xn, stride_xd, stride_yb, stride_yn, stride_yd, COST, CENTRE, PAIRS, BALANCED, HAS_INIT, ANNEALED,
                 WHOLE, BLOCK_N, BLOCK_M, BLOCK_D, PART_N, PART_M, WARPS, ROW_LANES, COLUMN_LANES, PRECISION,
             )  # fmt: skip
     else:  # what a loop keeps from problem to problem would not fit beside the tile
         problem = tl.program_id(0).to(tl.int64)
         _solve_problem(
-            problem, x_ptr, y_ptr, a_ptr, b_ptr, x_centre_ptr, y_centre_ptr, eps_ptr, init_ptr, start_ptr,
-            scratch_ptr, value_ptr, f_ptr, g_ptr, whole_f_ptr, whole_g_ptr, error_ptr, iterations_ptr,
-            converged_ptr, N, M, D, K, rho_x, rho_y, tol, scaling, max_iter, stride_xb, stride_xn, stride_xd,
+            problem, x_ptr, y_ptr, a_ptr, b_ptr, x_centre_ptr, y_centre_ptr, eps_ptr, rho_x_ptr, rho_y_ptr,
+            init_ptr, start_ptr, scratch_ptr, value_ptr, f_ptr, g_ptr, whole_f_ptr, whole_g_ptr, error_ptr,
+            iterations_ptr, converged_ptr, N, M, D, K, tol, scaling, max_iter, stride_xb, stride_xn, stride_xd,
             stride_yb, stride_yn, stride_yd, COST, CENTRE, PAIRS, BALANCED, HAS_INIT, ANNEALED, WHOLE,
             BLOCK_N, BLOCK_M, BLOCK_D, PART_N, PART_M, WARPS, ROW_LANES, COLUMN_LANES, PRECISION,
         )  # fmt: skip
@@ -722,7 +818,9 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> So
     floats = tile + 2 * (configuration["BLOCK_N"] + configuration["BLOCK_M"])
     most, count = max(1, MAX_SCRATCH // floats), math.prod(problem.shape)
     scratch = problem.eps.new_empty(min(most, count) * floats)
-    start = start_temperature(problem) if settings.scaling else problem.eps
+    start = problem.eps
+    if settings.scaling:
+        start = start_temperature(problem, with_masks=settings.from_masks)
     named = vars(solution) | {"init": init, "start": start}
     for first in range(0, count, count if problem.pairs else most):  # pairs take turns
         some = slice(first, first + most)
@@ -730,7 +828,7 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> So
         # Tensors that the kernel will not use are replaced by others.
         tensors = {k: problem.eps if t is None else t.contiguous() for k, t in named.items()}
         pointers = {f"{k}_ptr": t if part is problem else t[some] for k, t in tensors.items()}
-        arguments = launch_arguments(part) | pointers
+        arguments = launch_arguments(part) | rho_arguments(part) | pointers
         del arguments["CENTRED"]
         launch(
             _sinkhorn_fwd_kernel,
@@ -739,8 +837,6 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> So
             scratch_ptr=scratch,
             PROBLEMS=count,
             K=problem.shape[-1],
-            rho_x=problem.rho_x,
-            rho_y=problem.rho_y,
             tol=settings.tol,
             scaling=settings.scaling,
             max_iter=settings.max_iter,

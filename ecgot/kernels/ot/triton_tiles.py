@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ecgot.kernels.compilation import Conventions
 from ecgot.kernels.dispatch import HIP
@@ -21,6 +22,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 MAX_EXPONENT = tl.constexpr(120.0)  # of exp2: a larger one would overflow, and inf * 0 is NaN
 TINY = tl.constexpr(2.0**-126)  # the smallest normal number of fp32
+LARGEST = tl.constexpr(3e38)
 
 
 # --- shared pieces ------------------------------------------------------------------------------------------
@@ -67,9 +69,15 @@ def inverse_norm(square):
 
 
 @triton.jit
-def damping(rho, eps, BALANCED: tl.constexpr):
-    """rho / (rho + eps), also for infinite rho; BALANCED: rho is known to be infinite."""
-    return 1.0 if BALANCED else 1.0 / (1.0 + eps / rho)
+def load_slack(rho_ptr, problem, eps, BALANCED: tl.constexpr):
+    """eps / rho, 0 for infinite rho; BALANCED: every rho is known to be infinite, and none is read."""
+    return 0.0 if BALANCED else tl.minimum(eps / tl.load(rho_ptr + problem), LARGEST)
+
+
+@triton.jit
+def partnered(potential):
+    """What a potential adds to exponents, see :func:`ecgot.kernels.ot.problem.partnered`."""
+    return tl.where(potential == float("inf"), float("-inf"), potential)
 
 
 @triton.jit
@@ -178,6 +186,15 @@ def launch_arguments(problem: Problem) -> dict[str, Any]:
     } | dict(zip(names, (*x.stride(), *y.stride()), strict=True))
 
 
+def rho_arguments(problem: Problem) -> dict[str, Tensor]:
+    """The penalties as kernels take them; where every problem keeps both marginals they are not read."""
+    rhos = {"rho_x_ptr": problem.rho_x, "rho_y_ptr": problem.rho_y}
+    if problem.balanced:
+        return dict.fromkeys(rhos, problem.eps)
+    kept = torch.full_like(problem.eps, torch.inf)
+    return {name: kept if rho is None else rho.contiguous() for name, rho in rhos.items()}
+
+
 def exchanged(shared: dict[str, Any]) -> dict[str, Any]:
     """The same arguments with x and y exchanged."""
     couples = [("x_ptr", "y_ptr"), ("a_ptr", "b_ptr"), ("x_centre_ptr", "y_centre_ptr"), ("N", "M")]
@@ -195,7 +212,7 @@ def fp32_precisions(hip: bool) -> tuple[str, ...]:
 CONVENTIONS = Conventions(
     in_dtype=frozenset(("x_ptr", "y_ptr", "grad_x_ptr")),
     types={"iterations_ptr": "*i32", "converged_ptr": "*i1"}
-    | dict.fromkeys(("rho_x", "rho_y", "tol", "scaling"), "fp32"),
+    | dict.fromkeys(("tol", "scaling"), "fp32"),
     tile=("BLOCK_N", "BLOCK_M"),
     words={"COST": tuple(COST_CODES).__getitem__},
 )
