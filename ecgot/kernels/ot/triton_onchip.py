@@ -42,6 +42,7 @@ from ecgot.kernels.ot.problem import Problem, Solution, SolverSettings, start_te
 from ecgot.kernels.ot.triton_tiles import (
     CONVENTIONS,
     COST_CODES,
+    EPSILON,
     GIVEN,
     LN_2,
     LOG2_E,
@@ -56,6 +57,7 @@ from ecgot.kernels.ot.triton_tiles import (
     log2,
     partnered,
     rho_arguments,
+    row_errors,
 )
 
 # Tiles of at most this many cells, with no side longer than its MAX_BLOCK, stay in registers.
@@ -66,7 +68,6 @@ REGISTERS = 65536  # of a multiprocessor
 CELLS_OF_WARP = 64 * 32  # 64 a thread, so that two programs of eight warps share a multiprocessor
 SAFE = tl.constexpr(1e10)  # of u and v: what underflowed in K, below 2^-126, is still below 1e-18 of a row
 UNSAFE = tl.constexpr(1e-10)
-EPSILON = tl.constexpr(2.0**-23)
 UNDERFLOWN = tl.constexpr(1e-30)  # a smaller sum over K may owe its size to terms that underflowed
 MAX_UNCHECKED = tl.constexpr(8)  # iterations between looks at the range of u and v
 EXACT = tl.constexpr(problems.EXACT)
@@ -227,15 +228,6 @@ def _shift(rows, columns, slack_x, slack_y):
     total = slack_x + slack_y
     certain = tl.abs(rows - columns) > (tl.abs(rows) + tl.abs(columns)) * (4.0 * EPSILON)
     return tl.where(certain, (rows - columns) / tl.where(total > 0, total, float("inf")), 0.0)
-
-
-@triton.jit
-def _row_errors(share, step):
-    """exp2(share) |exp2(step) - 1|, where either may overflow; ``share`` is of a logarithm."""
-    size = tl.abs(step)
-    near = size * LN_2 * (1.0 - size * (0.5 * LN_2))  # the difference would be rounding
-    part = tl.where(size < 1e-3, near, 1.0 - tl.exp2(-size))
-    return tl.where(share == float("-inf"), 0.0, tl.exp2(share + tl.maximum(step, 0.0)) * part)
 
 
 @triton.jit
@@ -519,7 +511,7 @@ def _solve_problem(
                 else:
                     share = _log_targets(a, f, slack_x)
                     step = (f - (away_x * lse - lse)) / tau_x  # as below: at rest it is 0
-                    error = _total(_row_errors(share - _log_sum(share), step))
+                    error = _total(row_errors(share - _log_sum(share), step))
                 going = (error > tol) & (left > 0)  # False for NaN
             if going:
                 tl.debug_barrier()  # every warp has read f
@@ -588,7 +580,7 @@ def _solve_problem(
                             else:
                                 if COST == GIVEN:
                                     s = tl.where(lse == float("-inf"), 1.0, s)
-                                error = _total(_row_errors(share, tl.log2(s) - sums + shift / tau_x))
+                                error = _total(row_errors(share, tl.log2(s) - sums + shift / tau_x))
                             going = error > tol
                         safe = _in_range(v, b)
                         if not BALANCED:

@@ -11,8 +11,10 @@ multiply-add, a maximum and an exp2; the Euclidean distance adds a square root.
 
 A half-update is two kernels. In the first a program holds BLOCK_N rows and passes over a part of the columns
 with a running maximum and sum; the second merges the parts in their order and updates the potential and, for
-rows, the marginal error. The columns' update is the same with the roles exchanged. Programs of a problem that
-is done return at once. Bytes moved: for each tile of rows, the halves of all of y; memory O((N + M) D).
+rows, the marginal error. The columns' update is the same with the roles exchanged. Where marginals are free
+it also leaves the logarithms of the targets' masses, from which the last kernel of an iteration finds how far
+f moves up and g down (:class:`ecgot.kernels.ot.iteration.Shift`). Programs of a problem that is done return at
+once. Bytes moved: for each tile of rows, the halves of all of y; memory O((N + M) D).
 """
 
 import itertools
@@ -28,20 +30,21 @@ from torch import Tensor
 from ecgot.kernels.compilation import DTYPES, CompileCase, Conventions, compile_case
 from ecgot.kernels.dispatch import launch
 from ecgot.kernels.ot.checks import CENTRED_COSTS, COSTS
-from ecgot.kernels.ot.iteration import annealing, run
+from ecgot.kernels.ot.iteration import Shift, annealing, run
 from ecgot.kernels.ot.problem import Problem, Result, SolverSettings
 from ecgot.kernels.ot.triton_tiles import (
     COSINE,
     COST_CODES,
+    EPSILON,
     EUCLIDEAN,
     LN_2,
     LOG2_E,
     SQEUCLIDEAN,
-    TINY,
     inverse_norm,
     load_chunk,
     load_weights,
     log2,
+    row_errors,
 )
 
 PROGRAMS = 1024  # of a half-update at least, where there are columns enough: several on every multiprocessor
@@ -262,6 +265,12 @@ def _softmin_kernel(
     tl.store(total_ptr + at, total)
 
 
+@triton.jit
+def _log_targets(weight, potential, slack):
+    """log2(weight exp(-potential / rho))."""
+    return tl.where(weight > 0, log2(weight) - slack * LOG2_E * potential, float("-inf"))
+
+
 @triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=_BY_PROBLEM)
 def _softmin_merge_kernel(
     top_ptr,
@@ -276,18 +285,25 @@ def _softmin_merge_kernel(
     potential_ptr,
     column_ptr,
     block_errors_ptr,
+    slack_ptr,
+    shift_ptr,
+    log_mass_ptr,
+    mass_ptr,
     N,
     padded,
     splits,
-    rho,
     COST: tl.constexpr,
+    FREE: tl.constexpr,
+    SHIFTED: tl.constexpr,
     JUDGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """The potential [B, N] from the parts [B, splits, padded], and what it adds to the other side's update.
 
-    JUDGE: also the error of the marginal that the potential ``before`` gave, [B, blocks].
+    FREE: also what :func:`_log_mass` reads, [B, blocks, 3].
+    SHIFTED: from the other side's potential after its shift.
+    JUDGE: also the error of the marginal that the potential ``before`` gave after its shift, [B, blocks].
     """
     blocks = tl.cdiv(padded, BLOCK_N)
     block = tl.program_id(0) % blocks
@@ -316,46 +332,114 @@ def _softmin_merge_kernel(
         lse -= square / eps
     elif COST == COSINE:
         lse -= 1.0 / eps
-    slack = eps * temperature / rho  # 0 where the marginal is kept
-    potential = -lse / (1.0 + slack)
+    slack = 0.0
+    shift = 0.0
+    if FREE:
+        slack = tl.load(slack_ptr + problem)
+        shift = tl.load(shift_ptr + problem)
+    if SHIFTED:
+        lse += shift
+    potential = -lse / (1.0 + slack * temperature)
     weight, _ = load_weights(weight_ptr + problem * N, index, N)
     own = problem * N + index
     if JUDGE:
         before = tl.load(before_ptr + own, mask=index < N, other=0.0)
-        # Far clouds: the target underflows while the step to it overflows, and 0 * inf would be NaN.
-        target = tl.maximum(tl.exp2(before * (-slack * LOG2_E)), TINY)
-        step = tl.abs(tl.exp2((before - potential) * ((1.0 + slack) * LOG2_E)) - 1.0)
-        error = tl.where(weight > 0, weight * (target * step), 0.0)  # points without weight may overflow
+        step = (before + shift - potential) * ((1.0 + slack) * LOG2_E)
+        if FREE:
+            share = _log_targets(weight, before, slack) - tl.load(log_mass_ptr + problem)
+            error = row_errors(share, step)
+        else:  # points without weight may overflow
+            error = tl.where(weight > 0, weight * tl.abs(tl.exp2(step) - 1.0), 0.0)
         tl.store(block_errors_ptr + problem * blocks + block, tl.sum(error, axis=0))
     tl.store(potential_ptr + own, potential, mask=index < N)
+    if FREE:
+        target = _log_targets(weight, potential, slack)
+        top = tl.max(target, axis=0)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        at = mass_ptr + (problem * blocks + block) * 3
+        tl.store(at, top)
+        tl.store(at + 1, tl.sum(tl.exp2(target - top), axis=0))
+        tl.store(at + 2, tl.max(tl.where(weight > 0, tl.abs(potential), 0.0), axis=0))
     following = tl.load(following_ptr + problem)
     term = _column_term(potential, weight, square, LOG2_E / (eps * following), following, COST)
     tl.store(column_ptr + problem * padded + index, term, mask=inside)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit
+def _log_mass(mass_ptr, blocks, BLOCK_N: tl.constexpr):
+    """log2 of the mass of a side's targets, and its largest potential, from those of its blocks."""
+    top = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    size = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for first in range(0, blocks, BLOCK_N):
+        block = first + tl.arange(0, BLOCK_N)
+        inside = block < blocks
+        sums = tl.load(mass_ptr + block * 3 + 1, mask=inside, other=0.0)
+        some = tl.load(mass_ptr + block * 3, mask=inside, other=0.0)
+        some = tl.where(sums == 0, float("-inf"), some)
+        higher = tl.maximum(top, some)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(top - shift) + sums * tl.exp2(some - shift)
+        top = higher
+        size = tl.maximum(size, tl.load(mass_ptr + block * 3 + 2, mask=inside, other=0.0))
+    most = tl.max(top, axis=0)
+    most = tl.where(most == float("-inf"), 0.0, most)
+    return most + tl.log2(tl.sum(total * tl.exp2(top - most), axis=0)), tl.max(size, axis=0)
+
+
+@triton.jit(do_not_specialize=["blocks_x", "blocks_y"])
 def _softmin_settle_kernel(
-    block_errors_ptr, error_ptr, iterations_ptr, going_ptr, tol, blocks, BLOCK_N: tl.constexpr
+    block_errors_ptr,
+    error_ptr,
+    iterations_ptr,
+    going_ptr,
+    slack_x_ptr,
+    slack_y_ptr,
+    mass_x_ptr,
+    mass_y_ptr,
+    log_mass_ptr,
+    shift_ptr,
+    applied_ptr,
+    tol,
+    blocks_x,
+    blocks_y,
+    FREE: tl.constexpr,
+    JUDGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """The marginal error of a problem from those of its blocks, in their order; and whether it goes on."""
+    """What a problem's blocks found, put together in their order.
+
+    JUDGE: the marginal error, and whether the problem goes on.
+    FREE: the shift of the next update; that of the potential that was judged goes to ``applied``.
+    """
     problem = tl.program_id(0).to(tl.int64)
     if tl.load(going_ptr + problem) == 0:
         return
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for first in range(0, blocks, BLOCK_N):
-        block = first + tl.arange(0, BLOCK_N)
-        total += tl.load(block_errors_ptr + problem * blocks + block, mask=block < blocks, other=0.0)
-    error = tl.sum(total, axis=0)
-    tl.store(error_ptr + problem, error)
-    tl.store(iterations_ptr + problem, tl.load(iterations_ptr + problem) + 1)
-    tl.store(going_ptr + problem, (error > tol).to(tl.int32))  # 0 for NaN, which would never converge
+    if JUDGE:
+        total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        for first in range(0, blocks_x, BLOCK_N):
+            block = first + tl.arange(0, BLOCK_N)
+            total += tl.load(block_errors_ptr + problem * blocks_x + block, mask=block < blocks_x, other=0.0)
+        error = tl.sum(total, axis=0)
+        tl.store(error_ptr + problem, error)
+        tl.store(iterations_ptr + problem, tl.load(iterations_ptr + problem) + 1)
+        tl.store(going_ptr + problem, (error > tol).to(tl.int32))  # 0 for NaN, which would never converge
+    if FREE:
+        tl.store(applied_ptr + problem, tl.load(shift_ptr + problem))
+        of_x, size_x = _log_mass(mass_x_ptr + problem * blocks_x * 3, blocks_x, BLOCK_N)
+        of_y, size_y = _log_mass(mass_y_ptr + problem * blocks_y * 3, blocks_y, BLOCK_N)
+        slack = tl.load(slack_x_ptr + problem) + tl.load(slack_y_ptr + problem)
+        shift = (of_x - of_y) * LN_2 / tl.where(slack > 0, slack, float("inf"))
+        certain = tl.abs(shift) > (size_x + size_y) * EPSILON
+        tl.store(log_mass_ptr + problem, of_x)
+        tl.store(shift_ptr + problem, tl.where(certain, shift, 0.0))
 
 
 # --- launches -----------------------------------------------------------------------------------------------
 
 _CONVENTIONS = Conventions(
     in_dtype=frozenset(("x_ptr",)),
-    types={"going_ptr": "*i32", "iterations_ptr": "*i32", "rho": "fp32", "tol": "fp32"}
+    types={"going_ptr": "*i32", "iterations_ptr": "*i32", "tol": "fp32"}
     | {f"{name}_parts_ptr": "*fp16" for name in ("x", "y", "row", "column")},
     words={"COST": tuple(COST_CODES).__getitem__},
 )
@@ -402,7 +486,8 @@ class _Side:
         row_scale, column_scale: [B, padded] and [B, tiles], by which products are multiplied.
         square: squared norms [B, padded].
         column: what a point adds to the exponents of the other side's update, [B, padded].
-        rho: penalty of a missed marginal.
+        slack: eps / rho [B].
+        mass: of the targets in each block of the merge, see :func:`_log_mass`, [B, blocks, 3].
     """
 
     count: int
@@ -414,7 +499,8 @@ class _Side:
     column_scale: Tensor
     square: Tensor
     column: Tensor
-    rho: float
+    slack: Tensor
+    mass: Tensor
 
 
 class StreamingUpdates:
@@ -437,10 +523,17 @@ class StreamingUpdates:
         self._g = torch.zeros_like(problem.b, memory_format=torch.contiguous_format)
         if init is not None:
             self._g.copy_(init / problem.eps[:, None])
-        self._x = self._prepared(
-            problem.x, problem.a, problem.x_centre, problem.rho_x, self._f[0], temperature
-        )
-        self._y = self._prepared(problem.y, problem.b, problem.y_centre, problem.rho_y, self._g, temperature)
+        slack_x, slack_y = problem.slack()
+        self._x = self._prepared(problem.x, problem.a, problem.x_centre, slack_x, self._f[0], temperature)
+        self._y = self._prepared(problem.y, problem.b, problem.y_centre, slack_y, self._g, temperature)
+        self._free = not problem.balanced
+        self._shift, self._applied, self._log_mass = torch.zeros_like(self._eps).repeat(3, 1)
+        if self._free:  # of g, from which the first update of f comes
+            targets = Shift(problem).log_targets(self._g, 1)
+            self._y.mass.zero_()
+            self._y.mass[:, 0, 0] = torch.logsumexp(targets, 1) / LN_2.value
+            self._y.mass[:, 0, 1] = 1.0
+            self._y.mass[:, 0, 2] = torch.where(problem.b > 0, self._g.abs(), 0.0).amax(1)
         blocks = triton.cdiv(self._x.padded, MERGE["BLOCK_N"])
         self._block_errors = self._eps.new_empty(len(self._eps), blocks)
         self._error = torch.where(solvable, torch.inf, 0.0).to(problem.dtype)
@@ -451,11 +544,15 @@ class StreamingUpdates:
         """See :class:`ecgot.kernels.ot.iteration.Updates`."""
         going = hot.int()
         self._update(self._x, self._y, self._f[0], going, temperature, temperature)
+        if self._free:
+            self._settle(going, judge=False)
         self._update(self._y, self._x, self._g, going, temperature, following)
 
     def start(self) -> None:
         """See :class:`ecgot.kernels.ot.iteration.Updates`."""
         self._update(self._x, self._y, self._f[0], self.going, self._once, self._once)
+        if self._free:
+            self._settle(self.going, judge=False)
 
     def advance(self) -> None:
         """See :class:`ecgot.kernels.ot.iteration.Updates`."""
@@ -463,15 +560,28 @@ class StreamingUpdates:
         self._taken += 1
         self._update(self._y, self._x, self._g, self.going, self._once, self._once)
         self._update(self._x, self._y, after, self.going, self._once, self._once, before)
+        self._settle(self.going, judge=True)
+
+    def _settle(self, going: Tensor, *, judge: bool) -> None:
         launch(
             _softmin_settle_kernel,
             (len(self._eps),),
             block_errors_ptr=self._block_errors,
             error_ptr=self._error,
             iterations_ptr=self._iterations,
-            going_ptr=self.going,
+            going_ptr=going,
+            slack_x_ptr=self._x.slack,
+            slack_y_ptr=self._y.slack,
+            mass_x_ptr=self._x.mass,
+            mass_y_ptr=self._y.mass,
+            log_mass_ptr=self._log_mass,
+            shift_ptr=self._shift,
+            applied_ptr=self._applied,
             tol=self._tol,
-            blocks=self._block_errors.shape[1],
+            blocks_x=self._x.mass.shape[1],
+            blocks_y=self._y.mass.shape[1],
+            FREE=self._free,
+            JUDGE=judge,
             **SETTLE,
         )
 
@@ -479,14 +589,14 @@ class StreamingUpdates:
         """See :class:`ecgot.kernels.ot.iteration.Updates`."""
         first, second = self._f
         f = torch.where((self._iterations % 2 == 1)[:, None], first, second)
-        return f, self._g, self._error, self._iterations
+        return f + self._applied[:, None] if self._free else f, self._g, self._error, self._iterations
 
     def _prepared(
         self,
         points: Tensor,
         weight: Tensor,
         centre: Tensor | None,
-        rho: float,
+        slack: Tensor,
         potential: Tensor,
         temperature: Tensor,
     ) -> _Side:
@@ -506,7 +616,8 @@ class StreamingUpdates:
             column_scale=empty(batch, padded // block_m),
             square=empty(batch, padded),
             column=empty(batch, padded),
-            rho=rho,
+            slack=slack.contiguous(),
+            mass=empty(batch, triton.cdiv(padded, MERGE["BLOCK_N"]), 3),
         )
         strides = zip(("stride_xb", "stride_xn", "stride_xd"), points.stride(), strict=True)
         launch(
@@ -592,7 +703,12 @@ class StreamingUpdates:
             block_errors_ptr=self._block_errors,
             N=rows.count,
             padded=rows.padded,
-            rho=rows.rho,
+            slack_ptr=rows.slack,
+            shift_ptr=self._shift,
+            log_mass_ptr=self._log_mass,
+            mass_ptr=rows.mass,
+            FREE=self._free,
+            SHIFTED=self._free and rows is self._y,
             JUDGE=before is not None,
             **shared,
             **MERGE,
@@ -620,7 +736,10 @@ def compile_cases(hip: bool) -> Iterator[CompileCase]:
                 yield compile_case(
                     _softmin_prepare_kernel, dtype, flags, _prepare_configuration(chosen), _CONVENTIONS
                 )
-    for cost, judge in itertools.product(COSTS, (False, True)):
-        flags = {"COST": COST_CODES[cost], "JUDGE": judge}
-        yield compile_case(_softmin_merge_kernel, "fp32", flags, MERGE, _CONVENTIONS)
-    yield compile_case(_softmin_settle_kernel, "fp32", {}, SETTLE, _CONVENTIONS)
+    for cost, judge, free in itertools.product(COSTS, (False, True), (False, True)):
+        for shifted in (False, True) if free and not judge else (False,):
+            flags = {"COST": COST_CODES[cost], "JUDGE": judge, "FREE": free, "SHIFTED": shifted}
+            yield compile_case(_softmin_merge_kernel, "fp32", flags, MERGE, _CONVENTIONS)
+    for judge, free in ((True, False), (True, True), (False, True)):
+        flags = {"JUDGE": judge, "FREE": free}
+        yield compile_case(_softmin_settle_kernel, "fp32", flags, SETTLE, _CONVENTIONS)

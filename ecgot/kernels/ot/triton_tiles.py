@@ -22,6 +22,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 MAX_EXPONENT = tl.constexpr(120.0)  # of exp2: a larger one would overflow, and inf * 0 is NaN
 TINY = tl.constexpr(2.0**-126)  # the smallest normal number of fp32
+EPSILON = tl.constexpr(2.0**-23)
 LARGEST = tl.constexpr(3e38)
 
 
@@ -78,6 +79,15 @@ def load_slack(rho_ptr, problem, eps, BALANCED: tl.constexpr):
 def partnered(potential):
     """What a potential adds to exponents, see :func:`ecgot.kernels.ot.problem.partnered`."""
     return tl.where(potential == float("inf"), float("-inf"), potential)
+
+
+@triton.jit
+def row_errors(share, step):
+    """exp2(share) |exp2(step) - 1|, where either may overflow; 0 where ``share`` is -inf."""
+    size = tl.abs(step)
+    near = size * LN_2 * (1.0 - size * (0.5 * LN_2))  # the difference would be rounding
+    part = tl.where(size < 1e-3, near, 1.0 - tl.exp2(-size))
+    return tl.where(share == float("-inf"), 0.0, tl.exp2(share + tl.maximum(step, 0.0)) * part)
 
 
 @triton.jit
