@@ -238,9 +238,9 @@ def _solve_kept(S, r, c, a, b, p, q, f, g, tol, iteration, last, K, x_work, y_wo
 
 
 # --- a marginal is free -------------------------------------------------------------------------------------
-# With s the row sums over K, log u = away (lse + p) - tau log s, away = 1 - tau. The first term, ``base``, stays
-# while K does, and may be far from 0 where rho is small: it enters the rows' masses a exp(base), whose sum is
-# kept apart as a logarithm, the ``level``. f itself may be so large that differences of it would be rounding.
+# With s the row sums over K, log u = away (lse + p) - tau log s, away = 1 - tau. The first term, ``base``,
+# stays while K does, and may be far from 0 where rho is small: it enters the rows' masses a exp(base), whose
+# sum is kept apart as a logarithm, the ``level``. f may be so large that differences of it would be rounding.
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
@@ -487,8 +487,8 @@ def solve_blocks(
         fk, gk = f[f_at[k] : f_at[k] + n], g[g_at[k] : g_at[k] + m]
         K = buffer[: n * m].reshape((n, m))
         error[k], iterations[k] = _solve(
-            S, r, c, ak, bk, pk, qk, slack_x[k], slack_y[k], fk, gk, start[k], scaling, tol, max_iter, K, x_work,
-            y_work,
+            S, r, c, ak, bk, pk, qk, slack_x[k], slack_y[k], fk, gk, start[k], scaling, tol, max_iter, K,
+            x_work, y_work,
         )  # fmt: skip
         if bk.min() <= 0:  # the potential of a column without weight
             one, lse, more = S.dtype.type(1), y_work[2][:m], y_work[3][:m]

@@ -19,6 +19,7 @@ from ecgot.kernels.ot import backends
 from ecgot.kernels.ot.centring import step_gradients, weight_terms, whole_potentials
 from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot.problem import PlanWeights, Problem, Solution, SolverSettings, can_read_values
+from ecgot.kernels.ot.torch_solver import eps_vjp
 
 TENSORS, VALUES = 9, 3  # how many arguments a problem is
 TENSOR_SCHEMA = (
@@ -165,7 +166,7 @@ def _backward(ctx, grad_value, grad_f, grad_g, grad_whole_f, grad_whole_g, *_): 
         left, right, more_a, more_b = implicit_op(*tensors, f, g, grad_f, grad_g, *ctx.values)
     if grad_value is None:
         grad_value = problem.eps.new_zeros(f.shape[:-1])
-    needs_x, needs_y, needs_a, needs_b = ctx.needs_input_grad[:4]
+    needs_x, needs_y, needs_a, needs_b, needs_eps = ctx.needs_input_grad[:5]
     found: list[Any] = [None] * 4
     if needs_x or needs_y:
         found[:2] = cost_vjp_op(*tensors, f, g, grad_value, left, right, cache.detach(), *ctx.values)
@@ -178,7 +179,13 @@ def _backward(ctx, grad_value, grad_f, grad_g, grad_whole_f, grad_whole_g, *_): 
     total = [
         _sum(*both) if need else None for *both, need in zip(found, grads, ctx.needs_input_grad, strict=False)
     ]
-    return *total, *(None,) * 10
+    grad_eps = None
+    if needs_eps:
+        if torch.is_grad_enabled():
+            raise RuntimeError("sinkhorn: expected first derivatives in eps, got a second derivative")
+        with torch.autocast(f.device.type, enabled=False):
+            grad_eps = eps_vjp(problem, PlanWeights(f, g, grad_value, left, right))
+    return *total, grad_eps, *(None,) * 9
 
 
 def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:

@@ -168,8 +168,12 @@ class Problem:
     def kernel(self, f: Tensor, g: Tensor) -> Tensor:
         """exp((f + g - C) / eps) [B, N, M]: the plan without its weights."""
         f, g = partnered(f), partnered(g)
-        exponent = (f[:, :, None] + g[:, None, :] - self.cost_matrix()) / self.eps[:, None, None]
-        return torch.exp(exponent.clamp_max(MAX_EXPONENT))
+        exponent = f[:, :, None] + g[:, None, :] - self.cost_matrix()
+        if self.cost != "given":
+            return torch.exp((exponent / self.eps[:, None, None]).clamp_max(MAX_EXPONENT))
+        forbidden = exponent == -math.inf  # kept from the quotient, whose derivative in eps would be NaN
+        exponent = torch.where(forbidden, 0.0, exponent) / self.eps[:, None, None]
+        return torch.where(forbidden, 0.0, torch.exp(exponent.clamp_max(MAX_EXPONENT)))
 
     def plan(self, f: Tensor, g: Tensor) -> Tensor:
         """P [B, N, M], differentiable; 0 where a point does not exist or has no weight."""

@@ -130,6 +130,43 @@ def _through_cost(problem: Problem, weights: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def eps_vjp(problem: Problem, given: PlanWeights) -> Tensor:
+    """The gradient of the value, and of what ``left`` and ``right`` add, in eps [B] ([B * K] for pairs).
+
+    The value's derivative is KL(P | a b), that of the potentials' equations sum_ij W_ij (f + g - C)_ij / eps,
+    and W alike for the columns: together sum Q_ij (f + g - C)_ij / eps, with Q of :class:`PlanWeights`, and
+    what KL says of the masses.
+    """
+    if problem.empty:
+        return torch.zeros_like(problem.eps)
+    n, m = problem.size
+    step = max(1, MAX_CELLS // (n * m * (len(problem.b) if problem.pairs else 1)))
+    found = []
+    for start in range(0, len(problem.a), step):
+        stop = min(start + step, len(problem.a))
+        part, weights = problem.rows(start, stop), given.rows(problem, start, stop)
+        of_rows = max(1, MAX_CELLS // (m * len(part.a)))
+        for first in range(0, n, of_rows):
+            some = slice(first, first + of_rows)
+            left = None if weights.left is None else weights.left[:, some]
+            cut = replace(weights, f=weights.f[:, some], left=left)
+            more = _eps_vjp_of_rows(part.with_rows(some), part, cut)
+            found.append(more) if not first else found[-1].add_(more)
+    return torch.cat(found)
+
+
+def _eps_vjp_of_rows(problem: Problem, whole: Problem, given: PlanWeights) -> Tensor:
+    """What some rows of the ``whole`` problem add."""
+    exponent = given.f[:, :, None] + given.g[:, None, :] - problem.cost_matrix()
+    weights = given.weights(problem)
+    # What carries nothing may be at an infinite distance. NaN is not 0 and stays.
+    moved = torch.where(weights == 0, 0.0, weights * exponent).sum((1, 2)) / problem.eps
+    scale = torch.where(whole.solvable(), given.scale, 0.0)
+    a, b = problem.weights()
+    missed = a.sum(1) * b.sum(1) - problem.plan(given.f, given.g).sum((1, 2))
+    return moved + torch.where(scale == 0, 0.0, scale * missed)
+
+
 def _inverse_norm(problem: Problem, points: Tensor, weights: Tensor) -> Tensor | None:
     if problem.cost != "cosine":
         return None

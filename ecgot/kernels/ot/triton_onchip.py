@@ -36,8 +36,8 @@ from torch import Tensor
 
 from ecgot.kernels.compilation import DTYPES, CompileCase, compile_case
 from ecgot.kernels.dispatch import HIP, launch
-from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot import problem as problems
+from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot.problem import Problem, Solution, SolverSettings, start_temperature
 from ecgot.kernels.ot.triton_tiles import (
     CONVENTIONS,
@@ -499,9 +499,8 @@ def _solve_problem(
             top = _largest(exponent, 1)
             kernel = tl.exp2(exponent - top)
             s = _row_sums(kernel)
-            if not BALANCED:
-                if COST != GIVEN:  # a distance overflows: the row has partners
-                    s = tl.where(s > 0, s, float("nan"))
+            if not BALANCED and COST != GIVEN:
+                s = tl.where(s > 0, s, float("nan"))  # a distance overflows: the row has partners
             lse = temperature * (top + tl.log2(s))
             if judge:
                 f = _as_rows(tl.load(f_place))
@@ -723,20 +722,21 @@ def _sinkhorn_fwd_kernel(
         for turn in range(0, PROBLEMS - tl.program_id(0), tl.num_programs(0)):
             problem = turn + tl.program_id(0).to(tl.int64)
             _solve_problem(
-                problem, x_ptr, y_ptr, a_ptr, b_ptr, x_centre_ptr, y_centre_ptr, eps_ptr, rho_x_ptr, rho_y_ptr,
-                init_ptr, start_ptr, scratch_ptr, value_ptr, f_ptr, g_ptr, whole_f_ptr, whole_g_ptr,
-                error_ptr, iterations_ptr, converged_ptr, N, M, D, K, tol, scaling, max_iter, stride_xb,
-                stride_xn, stride_xd, stride_yb, stride_yn, stride_yd, COST, CENTRE, PAIRS, BALANCED, HAS_INIT, ANNEALED,
-                WHOLE, BLOCK_N, BLOCK_M, BLOCK_D, PART_N, PART_M, WARPS, ROW_LANES, COLUMN_LANES, PRECISION,
+                problem, x_ptr, y_ptr, a_ptr, b_ptr, x_centre_ptr, y_centre_ptr, eps_ptr, rho_x_ptr,
+                rho_y_ptr, init_ptr, start_ptr, scratch_ptr, value_ptr, f_ptr, g_ptr, whole_f_ptr,
+                whole_g_ptr, error_ptr, iterations_ptr, converged_ptr, N, M, D, K, tol, scaling, max_iter,
+                stride_xb, stride_xn, stride_xd, stride_yb, stride_yn, stride_yd, COST, CENTRE, PAIRS,
+                BALANCED, HAS_INIT, ANNEALED, WHOLE, BLOCK_N, BLOCK_M, BLOCK_D, PART_N, PART_M, WARPS,
+                ROW_LANES, COLUMN_LANES, PRECISION,
             )  # fmt: skip
     else:  # what a loop keeps from problem to problem would not fit beside the tile
         problem = tl.program_id(0).to(tl.int64)
         _solve_problem(
             problem, x_ptr, y_ptr, a_ptr, b_ptr, x_centre_ptr, y_centre_ptr, eps_ptr, rho_x_ptr, rho_y_ptr,
             init_ptr, start_ptr, scratch_ptr, value_ptr, f_ptr, g_ptr, whole_f_ptr, whole_g_ptr, error_ptr,
-            iterations_ptr, converged_ptr, N, M, D, K, tol, scaling, max_iter, stride_xb, stride_xn, stride_xd,
-            stride_yb, stride_yn, stride_yd, COST, CENTRE, PAIRS, BALANCED, HAS_INIT, ANNEALED, WHOLE,
-            BLOCK_N, BLOCK_M, BLOCK_D, PART_N, PART_M, WARPS, ROW_LANES, COLUMN_LANES, PRECISION,
+            iterations_ptr, converged_ptr, N, M, D, K, tol, scaling, max_iter, stride_xb, stride_xn,
+            stride_xd, stride_yb, stride_yn, stride_yd, COST, CENTRE, PAIRS, BALANCED, HAS_INIT, ANNEALED,
+            WHOLE, BLOCK_N, BLOCK_M, BLOCK_D, PART_N, PART_M, WARPS, ROW_LANES, COLUMN_LANES, PRECISION,
         )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ A half-update is two kernels. In the first a program holds BLOCK_N rows and pass
 with a running maximum and sum; the second merges the parts in their order and updates the potential and, for
 rows, the marginal error. The columns' update is the same with the roles exchanged. Where marginals are free
 it also leaves the logarithms of the targets' masses, from which the last kernel of an iteration finds how far
-f moves up and g down (:class:`ecgot.kernels.ot.iteration.Shift`). Programs of a problem that is done return at
-once. Bytes moved: for each tile of rows, the halves of all of y; memory O((N + M) D).
+f moves up and g down (:class:`ecgot.kernels.ot.iteration.Shift`). Programs of a problem that is done return
+at once. Bytes moved: for each tile of rows, the halves of all of y; memory O((N + M) D).
 """
 
 import itertools

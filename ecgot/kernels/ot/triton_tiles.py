@@ -221,8 +221,7 @@ def fp32_precisions(hip: bool) -> tuple[str, ...]:
 
 CONVENTIONS = Conventions(
     in_dtype=frozenset(("x_ptr", "y_ptr", "grad_x_ptr")),
-    types={"iterations_ptr": "*i32", "converged_ptr": "*i1"}
-    | dict.fromkeys(("tol", "scaling"), "fp32"),
+    types={"iterations_ptr": "*i32", "converged_ptr": "*i1"} | dict.fromkeys(("tol", "scaling"), "fp32"),
     tile=("BLOCK_N", "BLOCK_M"),
     words={"COST": tuple(COST_CODES).__getitem__},
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ecgot.kernels import dispatch, sinkhorn, sinkhorn_divergence, sinkhorn_from_cost, sinkhorn_pairwise
-from ecgot.kernels.ot import torch_solver
+from ecgot.kernels.ot import operators, torch_solver
 from ecgot.kernels.ot.problem import Problem, SolverSettings, penalty
 from tests.kernels.ot.problems import BACKEND, DEVICE, problem
 
@@ -198,3 +198,48 @@ def test_gradients_of_a_forward_pass_under_autocast():
         value = sinkhorn(**tensors, eps=0.2).value.sum()
     (grad,) = torch.autograd.grad(value, x)
     torch.testing.assert_close(grad, expected)
+
+
+# --- eps ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "given"])
+@pytest.mark.parametrize("rhos", [(None, None), (0.5, 0.8), (None, 0.7)], ids=str)
+@pytest.mark.parametrize("cells", [2**24, 6])
+def test_the_gradient_in_eps(cost, rhos, cells, monkeypatch):
+    """Of the value, KL(P | a b); and of the potentials and the plan, by implicit differentiation."""
+    monkeypatch.setattr(torch_solver, "MAX_CELLS", cells)
+    tensors = problem((2, 5, 4, 3), weighted=True, dtype=torch.float64)
+    x, y, a, b = tensors["x"], tensors["y"] + 1, tensors["a"].double(), tensors["b"].double()
+    if cost == "given":
+        x, y = (x[:, :, None] - y[:, None]).square().sum(3), None
+        x[0, 1] = math.inf if rhos[0] else 1.0
+    each = [None if rho is None else torch.full_like(x[:, 0, 0], rho) for rho in rhos]
+
+    def outputs(eps):
+        given = Problem(x, y, a, b, None, None, eps, cost, *each)
+        solved, found = operators.solve(given, None, SolverSettings(10_000, 1e-13))
+        finite = [torch.where(t.abs() < math.inf, t, 0.0) for t in (found.whole_f, found.whole_g)]
+        return found.value, solved.plan(found.f, found.g), *finite
+
+    eps = torch.tensor([0.2, 0.5], dtype=torch.float64, device=DEVICE, requires_grad=True)
+    value, plan, *_ = outputs(eps)
+    (grad,) = torch.autograd.grad(value.sum(), eps)
+    joint, plan = a[:, :, None] * b[:, None, :], plan.detach()
+    divergence = torch.special.xlogy(plan, torch.where(plan > 0, plan / joint, 1.0)) - plan + joint
+    torch.testing.assert_close(grad, divergence.sum((1, 2)), atol=1e-9, rtol=1e-9)
+    assert torch.autograd.gradcheck(outputs, (eps,), eps=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="eps: expected|first derivatives in eps"):
+        torch.autograd.grad(outputs(eps)[0].sum(), eps, create_graph=True)
+
+
+def test_the_gradient_in_eps_of_pairs():
+    x, y = torch.rand(2, 5, 3, device=DEVICE).double(), torch.rand(3, 4, 3, device=DEVICE).double()
+    a, b = torch.full_like(x[:, :, 0], 1 / 5), torch.full_like(y[:, :, 0], 1 / 4)
+
+    def value(eps):
+        given = Problem(x, y, a, b, None, None, eps.expand(6), "sqeuclidean", pairs=True)
+        return operators.solve(given, None, SolverSettings(10_000, 1e-13))[1].value
+
+    eps = torch.tensor(0.3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    assert torch.autograd.gradcheck(value, (eps,), eps=1e-5, atol=1e-6)

@@ -25,7 +25,7 @@ kernels_run = pytest.mark.skipif(BACKEND != "triton", reason="needs TRITON_INTER
 ONCE = SolverSettings(max_iter=1, tol=0.0)
 
 
-def as_problem(tensors: dict[str, Tensor], cost: str, eps: float, **rhos: float) -> Problem:
+def as_problem(tensors: dict[str, Tensor], cost: str, eps: float, **rest: Any) -> Problem:
     """The problem that ``sinkhorn`` would solve, centred on each cloud's mean where that costs nothing."""
     x, y = tensors["x"], tensors["y"]
     weights, centres = {}, {}
@@ -44,7 +44,9 @@ def as_problem(tensors: dict[str, Tensor], cost: str, eps: float, **rhos: float)
         centres["b"] if centred else None,
         torch.full((len(x),), eps, device=x.device),
         cost,
-        **{name: torch.full((len(x),), rho, device=x.device) for name, rho in rhos.items()},
+        **{
+            k: v if isinstance(v, str) else torch.full((len(x),), v, device=x.device) for k, v in rest.items()
+        },
     )
 
 
