@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ecgot.kernels import sinkhorn, sinkhorn_from_cost, sinkhorn_pairwise
+from ecgot.kernels import dispatch, sinkhorn, sinkhorn_from_cost, sinkhorn_pairwise
 from ecgot.kernels.ot import backends
 from tests.kernels.ot.problems import BACKEND, DEVICE, FP64
 
 # Solvers that this process can run, on given costs and on points.
 ON_COSTS = [BACKEND] + ["torch"] * (BACKEND == "numba")
 ON_POINTS = [*ON_COSTS, "triton-streaming" if BACKEND == "triton" else "torch-streaming"]
-DTYPES = (torch.float32, torch.float64)
-MASKS = (math.inf, 1e3, 1e6, 1e9, 1e30)
+# Triton's interpreter takes its time, and fp64 is not Triton's.
+SLOW = dispatch.INTERPRETED
+DTYPES = (torch.float32,) if SLOW else (torch.float32, torch.float64)
+MASKS = (math.inf, 1e6) if SLOW else (math.inf, 1e3, 1e6, 1e9, 1e30)
 
 
 @pytest.fixture
@@ -134,9 +136,12 @@ def test_a_windowed_alignment(path, mask, dtype):
     i, j = torch.arange(30.0)[:, None], torch.arange(40.0)[None]
     allowed = (i * 40 / 30 - j).abs() <= 6
     cost = rand(30, 40)
-    value, _ = exact(torch.where(allowed, cost, math.inf), uniform(30), uniform(40), 0.05)
+    eps = 0.3 if SLOW else 0.05
+    value, _ = exact(torch.where(allowed, cost, math.inf), uniform(30), uniform(40), eps)
+    if not SLOW:
+        assert value == pytest.approx(0.27861, abs=1e-5)
     given = torch.where(allowed, cost, mask)[None].to(DEVICE, dtype)
-    out = sinkhorn_from_cost(given, eps=0.05, scaling=0.8)
+    out = sinkhorn_from_cost(given, eps=eps, scaling=0.8)
     assert out.converged.all()
     assert out.value.item() == pytest.approx(value, abs=1e-6)
     marginals_are_what_it_says(out, uniform(1, 30), uniform(1, 40))
@@ -149,8 +154,8 @@ def test_a_causal_mask_admits_the_identity_alone(path, mask, dtype):
     """Sinkhorn comes near it like 1 / iterations: tol is out of reach, and the solution has to say so."""
     allowed = torch.ones(8, 8, dtype=torch.bool).tril()
     cost = torch.where(allowed, 0.0, torch.full((8, 8), mask, dtype=torch.float64))[None]
-    out = sinkhorn_from_cost(cost.to(DEVICE, dtype), eps=0.1, scaling=0.8, max_iter=300)
-    assert out.value.item() == pytest.approx(0.1 * math.log(8), abs=3e-3)
+    out = sinkhorn_from_cost(cost.to(DEVICE, dtype), eps=0.1, scaling=0.8, max_iter=60 if SLOW else 300)
+    assert out.value.item() == pytest.approx(0.1 * math.log(8), abs=1e-2 if SLOW else 3e-3)
     assert (out.converged == (out.marginal_error <= 1e-4)).all()
     marginals_are_what_it_says(out, uniform(1, 8), uniform(1, 8))
 
@@ -400,7 +405,7 @@ def test_pairs_with_a_large_penalty(path):
 
 
 @on_costs
-@pytest.mark.parametrize("ratio", [1e1, 1e2, 1e3])
+@pytest.mark.parametrize("ratio", [1e1, 1e2] if SLOW else [1e1, 1e2, 1e3])
 def test_ordinary_tolerances_stay_in_reach(path, ratio):
     """Up to costs of 1e3 eps in fp32."""
     cost = rand(2, 12, 15).to(DEVICE, torch.float32)

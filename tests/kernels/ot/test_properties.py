@@ -168,6 +168,85 @@ def test_pairs_are_problems_of_their_own(count_x, count_y, n, m, cost):
     torch.testing.assert_close(found, each.view(count_x, count_y), atol=2e-4, rtol=1e-4)
 
 
+# --- edges --------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def edges(draw):
+    """Costs with forbidden pairs, by infinity or by a mask, points without a partner, masses and rho of any size.
+
+    Returns what ``sinkhorn_from_cost`` takes, in fp64, and whether every pair is allowed.
+    """
+    batch, n, m = draw(st.integers(1, 2)), draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    rand = lambda *size: torch.rand(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    cost, share = rand(batch, n, m), draw(st.sampled_from([0.0, 0.3, 0.7]))
+    forbidden = rand(batch, n, m) < share
+    cost = torch.where(forbidden, draw(st.sampled_from([math.inf, 1e4, 1e6, 1e30])), cost)
+    if draw(st.booleans()):
+        cost[0, 0] = math.inf
+    eps, mass = draw(st.sampled_from([0.05, 0.3])), draw(st.sampled_from([1e-6, 1.0, 1e4]))
+    given = {"cost": cost, "eps": eps, "a": mass * (rand(batch, n) + 0.1), "b": mass * (rand(batch, m) + 0.1)}
+    given["b"][:, : m // 3] = 0
+    given["rho"] = draw(st.sampled_from([1e-3, 1.0, 1e3])) * eps
+    given["scaling"] = draw(st.sampled_from([None, 0.7]))
+    return {k: t.to(DEVICE) if isinstance(t, Tensor) else t for k, t in given.items()}
+
+
+def penalised(plan: Tensor, given) -> Tensor:
+    """The primal objective [B] of any plan: no solver is asked."""
+    kl = lambda p, q: torch.special.xlogy(p, p / q.clamp_min(1e-300)) - p + q  # noqa: E731
+    a, b, cost = given["a"], given["b"], torch.where(plan > 0, given["cost"], 0.0)
+    moved = (plan * cost + given["eps"] * kl(plan, a[:, :, None] * b[:, None, :])).sum((1, 2))
+    return moved + given["rho"] * (kl(plan.sum(2), a).sum(1) + kl(plan.sum(1), b).sum(1))
+
+
+@EXAMPLES
+@given(edges(), st.sampled_from([torch.float32, torch.float64]))
+def test_at_every_edge_the_primal_meets_the_dual(drawn, dtype):
+    """Penalties make every problem feasible: it converges, and its plan is worth its value."""
+    cast = {k: t.to(dtype) if isinstance(t, Tensor) else t for k, t in drawn.items()}
+    leaves = [cast[name].requires_grad_() for name in ("cost", "a", "b")]
+    out = sinkhorn_from_cost(**cast, max_iter=20 if dispatch.INTERPRETED else 5000, tol=1e-4)
+    # A mask that a plan cannot avoid is a cost beyond the dtype's digits, and out says so.
+    costs = torch.where(drawn["cost"] < math.inf, drawn["cost"], 0.0).amax()
+    if not dispatch.INTERPRETED and costs <= (1e4 if dtype == torch.float64 else 1):
+        assert out.converged.all()
+    plan = out.plan().detach().double()
+    assert (plan[drawn["cost"] == math.inf] == 0).all()
+    primal, dual = penalised(plan, drawn), out.value.double()
+    known = out.marginal_error.isfinite()
+    assert known.all() or costs > 1e4
+    kept = (out.marginal_error.double() + 1e-5) * 4
+    scale = drawn["rho"] * (drawn["a"].sum(1) + drawn["b"].sum(1)) + plan.sum((1, 2)) + dual.abs()
+    assert ((primal - dual).abs() <= kept * scale + 1e-9)[known].all()
+    grads = torch.autograd.grad(out.value.sum(), leaves)
+    # What a little weight would save where rho is tiny may overflow, as it should; NaN it may not be.
+    assert not any(grad.isnan().any() for grad in grads)
+    units = (
+        sum(torch.where(t.abs() < math.inf, t, 0.0).abs().max().item() for t in (out.f, out.g)) / drawn["eps"]
+    )
+    rtol = 1e-5 + 4e-7 * units  # exponents are good to a few units in the last place of the potentials
+    torch.testing.assert_close(grads[0].double(), plan, atol=1e-25, rtol=rtol)
+
+
+@EXAMPLES
+@given(edges(), st.sampled_from([torch.float32, torch.float64]))
+def test_kept_marginals_are_right_or_not_called_converged(drawn, dtype):
+    drawn = {k: t for k, t in drawn.items() if k != "rho"}
+    for name in ("a", "b"):
+        drawn[name] = drawn[name] / drawn[name].sum(1, keepdim=True)
+    cast = {k: t.to(dtype) if isinstance(t, Tensor) else t for k, t in drawn.items()}
+    out = sinkhorn_from_cost(**cast, max_iter=15 if dispatch.INTERPRETED else 2000, tol=1e-4)
+    plan = out.plan().double()
+    off = (plan.sum(2) - drawn["a"]).abs().sum(1) + (plan.sum(1) - drawn["b"]).abs().sum(1)
+    assert (off[out.converged] <= 5e-4).all()
+    assert (out.value[out.converged].abs() < math.inf).all()
+    lonely = ((drawn["cost"] == math.inf) | (drawn["b"] == 0)[:, None, :]).all(2).any(1)
+    assert not (out.converged & lonely).any()
+    assert (out.value[lonely] == math.inf).all()
+
+
 # --- closed forms -------------------------------------------------------------------------------------------
 
 
