@@ -703,16 +703,22 @@ class StreamingUpdates:
             block_errors_ptr=self._block_errors,
             N=rows.count,
             padded=rows.padded,
-            slack_ptr=rows.slack,
-            shift_ptr=self._shift,
-            log_mass_ptr=self._log_mass,
-            mass_ptr=rows.mass,
-            FREE=self._free,
-            SHIFTED=self._free and rows is self._y,
             JUDGE=before is not None,
+            **self._free_arguments(rows),
             **shared,
             **MERGE,
         )
+
+    def _free_arguments(self, rows: _Side) -> dict[str, Any]:
+        """What the merge needs of free marginals."""
+        return {
+            "slack_ptr": rows.slack,
+            "shift_ptr": self._shift,
+            "log_mass_ptr": self._log_mass,
+            "mass_ptr": rows.mass,
+            "FREE": self._free,
+            "SHIFTED": self._free and rows is self._y,
+        }
 
 
 def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> Result:

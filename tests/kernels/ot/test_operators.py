@@ -229,7 +229,7 @@ def test_the_gradient_in_eps(cost, rhos, cells, monkeypatch):
     divergence = torch.special.xlogy(plan, torch.where(plan > 0, plan / joint, 1.0)) - plan + joint
     torch.testing.assert_close(grad, divergence.sum((1, 2)), atol=1e-9, rtol=1e-9)
     assert torch.autograd.gradcheck(outputs, (eps,), eps=1e-5, atol=1e-6)
-    with pytest.raises(RuntimeError, match="eps: expected|first derivatives in eps"):
+    with pytest.raises(RuntimeError, match="expected first derivatives in eps"):
         torch.autograd.grad(outputs(eps)[0].sum(), eps, create_graph=True)
 
 

@@ -173,9 +173,9 @@ def test_pairs_are_problems_of_their_own(count_x, count_y, n, m, cost):
 
 @st.composite
 def edges(draw):
-    """Costs with forbidden pairs, by infinity or by a mask, points without a partner, masses and rho of any size.
+    """Forbidden pairs, by infinity or by a mask, points without a partner, masses and rho of any size.
 
-    Returns what ``sinkhorn_from_cost`` takes, in fp64, and whether every pair is allowed.
+    Returns what ``sinkhorn_from_cost`` takes, in fp64.
     """
     batch, n, m = draw(st.integers(1, 2)), draw(st.integers(1, 12)), draw(st.integers(1, 12))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ecgot.kernels import dispatch, sinkhorn, sinkhorn_from_cost
-from tests.kernels.ot.problems import BACKEND, DEVICE, problem
+from tests.kernels.ot.problems import DEVICE, problem
 
 BOTH_DTYPES = (torch.float32, torch.float64)  # the backend under test, and what it is compared with
 
