@@ -47,8 +47,6 @@ def check_points(x: Tensor, y: Tensor, *, dims: int = 3, same_batch: bool = True
 def check_floating(name: str, points: Any, dims: int, shape: str) -> None:
     """A dense floating-point tensor of ``dims`` dimensions; ``shape`` is how an error describes them."""
     check_tensor(name, points)
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(points):
-        raise RuntimeError(f"{name}: expected a batch in dimension 0, got a tensor under torch.vmap")
     if points.dim() != dims:
         raise ValueError(f"{name}: expected {shape}, got shape {tuple(points.shape)}")
     if points.dtype not in DTYPES or points.layout != torch.strided:
@@ -99,8 +97,6 @@ def check_eps(eps: Any, points: Tensor, problems: int) -> Tensor:
                 f"eps: expected a number or floating point [{problems}] on {points.device}, "
                 f"got {eps.dtype} {tuple(eps.shape)} on {eps.device}"
             )
-        if eps.requires_grad:
-            raise ValueError("eps: expected a tensor without gradient, got one that requires it")
         if can_read_values(eps) and not bool(((eps >= MIN_EPS) & (eps <= MAX_EPS)).all()):
             raise ValueError(f"eps: expected {MIN_EPS:g} to {MAX_EPS:g}, got a tensor with an entry outside")
         return eps.to(dtype, copy=True)  # the caller may change it in place before plan() reads it
@@ -120,15 +116,33 @@ def check_settings(max_iter: Any, tol: Any, scaling: Any) -> SolverSettings:
     return SolverSettings(int(max_iter), float(tol), 0.0 if scaling is None else float(scaling))
 
 
-def check_rho(rho: Any, rho_x: Any, rho_y: Any) -> tuple[float, float]:
-    """The penalties of both marginals; infinity where a marginal is kept."""
-    for name, value in (("rho", rho), ("rho_x", rho_x), ("rho_y", rho_y)):
-        if value is not None and not (is_real(value) and value > 0):
-            raise ValueError(f"{name}: expected None or a number > 0, got {value!r}")
+def check_rho(rho: Any, rho_x: Any, rho_y: Any, eps: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The penalties [problems] of both marginals; None where a marginal is kept in all of them."""
     if rho is not None and (rho_x is not None or rho_y is not None):
         raise ValueError("rho: expected it alone, or rho_x and rho_y in its place, got both")
-    both = math.inf if rho is None else float(rho)
-    return (both if rho_x is None else float(rho_x)), (both if rho_y is None else float(rho_y))
+    if rho is not None:
+        return (_penalty("rho", rho, eps),) * 2
+    return _penalty("rho_x", rho_x, eps), _penalty("rho_y", rho_y, eps)
+
+
+def _penalty(name: str, rho: Any, eps: Tensor) -> Tensor | None:
+    if rho is None:
+        return None
+    if not isinstance(rho, Tensor):
+        if not (is_real(rho) and rho > 0):
+            raise ValueError(f"{name}: expected None or a number > 0, got {rho!r}")
+        return None if rho == math.inf else torch.full_like(eps, float(rho))
+    rho = rho.expand(eps.shape[0]) if rho.dim() == 0 else rho
+    if rho.shape != eps.shape or not rho.is_floating_point() or rho.device != eps.device:
+        raise ValueError(
+            f"{name}: expected a number or floating point [{eps.shape[0]}] on {eps.device}, "
+            f"got {rho.dtype} {tuple(rho.shape)} on {rho.device}"
+        )
+    if rho.requires_grad:
+        raise ValueError(f"{name}: expected a tensor without gradient, got one that requires it")
+    if can_read_values(rho) and not bool((rho > 0).all()):
+        raise ValueError(f"{name}: expected entries > 0, got a tensor with another")
+    return rho.to(eps.dtype, copy=True)  # as eps
 
 
 def is_real(value: Any) -> bool:

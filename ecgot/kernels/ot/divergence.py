@@ -21,7 +21,7 @@ def sinkhorn_divergence(
     b: Tensor | None = None,
     x_mask: Tensor | None = None,
     y_mask: Tensor | None = None,
-    rho: float | None = None,
+    rho: float | Tensor | None = None,
     max_iter: int = 1000,
     tol: float = 1e-4,
     scaling: float | None = None,
@@ -43,7 +43,8 @@ def sinkhorn_divergence(
     x, y = checks.check_points(x, y)
     problems = x.shape[0]
     eps = checks.check_eps(eps, x, problems)
-    free = checks.check_rho(rho, None, None)[0] < math.inf
+    rho = checks.check_rho(rho, None, None, eps.detach())[0]
+    free = rho is not None
     a = checks.check_weights("a", a, x, x_mask, any_mass=free)
     b = checks.check_weights("b", b, y, y_mask, any_mass=free)
     x_mass, y_mass = a.clamp_min(0).sum(1), b.clamp_min(0).sum(1)
@@ -61,7 +62,7 @@ def sinkhorn_divergence(
         b=b.clamp_min(0),
         x_mask=a >= 0,
         y_mask=b >= 0,
-        rho=rho,
+        rho=None if rho is None else rho.repeat(3),
         max_iter=max_iter,
         tol=tol,
         scaling=scaling,
@@ -70,10 +71,11 @@ def sinkhorn_divergence(
     between, of_x, of_y = out.value.view(3, problems)
     (f, f_x, f_y), (g, g_x, g_y) = (t.view(3, problems, length) for t in (out.f, out.g))
     value = between - of_x / 2 - of_y / 2
-    if free:
+    solvable = (x_mass > 0) & (y_mass > 0)
+    if rho is not None:
         value = value + eps * (x_mass - y_mass).square() / 2
-    else:
-        value = torch.where((x_mass > 0) & (y_mass > 0), value, 0.0)
+        solvable = solvable | (rho < math.inf)
+    value = torch.where(solvable, value, 0.0)
     return SinkhornDivergenceOutput(
         value=value,
         f=(f - (f_x + g_x) / 2)[:, :n],

@@ -43,8 +43,7 @@ class SinkhornLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         checks.check_cost(cost)
-        checks.check_rho(rho, rho_x, rho_y)
-        checks.check_eps(eps, torch.empty(0), 1)
+        checks.check_rho(rho, rho_x, rho_y, checks.check_eps(eps, torch.empty(0), 1))
         checks.check_settings(max_iter, tol, scaling)
         checks.check_precision(precision)
         if debias and (rho_x is not None or rho_y is not None):

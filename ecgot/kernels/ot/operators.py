@@ -20,6 +20,7 @@ from ecgot.kernels.ot.centring import step_gradients, weight_terms, whole_potent
 from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot.problem import PlanWeights, Problem, Solution, SolverSettings, can_read_values
 from ecgot.kernels.ot.torch_solver import eps_vjp
+from ecgot.kernels.ot.transforms import Transformable, pulled_back
 
 TENSORS, VALUES = 9, 3  # how many arguments a problem is
 TENSOR_SCHEMA = (
@@ -38,7 +39,9 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tu
     """
     (x, y, a, b, _, _, *scales), values = problem.flatten()
     stopping = (settings.max_iter, settings.tol, settings.scaling)
-    outputs = sinkhorn_op(x, y, a, b, *scales, init, *values, *stopping)
+    # The size of what is kept depends on a bound, which an exported program with free sizes cannot have.
+    keep_costs = not torch.compiler.is_exporting()
+    outputs = _solve(x, y, a, b, *scales, init, *values, *stopping, keep_costs)
     value, f, g, whole_f, whole_g, error, iterations, converged, x_centre, y_centre, _ = outputs
     if x_centre.numel():
         problem = replace(problem, x_centre=x_centre.detach(), y_centre=y_centre.detach())
@@ -75,7 +78,7 @@ def _without_zero_centres(problem: Problem) -> Problem:
     "ecgot::sinkhorn",
     mutates_args=(),
     schema="(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor eps, Tensor? rho_x, Tensor? rho_y, "
-    f"Tensor? init, {VALUE_SCHEMA}, SymInt max_iter, float tol, float scaling)"
+    f"Tensor? init, {VALUE_SCHEMA}, SymInt max_iter, float tol, float scaling, bool keep_costs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def sinkhorn_op(*flat: Any) -> tuple[Tensor, ...]:
@@ -84,9 +87,10 @@ def sinkhorn_op(*flat: Any) -> tuple[Tensor, ...]:
     Last comes the cost cache that the gradient uses again. Whole potentials of pairs, and centres that there
     are not, are empty.
     """
-    problem, init, settings = _uncentred(flat)
+    problem, init, (*settings, keep_costs) = _uncentred(flat)
     with torch.autocast(problem.x.device.type, enabled=False):  # products stay in the solver's precision
         found, cache = backends.solve(problem, init, SolverSettings(*settings))
+    cache = cache if keep_costs else cache.new_empty(0)
     centres = _centres_or_zeros(problem, found)
     whole = (_or_empty(problem, found.whole_f), _or_empty(problem, found.whole_g))
     assert found.value is not None
@@ -120,14 +124,14 @@ def _centre_shapes(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if problem.y is None or problem.cost not in CENTRED_COSTS:
         return (0,), (0,)
     d = problem.x.shape[2]
-    return (len(problem.a), d), (len(problem.b), d)
+    return (problem.a.shape[0], d), (problem.b.shape[0], d)
 
 
 @sinkhorn_op.register_fake
 def _(*flat):  # type: ignore[no-untyped-def]
-    problem, _, _ = _uncentred(flat)
+    problem, _, (*_, keep_costs) = _uncentred(flat)
     shape, (n, m), empty = problem.shape, problem.size, problem.eps.new_empty
-    cache = backends.cost_cache(problem, backends.backend(problem))
+    cache = backends.cost_cache(problem, backends.backend(problem)) if keep_costs else empty(0)
     iterations, converged = empty(shape, dtype=torch.int32), empty(shape, dtype=torch.bool)
     whole = (empty(0), empty(0)) if problem.pairs else (empty(*shape, n), empty(*shape, m))
     x_centre, y_centre = (empty(size) for size in _centre_shapes(problem))
@@ -163,13 +167,13 @@ def _backward(ctx, grad_value, grad_f, grad_g, grad_whole_f, grad_whole_g, *_): 
             raise _second_derivative_of_pairs()
         grad_f = torch.zeros_like(f) if grad_f is None else grad_f
         grad_g = torch.zeros_like(g) if grad_g is None else grad_g
-        left, right, more_a, more_b = implicit_op(*tensors, f, g, grad_f, grad_g, *ctx.values)
+        left, right, more_a, more_b = _implicit(*tensors, f, g, grad_f, grad_g, *ctx.values)
     if grad_value is None:
         grad_value = problem.eps.new_zeros(f.shape[:-1])
     needs_x, needs_y, needs_a, needs_b, needs_eps = ctx.needs_input_grad[:5]
     found: list[Any] = [None] * 4
     if needs_x or needs_y:
-        found[:2] = cost_vjp_op(*tensors, f, g, grad_value, left, right, cache.detach(), *ctx.values)
+        found[:2] = _cost_vjp(*tensors, f, g, grad_value, left, right, cache.detach(), *ctx.values)
     if needs_a or needs_b:
         found[2:] = _weight_gradients(problem, f, g, grad_value)
         if more_a is not None and more_b is not None:
@@ -185,7 +189,7 @@ def _backward(ctx, grad_value, grad_f, grad_g, grad_whole_f, grad_whole_g, *_): 
             raise RuntimeError("sinkhorn: expected first derivatives in eps, got a second derivative")
         with torch.autocast(f.device.type, enabled=False):
             grad_eps = eps_vjp(problem, PlanWeights(f, g, grad_value, left, right))
-    return *total, grad_eps, *(None,) * 9
+    return *total, grad_eps, *(None,) * 10
 
 
 def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
@@ -197,16 +201,20 @@ def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
 def _whole_gradients(problem, potentials, incoming, raw_incoming):  # type: ignore[no-untyped-def]
     """Gradients through the whole potentials: in f and g, with those that came for them, x, y, a and b."""
     given = (problem.x, problem.y, problem.a, problem.b, *potentials)
-    leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in given]
-    x, y, a, b, f, g = leaves
-    with torch.enable_grad(), torch.autocast(f.device.type, enabled=False):
-        whole = whole_potentials(replace(problem, x=x, y=y, a=a, b=b), f, g)
-    outputs = [(w, i) for w, i in zip(whole, incoming, strict=True) if i is not None]
-    known = [leaf for leaf in leaves if leaf is not None]
-    found = iter(
-        torch.autograd.grad([w for w, _ in outputs], known, [i for _, i in outputs], allow_unused=True)
-    )
-    grads = [None if leaf is None else next(found) for leaf in leaves]
+    wanted = [grad is not None for grad in incoming]
+
+    def whole(*known: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(known)
+        x, y, a, b, f, g = (None if each is None else next(rest) for each in given)
+        assert f is not None
+        assert g is not None
+        moved = whole_potentials(replace(problem, x=x, y=y, a=a, b=b), f, g)
+        return tuple(each for each, is_wanted in zip(moved, wanted, strict=True) if is_wanted)
+
+    known = [each for each in given if each is not None]
+    with torch.autocast(potentials[0].device.type, enabled=False):
+        found = iter(pulled_back(whole, known, [grad for grad in incoming if grad is not None]))
+    grads = [None if each is None else next(found) for each in given]
     grad_f, grad_g = (_sum(*both) for both in zip(grads[4:], raw_incoming, strict=True))
     return grad_f, grad_g, *grads[:4]
 
@@ -320,3 +328,15 @@ def implicit_op(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _(*flat):  # type: ignore[no-untyped-def]
     _, (f, g, _, _), _ = _unpacked(flat, 4)
     return f.new_empty(f.shape), g.new_empty(g.shape), f.new_empty(f.shape), g.new_empty(g.shape)
+
+
+# --- under torch.func ---------------------------------------------------------------------------------------
+
+
+def _is_folded(flat: Sequence[Any]) -> bool:
+    return not next(each for each in flat if isinstance(each, bool))  # the first is ``pairs``
+
+
+_solve = Transformable(sinkhorn_op, _setup_context, _backward, is_folded=_is_folded)
+_cost_vjp = Transformable(cost_vjp_op, is_folded=_is_folded)
+_implicit = Transformable(implicit_op, is_folded=_is_folded)

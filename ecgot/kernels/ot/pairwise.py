@@ -1,6 +1,5 @@
 """Optimal transport between every cloud of one batch and every cloud of another."""
 
-import math
 from typing import Any, Literal, overload
 
 from torch import Tensor
@@ -9,7 +8,7 @@ from ecgot.kernels.ot import checks, operators
 from ecgot.kernels.ot.backends import backend
 from ecgot.kernels.ot.convergence import warn_if_unsolved
 from ecgot.kernels.ot.outputs import SinkhornPairwiseOutput
-from ecgot.kernels.ot.problem import Problem, penalty
+from ecgot.kernels.ot.problem import Problem
 
 
 @overload
@@ -72,14 +71,18 @@ def sinkhorn_pairwise(  # type: ignore[misc]  # the overloads leave its settings
     checks.check_precision(precision)
     if isinstance(eps, Tensor) and eps.dim():
         raise ValueError(f"eps: expected a number, got a tensor {tuple(eps.shape)}")
-    rhos = checks.check_rho(rho, rho_x, rho_y)
+    if isinstance(eps, Tensor) and eps.requires_grad:
+        raise ValueError("eps: expected a number without gradient, got a tensor that requires it")
+    for name, value in (("rho", rho), ("rho_x", rho_x), ("rho_y", rho_y)):
+        if isinstance(value, Tensor) and value.dim():
+            raise ValueError(f"{name}: expected a number, got a tensor {tuple(value.shape)}")
+    eps_each = checks.check_eps(eps, x, len(x) * len(y)).detach()
+    rhos = checks.check_rho(rho, rho_x, rho_y, eps_each)
     settings = checks.check_settings(max_iter, tol, scaling)
-    free = not all(map(math.isinf, rhos))
+    free = rhos != (None, None)
     a = checks.check_weights("a", a, x, x_mask, any_mass=free)
     b = checks.check_weights("b", b, y, y_mask, any_mass=free)
-    eps_each = checks.check_eps(eps, x, len(x) * len(y))
-    of_x, of_y = (penalty(number, eps_each) for number in rhos)
-    problem = Problem(x, y, a, b, None, None, eps_each, cost, of_x, of_y, True, precision)
+    problem = Problem(x, y, a, b, None, None, eps_each, cost, *rhos, True, precision)
     problem, found = operators.solve(problem, None, settings)
     warn_if_unsolved(problem, found, settings.tol)
     assert found.value is not None

@@ -96,7 +96,7 @@ class Problem:
     @property
     def shape(self) -> tuple[int, ...]:
         """(B,), or (B, K) for pairs."""
-        return (len(self.a), len(self.b)) if self.pairs else (len(self.a),)
+        return (self.a.shape[0], self.b.shape[0]) if self.pairs else (self.a.shape[0],)
 
     @property
     def empty(self) -> bool:
@@ -316,11 +316,6 @@ def partnered(potential: Tensor) -> Tensor:
     return torch.where(potential == math.inf, -math.inf, potential)
 
 
-def penalty(rho: float, eps: Tensor) -> Tensor | None:
-    """One penalty for all problems, as :class:`Problem` takes it."""
-    return None if math.isinf(rho) else torch.full_like(eps, rho)
-
-
 def rounding(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
     """What rounding of f + g - C may add to the marginal error, [B] ([B, K] for pairs).
 
@@ -353,9 +348,11 @@ def prepared(points: Tensor, weights: Tensor, centre: Tensor | None, cost: str, 
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether reading values is free: on a GPU it would wait, and what stands in while tracing has none."""
+    """Whether reading values is free: a GPU would have to be waited for; while tracing there are none."""
     real = type(tensor) in (Tensor, torch.nn.Parameter)
-    return real and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not real or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 def all_present(weights: Tensor) -> bool:

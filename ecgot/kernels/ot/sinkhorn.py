@@ -7,14 +7,12 @@ With ``rho`` a marginal may differ from its weights at the price rho KL(marginal
 KL(p | q) = sum p log(p / q) - p + q.
 """
 
-import math
-
 from torch import Tensor
 
 from ecgot.kernels.ot import checks, operators
 from ecgot.kernels.ot.convergence import warn_if_unsolved
 from ecgot.kernels.ot.outputs import SinkhornOutput, tensor_versions
-from ecgot.kernels.ot.problem import Problem, SolverSettings, penalty
+from ecgot.kernels.ot.problem import Problem, SolverSettings
 
 
 def sinkhorn(
@@ -27,9 +25,9 @@ def sinkhorn(
     b: Tensor | None = None,
     x_mask: Tensor | None = None,
     y_mask: Tensor | None = None,
-    rho: float | None = None,
-    rho_x: float | None = None,
-    rho_y: float | None = None,
+    rho: float | Tensor | None = None,
+    rho_x: float | Tensor | None = None,
+    rho_y: float | Tensor | None = None,
     max_iter: int = 1000,
     tol: float = 1e-4,
     scaling: float | None = None,
@@ -41,8 +39,8 @@ def sinkhorn(
     Args:
         x: [B, N, D], floating point, any strides. fp16 and bf16 are solved in fp32, fp64 in fp64.
         y: [B, M, D], on the same device.
-        eps: regularisation in units of the cost, 1e-30 to 1e30: a number, or a tensor [B] without gradient.
-            (geomloss: eps = blur**2 on half the squared distance.)
+        eps: regularisation in units of the cost, 1e-30 to 1e30: a number, or a tensor [B], in which ``value``
+            is differentiable once. (geomloss: eps = blur**2 on half the squared distance.)
         cost: ``"sqeuclidean"``, ||x - y||^2; ``"euclidean"``, ||x - y|| (no gradient where points coincide);
             ``"cosine"``, 1 - cos(x, y); or ``"dot"``, -<x, y>. A zero vector (in fp32 also one shorter than
             1e-18) is at cosine distance 1 from everything and gets no gradient.
@@ -53,7 +51,8 @@ def sinkhorn(
         x_mask, y_mask: boolean [B, N] and [B, M], True where a point exists. Masked points are never read,
             even if NaN.
         rho: unbalanced transport: the weight, in units of the cost, of KL(marginal | weights) on both sides;
-            ``rho_x`` and ``rho_y`` set one side each (semi-unbalanced). None keeps the marginal.
+            ``rho_x`` and ``rho_y`` set one side each (semi-unbalanced). A number, or a tensor [B] without
+            gradient; None, and infinity, keep the marginal.
             (geomloss's ``reach`` is rho = reach**p on its own cost, which is half the squared distance for
             p = 2: rho = 2 * reach**2 here.)
         max_iter: most iterations at ``eps``, >= 1; one iteration updates f and g.
@@ -105,14 +104,13 @@ def sinkhorn(
     x, y = checks.check_points(x, y)
     checks.check_cost(cost)
     checks.check_precision(precision)
-    rhos = checks.check_rho(rho, rho_x, rho_y)
     settings = checks.check_settings(max_iter, tol, scaling)
     eps = checks.check_eps(eps, x, x.shape[0])
-    free = not all(map(math.isinf, rhos))
+    rhos = checks.check_rho(rho, rho_x, rho_y, eps.detach())
+    free = rhos != (None, None)
     a = checks.check_weights("a", a, x, x_mask, any_mass=free)
     b = checks.check_weights("b", b, y, y_mask, any_mass=free)
-    of_x, of_y = (penalty(number, eps) for number in rhos)
-    problem = Problem(x, y, a, b, None, None, eps, cost, of_x, of_y, precision=precision)
+    problem = Problem(x, y, a, b, None, None, eps, cost, *rhos, precision=precision)
     if init is not None:
         init = checks.check_potential(init, b.shape, x)
     return _solution(problem, init, settings)
@@ -126,9 +124,9 @@ def sinkhorn_from_cost(
     b: Tensor | None = None,
     x_mask: Tensor | None = None,
     y_mask: Tensor | None = None,
-    rho: float | None = None,
-    rho_x: float | None = None,
-    rho_y: float | None = None,
+    rho: float | Tensor | None = None,
+    rho_x: float | Tensor | None = None,
+    rho_y: float | Tensor | None = None,
     max_iter: int = 1000,
     tol: float = 1e-4,
     scaling: float | None = None,
@@ -153,16 +151,15 @@ def sinkhorn_from_cost(
     if cost.dim() == 2:
         cost = cost.expand(checks.batch_of(eps, a, b, x_mask, y_mask), *cost.shape)
     checks.check_floating("cost", cost, 3, "[B, N, M] or [N, M]")
-    rhos = checks.check_rho(rho, rho_x, rho_y)
     settings = checks.check_settings(max_iter, tol, scaling)
     eps = checks.check_eps(eps, cost, cost.shape[0])
-    free = not all(map(math.isinf, rhos))
+    rhos = checks.check_rho(rho, rho_x, rho_y, eps.detach())
+    free = rhos != (None, None)
     a = checks.check_weights("a", a, cost, x_mask, any_mass=free)
     b = checks.check_weights("b", b, cost.mT, y_mask, any_mass=free)
     if init is not None:
         init = checks.check_potential(init, b.shape, cost)
-    of_x, of_y = (penalty(number, eps) for number in rhos)
-    problem = Problem(cost, None, a, b, None, None, eps, "given", of_x, of_y)
+    problem = Problem(cost, None, a, b, None, None, eps, "given", *rhos)
     return _solution(problem, init, settings)
 
 

@@ -83,8 +83,13 @@ def test_bad_input_is_named_in_one_line(change, message):
             r"eps: expected 1e-30 to 1e\+30, got a tensor with an entry outside",
         ),
         (
-            {"eps": torch.tensor([0.1, 0.1], requires_grad=True)},
-            "eps: expected a tensor without gradient, got one that requires it",
+            {"rho": torch.tensor([0.1, 0.1], requires_grad=True)},
+            "rho: expected a tensor without gradient, got one that requires it",
+        ),
+        ({"rho_x": torch.tensor([0.1, 0.0])}, "rho_x: expected entries > 0, got a tensor with another"),
+        (
+            {"rho_y": torch.ones(3)},
+            r"rho_y: expected a number or floating point \[2\] on cpu, got torch.float32 \(3,\) on cpu",
         ),
         (
             {"rho": 1.0, "a": torch.full((2, 5), -1.0)},

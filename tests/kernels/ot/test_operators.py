@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ecgot.kernels import dispatch, sinkhorn, sinkhorn_divergence, sinkhorn_from_cost, sinkhorn_pairwise
 from ecgot.kernels.ot import operators, torch_solver
-from ecgot.kernels.ot.problem import Problem, SolverSettings, penalty
+from ecgot.kernels.ot.checks import check_rho
+from ecgot.kernels.ot.problem import Problem, SolverSettings
 from tests.kernels.ot.problems import BACKEND, DEVICE, problem
 
 # fp64 takes other paths than Triton's, which are tested without the interpreter.
@@ -154,7 +155,7 @@ def test_the_implicit_kernel_solves_the_same_system(rho, cost):
     }
     a, b = tensors["a"].float(), tensors["b"].float()
     eps = torch.tensor([0.3, 0.5], device=DEVICE)
-    given = Problem(tensors["x"], tensors["y"], a, b, None, None, eps, cost, *(penalty(rho, eps),) * 2)
+    given = Problem(tensors["x"], tensors["y"], a, b, None, None, eps, cost, *check_rho(rho, None, None, eps))
     found = triton_onchip.solve(given, None, SolverSettings(5000, 1e-6))
     given = replace(given, x_centre=found.x_centre, y_centre=found.y_centre)
     f, g = found.f, found.g
@@ -163,7 +164,7 @@ def test_the_implicit_kernel_solves_the_same_system(rho, cost):
     found = triton_implicit.implicit(given, f, g, grad_f, grad_g, 1000, 1e-6)
     as_double = [t.double() if isinstance(t, Tensor) else t for t in (tensors["x"], tensors["y"], a, b, eps)]
     centres = [None if centre is None else centre.double() for centre in (given.x_centre, given.y_centre)]
-    exact = Problem(*as_double[:4], *centres, as_double[4], cost, *(penalty(rho, as_double[4]),) * 2)
+    exact = Problem(*as_double[:4], *centres, as_double[4], cost, *check_rho(rho, None, None, as_double[4]))
     wanted = torch_solver.implicit(
         exact, f.double(), g.double(), grad_f.double(), grad_g.double(), 1000, 1e-12
     )

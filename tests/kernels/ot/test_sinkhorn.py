@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from ecgot.kernels import sinkhorn, sinkhorn_from_cost
+from ecgot.kernels import sinkhorn, sinkhorn_from_cost, sinkhorn_pairwise
 from tests.kernels.ot.problems import BACKEND, DEVICE, FP64, TOLERANCE, close, oracle, problem
 
 # No size is a multiple of anything; single points and single columns are in.
@@ -406,8 +406,8 @@ def test_opcheck(optional):
     kind = ("sqeuclidean", False, "fp32")
     args = (x, y, a.to(DEVICE), b.to(DEVICE), x_centre, y_centre, eps, rho, rho)
     start = (*args[:4], *args[6:], init)
-    torch.library.opcheck(torch.ops.ecgot.sinkhorn.default, (*start, *kind, 5, 1e-4, 0.5))
-    _, f, g, *_, kept = torch.ops.ecgot.sinkhorn(*start, *kind, 5, 1e-4, 0.0)
+    torch.library.opcheck(torch.ops.ecgot.sinkhorn.default, (*start, *kind, 5, 1e-4, 0.5, True))
+    _, f, g, *_, kept = torch.ops.ecgot.sinkhorn(*start, *kind, 5, 1e-4, 0.0, True)
     f, g = f.detach(), g.detach()
     with torch.no_grad():
         args = tuple(None if t is None else t.detach() for t in args)
@@ -454,15 +454,6 @@ def test_forward_mode_is_refused_not_wrong():
         torch.func.jvp(lambda x: sinkhorn(x, tensors["y"], eps=0.2).value, (tensors["x"],), (tensors["x"],))
 
 
-def test_vmap_is_refused_in_one_line():
-    tensors = problem((2, 5, 4, 3))
-    x = torch.stack([tensors["x"], tensors["x"]])
-    with pytest.raises(
-        RuntimeError, match=r"x: expected a batch in dimension 0, got a tensor under torch\.vmap"
-    ):
-        torch.vmap(lambda x: sinkhorn(x, tensors["y"], eps=0.2).value)(x)
-
-
 def test_eps_may_vary_in_a_compiled_function():
     tensors = problem((2, 5, 4, 3))
     compiled = torch.compile(
@@ -491,3 +482,23 @@ def test_a_cost_is_shared_by_problems_with_their_own_weights():
     torch.testing.assert_close(grad, torch.autograd.grad(expected.value.sum(), copied)[0].sum(0))
     assert sinkhorn_from_cost(cost, eps=0.2).value.shape == (1,)
     assert out._problem.x.untyped_storage().nbytes() == cost.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("rho", [None, 0.7])
+def test_eps_has_a_gradient(rho):
+    tensors = problem((2, 6, 5, 3), masked=True, weighted=True)
+    eps = torch.tensor([0.3, 0.6], device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(
+        sinkhorn(**tensors, eps=eps, rho=rho, tol=1e-6, max_iter=5000).value.sum(), eps
+    )
+    tensors = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+
+    def value(eps):
+        return sinkhorn(**tensors, eps=eps, rho=rho, tol=1e-12, max_iter=50_000).value
+
+    step, exact = 1e-4, eps.detach().double()
+    torch.testing.assert_close(
+        grad.double(), (value(exact + step) - value(exact - step)) / (2 * step), rtol=1e-3, atol=1e-4
+    )
+    with pytest.raises(ValueError, match="eps: expected a number without gradient"):
+        sinkhorn_pairwise(tensors["x"], tensors["y"], eps=eps[0])

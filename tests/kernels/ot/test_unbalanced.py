@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ecgot.kernels import sinkhorn
+from ecgot.kernels import sinkhorn, sinkhorn_divergence, sinkhorn_pairwise
 from ecgot.kernels.ot import reference
 from tests.kernels.ot.problems import BACKEND, COSTS, DEVICE, MARGINALS, close, problem, solved
 
@@ -102,3 +102,23 @@ def test_a_large_rho_is_balanced():
     balanced = sinkhorn(**tensors, eps=0.2, tol=1e-6, max_iter=5000).value
     nearly = sinkhorn(**tensors, eps=0.2, rho=1e3, tol=1e-6, max_iter=100).value
     torch.testing.assert_close(nearly, balanced, atol=1e-3, rtol=0)
+
+
+def test_each_problem_has_its_own_penalty():
+    tensors = problem((3, 7, 5, 4), weighted=True)
+    rho = torch.tensor([0.3, math.inf, 5.0], device=DEVICE)
+    settings = {"eps": 0.3, "tol": 1e-6, "max_iter": 5000}
+    out = sinkhorn(**tensors, rho=rho, **settings)
+    divergence = sinkhorn_divergence(**tensors, rho=rho, **settings).value
+    rho_before = rho.clone()
+    rho *= 7  # what was solved stays
+    plan = out.plan()
+    for i, each in enumerate(rho_before.tolist()):
+        alone = {name: t[i : i + 1] for name, t in tensors.items()}
+        single = sinkhorn(**alone, rho=each, **settings)
+        torch.testing.assert_close(out.value[i : i + 1], single.value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(plan[i : i + 1], single.plan(), rtol=1e-3, atol=1e-6)
+        expected = sinkhorn_divergence(**alone, rho=each, **settings).value
+        torch.testing.assert_close(divergence[i : i + 1], expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="rho: expected a number, got a tensor"):
+        sinkhorn_pairwise(tensors["x"], tensors["y"], eps=0.3, rho=rho)
