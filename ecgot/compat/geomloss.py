@@ -154,7 +154,7 @@ class SamplesLoss(torch.nn.Module):
         """How many times geomloss's cost ours is: its p = 2 is half the squared distance."""
         return 2 if self.p == 2 and self.cost is None else 1
 
-    def _ground(self) -> dict[str, str]:
+    def _ground(self) -> dict[str, Any]:
         return {"cost": "sqeuclidean" if self.p == 2 else "euclidean"}
 
     def _settings(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from ecgot.kernels.conv.conv1d_norm import conv1d_norm
 from ecgot.kernels.conv.join import join, materialize
 from ecgot.kernels.conv.operands import BatchNorm, FusedLayer, LazyActivation
 from ecgot.kernels.conv.pooling import max_pool1d, mean_pool1d
+from ecgot.kernels.doubly_stochastic.doubly_stochastic import doubly_stochastic
 from ecgot.kernels.ot.convergence import SinkhornWarning
 from ecgot.kernels.ot.divergence import sinkhorn_divergence
 from ecgot.kernels.ot.loss import SinkhornLoss
@@ -28,6 +29,7 @@ __all__ = [
     "conv1d_backends",
     "conv1d_bottleneck",
     "conv1d_norm",
+    "doubly_stochastic",
     "join",
     "materialize",
     "max_pool1d",

@@ -1,4 +1,4 @@
-"""POT's functions beside POT itself: plans, values, potentials, gradients, NumPy's arrays and torch's tensors."""
+"""POT's functions beside POT itself: plans, values, potentials and gradients, of arrays and of tensors."""
 
 import inspect
 import math
@@ -51,10 +51,9 @@ def gauge(u: Any, v: Any) -> np.ndarray:
 PAIRS = [
     *(
         (getattr(compat, name), getattr(ot, name))
-        for name in ("sinkhorn", "sinkhorn2", "solve", "solve_sample")
+        for name in compat.__all__
+        if callable(getattr(compat, name))
     ),
-    *((getattr(compat, name), getattr(ot, name)) for name in ("sinkhorn_unbalanced", "sinkhorn_unbalanced2")),
-    *((getattr(compat, name), getattr(ot, name)) for name in ("dist", "unif")),
     *(
         (getattr(compat.batch, name), getattr(ot.batch, name))
         for name in ("solve_batch", "solve_sample_batch", "dist_batch", "loss_linear_batch")
@@ -311,7 +310,7 @@ def test_solve_batch(reg_type: str, method: str, as_tensors: bool) -> None:
         )
 
 
-def test_batches_are_differentiable_as_potts() -> None:
+def test_batches_are_differentiable_as_pots_are() -> None:
     for field in ("value", "value_linear"):
         slopes = []
         for module in (compat, ot):

@@ -81,12 +81,10 @@ def _solved(
         raise ValueError(f"b: expected weights [M] (for several histograms use POT itself), got {b.shape}")
     arrays = Arrays(a, b, M)
     cost = arrays.tensor(M)
-    weights = (
-        arrays.weights(each, count, cost)[None] for each, count in zip((a, b), cost.shape, strict=True)
-    )
+    a, b = arrays.weights(a, cost.shape[0], cost)[None], arrays.weights(b, cost.shape[1], cost)[None]
     start = None if run[2] is None else arrays.tensor(run[2][1], cost.dtype)[None]
     options: dict[str, Any] = {"rhos": penalties(reg_m), "start": start}
-    return arrays, solve_cost(cost[None], *weights, check_reg(reg), Stopping(run[0], run[1]), **options)
+    return arrays, solve_cost(cost[None], a, b, check_reg(reg), Stopping(run[0], run[1]), **options)
 
 
 def _log(found: Transport, arrays: Arrays) -> dict[str, Any]:
