@@ -75,7 +75,8 @@ class SamplesLoss(torch.nn.Module):
             if cost not in FORMULAS:
                 names = " or ".join(map(repr, FORMULAS))
                 raise ValueError(f"cost: expected a function of x and y, {names}, got {cost!r}")
-            cost, p = None, FORMULAS[cost]
+            p = FORMULAS[cost]
+            cost = None
         if p not in (1, 2):
             raise ValueError(f"p: expected 1 or 2, got {p!r}")
         if backend not in BACKENDS:

@@ -124,5 +124,5 @@ def exact_plan(cost: np.ndarray) -> np.ndarray:
     rows = np.concatenate([cells // m, n + cells % m])
     sums = coo_array((np.ones(2 * n * m), (rows, np.tile(cells, 2))))
     wanted = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
-    found = linprog(cost.flatten(), A_eq=sums.tocsr(), b_eq=wanted, bounds=(0, None), method="highs")
+    found = linprog(cost.flatten(), A_eq=sums.tocsr(), b_eq=wanted)  # type: ignore[call-overload]
     return found.x.reshape(n, m)
