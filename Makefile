@@ -5,7 +5,7 @@
 # make format     format the sources and fix what ruff can fix
 # make resources  every tile of every kernel compiled for four GPUs, none needed; minutes
 # make bench      the benchmark suite
-# make examples   every example, one after the other: a minute
+# make examples   the examples of ecgot.compat, with what they print
 # make hf-kernel  the transport kernels as a folder for Hugging Face's Kernel Hub, in runs/hf-kernel
 # make clean      remove the virtual environment and runs/demo
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

@@ -14,13 +14,14 @@ from ecgot.kernels import sinkhorn, sinkhorn_divergence, sinkhorn_from_cost
 from ecgot.kernels.ot.checks import MAX_SCALING
 
 BACKENDS = ("auto", "tensorized", "online", "multiscale")
+MIN_SCALING = 0.8  # what falls faster only has to be made up for by iterations
 # The formulas that geomloss itself gives to KeOps.
 FORMULAS = {"Norm2(X-Y)": 1, "(SqDist(X,Y) / IntCst(2))": 2}
 Cost = Callable[[Tensor, Tensor], Tensor]
 
 
 class SamplesLoss(torch.nn.Module):
-    """``geomloss.SamplesLoss`` with ``loss="sinkhorn"``, solved to convergence.
+    """``geomloss.SamplesLoss`` with ``loss="sinkhorn"``, solved to a marginal error of ``tol``.
 
     Args:
         loss: "sinkhorn"; for kernel norms and the Hausdorff distance use geomloss.
@@ -28,8 +29,8 @@ class SamplesLoss(torch.nn.Module):
         blur: the length below which nothing is resolved; eps = blur^p.
         reach: the length beyond which mass is rather lost than moved; rho = reach^p. None keeps the
             marginals.
-        scaling: factor of the blur per step of annealing. Unlike geomloss we go on until the problem is
-            solved: nearer to 1 is no more exact.
+        scaling: factor of the blur per step of annealing; at least ``MIN_SCALING`` is used. Unlike geomloss
+            we go on until the problem is solved: nearer to 1 is no more exact.
         cost: a function of x [B, N, D] and y [B, M, D] that returns costs [B, N, M], in place of p's.
         debias: whether to subtract half of each cloud's transport to itself.
         potentials: return potentials F and G in place of the loss.
@@ -49,7 +50,7 @@ class SamplesLoss(torch.nn.Module):
     """
 
     max_iter: int = 2000
-    tol: float = 1e-4
+    tol: float = 1e-3
 
     def __init__(
         self,
@@ -160,11 +161,11 @@ class SamplesLoss(torch.nn.Module):
 
     def _settings(self) -> dict[str, Any]:
         rho = None if self.reach is None else self._half * self.reach**self.p
-        factor = self.scaling**self.p
+        factor = min(max(self.scaling, MIN_SCALING) ** self.p, MAX_SCALING)
         return {
             "eps": self._half * self.blur**self.p,
             "rho": rho,
-            "scaling": factor if 0 < factor <= MAX_SCALING else None,
+            "scaling": factor,
             "max_iter": self.max_iter,
             "tol": self.tol,
         }
