@@ -25,7 +25,7 @@ SUBPACKAGES = {
     "cli": {"bench", "data", "eval", "inference", "runs", "text", "train"},
 }
 # Within kernels the families know nothing of each other, and none knows who compiles it.
-FAMILIES = {"ot", "conv", "doubly_stochastic"}
+FAMILIES = {"ot", "conv", "scaling"}
 KERNELS = {**{family: set() for family in FAMILIES}, "resources": FAMILIES}
 # Whose launches are counted; where kernels go elsewhere, this part stays.
 COUNTED = {"resources": {"models"}}

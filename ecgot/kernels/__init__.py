@@ -7,7 +7,6 @@ from ecgot.kernels.conv.conv1d_norm import conv1d_norm
 from ecgot.kernels.conv.join import join, materialize
 from ecgot.kernels.conv.operands import BatchNorm, FusedLayer, LazyActivation
 from ecgot.kernels.conv.pooling import max_pool1d, mean_pool1d
-from ecgot.kernels.doubly_stochastic.doubly_stochastic import doubly_stochastic
 from ecgot.kernels.ot.convergence import SinkhornWarning
 from ecgot.kernels.ot.divergence import sinkhorn_divergence
 from ecgot.kernels.ot.loss import SinkhornLoss
@@ -15,6 +14,7 @@ from ecgot.kernels.ot.outputs import SinkhornDivergenceOutput, SinkhornOutput, S
 from ecgot.kernels.ot.pairwise import sinkhorn_pairwise
 from ecgot.kernels.ot.sinkhorn import sinkhorn, sinkhorn_from_cost
 from ecgot.kernels.ot.varlen import sinkhorn_varlen
+from ecgot.kernels.scaling.doubly_stochastic import doubly_stochastic
 
 __all__ = [
     "BatchNorm",

@@ -34,7 +34,7 @@ def test_equals_the_published_iteration(iterations: int, dtype: torch.dtype, ato
 
 @pytest.mark.skipif(not dispatch.INTERPRETED, reason="launches are recorded under TRITON_INTERPRET=1")
 def test_one_launch_forward_and_one_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ecgot.kernels.doubly_stochastic import triton_iteration
+    from ecgot.kernels.scaling import triton_iteration
 
     launched: list[str] = []
 

@@ -22,7 +22,7 @@ TEMPLATE = Path(__file__).parent / "template"
 NAME = "ecgot_ot"
 # The public functions; everything that they import comes along.
 ROOTS = tuple(f"ecgot.kernels.ot.{name}" for name in ("divergence", "loss", "pairwise", "sinkhorn", "varlen"))
-ROOTS += ("ecgot.kernels.doubly_stochastic.doubly_stochastic",)
+ROOTS += ("ecgot.kernels.scaling.doubly_stochastic",)
 LEFT_BEHIND = re.compile(r"ecgot\.kernels\.ot\.numba_\w+")
 CHOOSES = "ecgot.kernels.ot.backends"  # whose names with numba in them say whether its loops serve
 # kernel-builder writes its own in this place; with this one the folder works as it is.

@@ -1,13 +1,13 @@
 """Batched entropic optimal transport in Triton, with torch on a CPU."""
 
 from . import layers
-from .doubly_stochastic.doubly_stochastic import doubly_stochastic
 from .ot.divergence import sinkhorn_divergence
 from .ot.loss import SinkhornLoss
 from .ot.outputs import SinkhornDivergenceOutput, SinkhornOutput, SinkhornPairwiseOutput
 from .ot.pairwise import sinkhorn_pairwise
 from .ot.sinkhorn import sinkhorn, sinkhorn_from_cost
 from .ot.varlen import sinkhorn_varlen
+from .scaling.doubly_stochastic import doubly_stochastic
 
 __all__ = [
     "SinkhornDivergenceOutput",

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from .doubly_stochastic.doubly_stochastic import doubly_stochastic
 from .ot import loss
+from .scaling.doubly_stochastic import doubly_stochastic
 
 
 class SinkhornLoss(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor
 from ecgot.kernels.compilation import DTYPES, CompileCase, Conventions, compile_case
 from ecgot.kernels.dispatch import HIP, launch
 
-CELLS = 1024  # of a program's matrices together
+CELLS, MATRICES = 1024, 128  # a program's, at most
 LOG2_E = tl.constexpr(1.4426950408889634)
 CONVENTIONS = Conventions(
     in_dtype=frozenset(("x_ptr", "grad_ptr", "out_ptr")),
@@ -75,8 +75,9 @@ def _doubly_stochastic_fwd_kernel(
     outside = tl.arange(0, SIDE)[None, :] >= N  # what does not exist sums to 0, and stays when divided by 1
     _, plan = _first(logits, inside, outside)
     for _ in range(1, iterations):
-        plan /= tl.where(outside, 1.0, tl.sum(plan, axis=1))[:, None, :]
-        plan /= tl.where(outside, 1.0, tl.sum(plan, axis=2))[:, :, None]
+        # Multiplied by reciprocals: one division a sum, not one an entry.
+        plan *= (1.0 / tl.where(outside, 1.0, tl.sum(plan, axis=1)))[:, None, :]
+        plan *= (1.0 / tl.where(outside, 1.0, tl.sum(plan, axis=2)))[:, :, None]
     offset = (matrix.to(tl.int64) * N + row) * N + column
     tl.store(out_ptr + offset, plan, mask=(matrix < MATRICES) & inside)
 
@@ -112,10 +113,10 @@ def _doubly_stochastic_bwd_kernel(
     for step in range(1, iterations):
         at = sums_ptr + (step - 1) * (2 * BLOCK * SIDE) + kept
         sums = tl.where(outside, 1.0, tl.sum(plan, axis=1))
-        plan /= sums[:, None, :]
+        plan *= (1.0 / sums)[:, None, :]
         tl.store(at, sums)
         sums = tl.where(outside, 1.0, tl.sum(plan, axis=2))
-        plan /= sums[:, :, None]
+        plan *= (1.0 / sums)[:, :, None]
         tl.store(at + BLOCK * SIDE, sums)
     tl.debug_barrier()  # other threads may read what one has written
     slope = plan * _load(
@@ -136,11 +137,12 @@ def _doubly_stochastic_bwd_kernel(
 def _configuration(n: int, hip: bool = HIP) -> dict[str, Any]:
     """How many matrices a program has, the side of their tiles, and its warps; AMD's are twice as wide."""
     side = max(2, triton.next_power_of_2(n))
-    return {"BLOCK": CELLS // side**2, "SIDE": side, "num_warps": 2 if hip else 4, "num_stages": 1}
+    block = min(MATRICES, CELLS // side**2)
+    return {"BLOCK": block, "SIDE": side, "num_warps": 2 if hip else 4, "num_stages": 1}
 
 
 def forward(logits: Tensor, iterations: int) -> Tensor:
-    """Launch :func:`ecgot.kernels.doubly_stochastic.torch_iteration.forward`, up to 16 x 16."""
+    """Launch :func:`ecgot.kernels.scaling.torch_iteration.forward`, up to 16 x 16."""
     matrices, n = logits.shape[:2]
     out = logits.new_empty(logits.shape)
     tile = _configuration(n)
@@ -159,7 +161,7 @@ def forward(logits: Tensor, iterations: int) -> Tensor:
 
 
 def backward(logits: Tensor, grad: Tensor, iterations: int) -> Tensor:
-    """Launch :func:`ecgot.kernels.doubly_stochastic.torch_iteration.backward`, up to 16 x 16."""
+    """Launch :func:`ecgot.kernels.scaling.torch_iteration.backward`, up to 16 x 16."""
     matrices, n = logits.shape[:2]
     out = logits.new_empty(logits.shape)
     tile = _configuration(n)

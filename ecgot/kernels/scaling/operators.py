@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ecgot.kernels.dispatch import use_triton
-from ecgot.kernels.doubly_stochastic import torch_iteration
+from ecgot.kernels.scaling import torch_iteration
 
 MAX_SIDE = 16  # of the matrices that Triton's tiles hold
 
@@ -15,7 +15,7 @@ MAX_SIDE = 16  # of the matrices that Triton's tiles hold
 def _implementation(logits: Tensor) -> ModuleType:
     """Triton for fp32 and half precision on a GPU, torch otherwise."""
     if logits.dtype != torch.float64 and logits.shape[-1] <= MAX_SIDE and use_triton(logits):
-        from ecgot.kernels.doubly_stochastic import triton_iteration
+        from ecgot.kernels.scaling import triton_iteration
 
         return triton_iteration
     return torch_iteration

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ecgot.kernels.dispatch import INTERPRETED
-from ecgot.kernels.doubly_stochastic import torch_iteration
-from ecgot.kernels.doubly_stochastic.doubly_stochastic import doubly_stochastic
-from ecgot.kernels.doubly_stochastic.operators import doubly_stochastic_bwd_op, doubly_stochastic_op
-from ecgot.kernels.doubly_stochastic.reference import doubly_stochastic as oracle
+from ecgot.kernels.scaling import torch_iteration
+from ecgot.kernels.scaling.doubly_stochastic import doubly_stochastic
+from ecgot.kernels.scaling.operators import doubly_stochastic_bwd_op, doubly_stochastic_op
+from ecgot.kernels.scaling.reference import doubly_stochastic as oracle
 
 # Of numbers of at most 1: rounding of `iterations` divisions, and of as many in reverse.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.float16: 5e-4, torch.bfloat16: 4e-3}

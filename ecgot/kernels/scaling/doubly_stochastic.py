@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ecgot.kernels.doubly_stochastic.operators import doubly_stochastic_op
+from ecgot.kernels.scaling.operators import doubly_stochastic_op
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
