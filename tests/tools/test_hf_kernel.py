@@ -153,6 +153,14 @@ def test_it_works_with_torch_and_triton_alone(folder: Path, environment: Path) -
     torch.testing.assert_close(torch.tensor(loss), wanted.detach(), rtol=1e-3, atol=1e-4)
 
 
+def test_it_leaves_numba_alone_where_there_is_one(folder: Path, environment: Path, tmp_path: Path) -> None:
+    """The compiled loops stayed behind, whatever else is installed."""
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba/__init__.py").write_text("", encoding="utf-8")
+    script = f"import torch, {NAME} as ot\nx = torch.rand(1, 3, 2)\nprint(ot.sinkhorn(x, x, eps=1.0).backend)"
+    assert python(environment, script, folder / "torch-ext", tmp_path).strip() == "torch"
+
+
 def test_two_contents_have_two_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions of the kernel are loaded side by side, and beside ecgot."""
     names = []
