@@ -104,7 +104,7 @@ def test_layers_have_no_state(folder: Path) -> None:
         assert [ast.unparse(node.target) for node in valued] == ["can_torch_compile"]
 
 
-SCRIPT = f"""
+SCRIPT = f'''
 import importlib.util, json, pkgutil, sys
 import torch
 import {NAME} as ot
@@ -122,17 +122,21 @@ logits = torch.randn(10, 4, 4, generator=generator).requires_grad_()
 ot.doubly_stochastic(logits)[:, 0, 0].sum().backward()
 
 
-class Adopting(torch.nn.Module):
-    eps, cost, rho, debias = 0.5, "cosine", None, True
-    max_iter, tol, scaling, reduction = 100, 1e-4, None, "none"
-    forward = ot.layers.SinkhornLoss.forward
+def adopting(layer, **attributes):
+    """A module whose forward is a layer's, with the attributes that the layer says it reads."""
+    assert attributes.keys() == {{name for name in layer.__annotations__ if name != "can_torch_compile"}}
+    return type("Adopting", (torch.nn.Module,), attributes | {{"forward": layer.forward}})()
 
 
-loss = Adopting()(x, y)
+own = ot.SinkhornLoss(0.5, cost="cosine", debias=True, max_iter=100, reduction="none")
+public = {{name: value for name, value in vars(own).items() if name[0] != "_" and name != "training"}}
+loss = adopting(ot.layers.SinkhornLoss, **public)(x, y)
+plan = adopting(ot.layers.DoublyStochastic, iterations=20)(logits)
+torch.testing.assert_close(plan, ot.doubly_stochastic(logits))
 compiled = torch.compile(lambda x: ot.sinkhorn(x, y, eps=0.5).value, fullgraph=True, backend="aot_eager")
 torch.testing.assert_close(compiled(x), out.value)
 print(json.dumps([out.value.tolist(), x.grad.tolist(), out.backend, logits.grad.tolist(), loss.tolist()]))
-"""
+'''
 
 
 def test_it_works_with_torch_and_triton_alone(folder: Path, environment: Path) -> None:

@@ -14,11 +14,14 @@ class SinkhornLoss(nn.Module):
     eps: float
     cost: str
     rho: float | None
+    rho_x: float | None
+    rho_y: float | None
     debias: bool
     max_iter: int
     tol: float
     scaling: float | None
     reduction: str
+    precision: str
 
     def forward(
         self,
