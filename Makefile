@@ -5,6 +5,8 @@
 # make format     format the sources and fix what ruff can fix
 # make resources  every tile of every kernel compiled for four GPUs, none needed; minutes
 # make bench      the benchmark suite
+# make examples   the examples of ecgot.compat, with what they print
+# make hf-kernel  the transport kernels as a folder for Hugging Face's Kernel Hub, in runs/hf-kernel
 # make clean      remove the virtual environment and runs/demo
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -23,7 +25,7 @@ FAST := $(wildcard tests/test_*.py) tests/bench/test_stopwatch.py tests/data tes
 	tests/text tests/kernels/conv/test_conv1d.py tests/kernels/ot/test_properties.py
 SELECT := -m 'not slow'
 
-.PHONY: demo quick test test-all check format resources bench clean
+.PHONY: demo quick test test-all check format resources bench examples hf-kernel clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): constraints.txt pyproject.toml
@@ -63,6 +65,12 @@ resources: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/pytest benchmarks
+
+examples: $(INSTALLED)
+	$(BIN)/pytest -s tests/test_examples.py
+
+hf-kernel: $(INSTALLED)
+	$(BIN)/python -m tools.hf_kernel runs/hf-kernel
 
 clean:
 	rm -rf $(VENV) $(DEMO)

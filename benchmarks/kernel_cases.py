@@ -23,6 +23,7 @@ from ecgot.kernels import (
     conv1d,
     conv1d_bottleneck,
     conv1d_norm,
+    doubly_stochastic,
     join,
     sinkhorn,
     sinkhorn_pairwise,
@@ -91,6 +92,13 @@ def run_pairs(sizes: Sizes) -> Iterator[Tensor]:
     yield from torch.autograd.grad(value.sum(), (x, y))
 
 
+def run_matrices(sizes: Sizes) -> Iterator[Tensor]:
+    """Many small matrices made doubly stochastic, and the gradient in their logits."""
+    for side in (3, 4, 16):
+        logits = draw(sizes.batch * sizes.n, side, side, dtype=sizes.dtype)
+        yield from torch.autograd.grad(doubly_stochastic(logits).square().sum(), logits)
+
+
 def _layer(sizes: Sizes) -> tuple[Tensor, Tensor]:
     c = sizes.channels
     return draw(sizes.batch, sizes.length, c, dtype=sizes.dtype), draw(c, c, 5, dtype=sizes.dtype)
@@ -131,6 +139,7 @@ CASES: dict[str, Callable[[Sizes], Iterator[Tensor]]] = {
     "solver": run_solver,
     "streaming": run_streaming,
     "pairs": run_pairs,
+    "matrices": run_matrices,
     "convolution": run_convolution,
     "norm": run_norm,
     "bottleneck": run_bottleneck,

@@ -21,10 +21,12 @@ SUBPACKAGES = {
     "train": {"data", "models", "runs", "text"},
     "eval": {"data", "inference", "models", "runs", "text", "train"},
     "bench": {"kernels"},
+    "compat": {"kernels"},
     "cli": {"bench", "data", "eval", "inference", "runs", "text", "train"},
 }
-# Within kernels the two families know nothing of each other, and neither knows who compiles it.
-KERNELS = {"ot": set(), "conv": set(), "resources": {"ot", "conv"}}
+# Within kernels the families know nothing of each other, and none knows who compiles it.
+FAMILIES = {"ot", "conv", "scaling"}
+KERNELS = {**{family: set() for family in FAMILIES}, "resources": FAMILIES}
 # Whose launches are counted; where kernels go elsewhere, this part stays.
 COUNTED = {"resources": {"models"}}
 

@@ -14,6 +14,7 @@ from ecgot.kernels.ot.outputs import SinkhornDivergenceOutput, SinkhornOutput, S
 from ecgot.kernels.ot.pairwise import sinkhorn_pairwise
 from ecgot.kernels.ot.sinkhorn import sinkhorn, sinkhorn_from_cost
 from ecgot.kernels.ot.varlen import sinkhorn_varlen
+from ecgot.kernels.scaling.doubly_stochastic import doubly_stochastic
 
 __all__ = [
     "BatchNorm",
@@ -28,6 +29,7 @@ __all__ = [
     "conv1d_backends",
     "conv1d_bottleneck",
     "conv1d_norm",
+    "doubly_stochastic",
     "join",
     "materialize",
     "max_pool1d",

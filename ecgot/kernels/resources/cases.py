@@ -62,6 +62,7 @@ MODULES = (
     "ecgot.kernels.ot.triton_gradient",
     "ecgot.kernels.ot.triton_implicit",
     "ecgot.kernels.ot.triton_streaming",
+    "ecgot.kernels.scaling.triton_iteration",
     "ecgot.kernels.conv.triton_conv1d",
     "ecgot.kernels.conv.triton_join",
     "ecgot.kernels.conv.triton_statistics",

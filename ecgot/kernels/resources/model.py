@@ -189,6 +189,9 @@ PASSES: dict[str, Callable[[Any], Passes]] = {
     "_pair_plan_kernel": lambda a: Passes(main=math.ceil(a.D / a.BLOCK_D) * a.BLOCK_N // a.BLOCK_R),
     "_tile_gradient_kernel": _tile_gradient,
     "_softmin_kernel": _softmin,
+    "_doubly_stochastic_fwd_kernel": lambda a: Passes(main=a.iterations - 1),
+    # Two loops of the same length, of which one counts as the main loop and the other as what is not in it.
+    "_doubly_stochastic_bwd_kernel": lambda a: Passes(main=a.iterations - 1, others=a.iterations - 1),
     "_softmin_prepare_kernel": lambda a: Passes(main=math.ceil(a.width / a.BLOCK_D)),
     "_softmin_merge_kernel": lambda a: Passes(main=math.ceil(a.splits / a.BLOCK_S)),
     "_softmin_settle_kernel": lambda a: Passes(others=math.ceil(a.blocks / a.BLOCK_N)),

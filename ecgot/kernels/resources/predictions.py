@@ -9,11 +9,12 @@ from ecgot.kernels.resources.launches import count
 from ecgot.kernels.resources.model import GAP_S, Estimate, estimates
 from ecgot.kernels.resources.workloads import WORKLOADS
 
-# The step of benchmarks.first_contact that measures a call, by the first word of its name.
-STEPS = {
+# The step of benchmarks.first_contact that measures a call, by the first word of its name, if one does.
+STEPS: dict[str, str | None] = {
     "sinkhorn": "transport",
     "pairwise": "transport",
     "streaming": "streaming",
+    "doubly": None,
     "conv1d_norm": "table",
     "xresnet1d101": "networks",
 }
@@ -44,7 +45,8 @@ def rows(name: str, found: list[Estimate]) -> Iterator[str]:
     seconds = sum(each.seconds for each in found)
     graph, eager = (1e6 * (seconds + kernels * gap) for gap in (GAP_S["graph"], GAP_S["eager"]))
     megabytes = sum(each.megabytes for each in found)
-    measured = f"not measured (`{STEPS[name.split()[0]]}`)"
+    step = STEPS[name.split()[0]]
+    measured = f"not measured (`{step}`)" if step else "not measured"
     yield _row(name, kernels, f"{megabytes:.0f}", "", "", f"{graph:.0f} ({eager:.0f})", "", measured)
     for each in found:
         if each.seconds < SHARE * seconds:

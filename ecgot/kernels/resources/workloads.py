@@ -12,6 +12,7 @@ from ecgot.kernels.conv.operands import BatchNorm, LazyActivation
 from ecgot.kernels.ot.pairwise import sinkhorn_pairwise
 from ecgot.kernels.ot.sinkhorn import sinkhorn
 from ecgot.kernels.resources.launches import as_on_gpu
+from ecgot.kernels.scaling.doubly_stochastic import doubly_stochastic
 
 Call = Callable[[], object]
 ALL_ITERATIONS: dict[str, Any] = {"eps": 0.1, "tol": 0.0}
@@ -40,6 +41,14 @@ def _pairs(backward: bool) -> Call:
 def _streaming() -> Call:
     x, y = (_points(1, 10_000, 64, dtype=FP32) for _ in range(2))
     return _value(x, y, cost="sqeuclidean", max_iter=16)
+
+
+def _matrices(backward: bool) -> Call:
+    """Of hyper-connections: a matrix a token, 32 layers of 32,768 tokens."""
+    logits = _points(2**20, 4, 4, dtype=FP32, grad=backward)
+    if not backward:
+        return lambda: doubly_stochastic(logits)
+    return lambda: _derived(doubly_stochastic(logits))
 
 
 def _value(x: Tensor, y: Tensor, **settings: Any) -> Callable[[], Tensor]:
@@ -103,6 +112,8 @@ WORKLOADS: dict[str, Callable[[], Call]] = {
     "pairwise sqeuclidean bf16 512x512 64x32x128": lambda: _pairs(False),
     "pairwise sqeuclidean bf16 512x512 64x32x128 and gradient": lambda: _pairs(True),
     "streaming sqeuclidean fp32 10000x10000x64, 16 iterations": _streaming,
+    "doubly stochastic fp32 1048576x4x4, 20 iterations": lambda: _matrices(False),
+    "doubly stochastic fp32 1048576x4x4, 20 iterations and gradient": lambda: _matrices(True),
     "conv1d_norm bf16 256x250x64 k5 twice and gradient": _convolutions,
     "xresnet1d101 bf16 256x12x1000 inference": lambda: _encoder(False, BF16),
     "xresnet1d101 fp32 256x12x1000 inference": lambda: _encoder(False, FP32),

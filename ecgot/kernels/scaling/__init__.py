@@ -1,0 +1,1 @@
+"""Many small square matrices made doubly stochastic by a fixed number of row and column normalisations."""

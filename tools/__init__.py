@@ -1,0 +1,1 @@
+"""What makes things out of this repository."""
