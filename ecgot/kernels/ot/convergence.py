@@ -12,7 +12,7 @@ from torch import Tensor
 from ecgot.kernels.ot.problem import Problem, Solution, can_read_values
 
 # Whose frames a warning does not point at.
-LIBRARIES = (__name__.rpartition(".")[0], "torch.")
+LIBRARIES = (__name__.rpartition(".")[0], "ecgot.compat.", "torch.")
 
 
 class SinkhornWarning(UserWarning):

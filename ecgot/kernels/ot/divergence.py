@@ -30,8 +30,8 @@ def sinkhorn_divergence(
     """The debiased cost OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2: 0 for equal clouds, else positive.
 
     The arguments are those of :func:`sinkhorn`. With ``rho`` the term eps (mass_a - mass_b)^2 / 2 is added
-    (Séjourné et al. 2019, "Sinkhorn Divergences for Unbalanced Optimal Transport"). The three problems of
-    each pair are solved together, as one batch.
+    (Séjourné et al. 2019, "Sinkhorn Divergences for Unbalanced Optimal Transport"); without it an empty cloud
+    makes the value 0. The three problems of each pair are solved together, as one batch.
 
     >>> import torch
     >>> x = torch.tensor([[[0.0], [1.0]]])
@@ -41,15 +41,13 @@ def sinkhorn_divergence(
     '0.000'
     """
     x, y = checks.check_points(x, y)
-    problems = x.shape[0]
-    eps = checks.check_eps(eps, x, problems)
+    eps = checks.check_eps(eps, x, problems := x.shape[0])
     rho = checks.check_rho(rho, None, None, eps.detach())[0]
-    free = rho is not None
-    a = checks.check_weights("a", a, x, x_mask, any_mass=free)
-    b = checks.check_weights("b", b, y, y_mask, any_mass=free)
+    a = checks.check_weights("a", a, x, x_mask, any_mass=rho is not None)
+    b = checks.check_weights("b", b, y, y_mask, any_mass=rho is not None)
     x_mass, y_mass = a.clamp_min(0).sum(1), b.clamp_min(0).sum(1)
-    length = max(x.shape[1], y.shape[1])
     n, m = x.shape[1], y.shape[1]
+    length = max(n, m)
     x, y = padded(x, length), padded(y, length)
     a, b = padded(a, length, ABSENT), padded(b, length, ABSENT)
     a, b = torch.cat([a, a, b]), torch.cat([b, a, b])
