@@ -20,7 +20,7 @@ class SinkhornWarning(UserWarning):
 
 
 def warn_if_unsolved(problem: Problem, found: Solution, tol: float) -> None:
-    """Warn of problems that stopped at ``max_iter``; never with ``tol`` 0, which asks for just that."""
+    """Warn of problems that did not converge; never with ``tol`` 0, which asks for just that."""
     assert found.converged is not None
     assert found.value is not None
     if not tol or not can_read_values(found.converged) or bool(found.converged.all()):
@@ -36,8 +36,8 @@ def warn_if_unsolved(problem: Problem, found: Solution, tol: float) -> None:
         )
     else:
         _warn(
-            "sinkhorn: expected convergence, got problems that stopped at max_iter (see converged and "
-            "marginal_error): raise max_iter or eps, anneal with scaling, or ask for max_iter with tol=0"
+            "sinkhorn: expected a marginal error of at most tol, got more in some problems (see converged): "
+            "raise max_iter, tol or eps, anneal with scaling, use fp64, or ask for max_iter with tol=0"
         )
 
 
