@@ -159,7 +159,7 @@ def test_points_without_weight() -> None:
 
 def test_it_says_when_it_did_not_converge() -> None:
     a, b, cost = problem()
-    with pytest.warns(SinkhornWarning, match="sinkhorn: expected convergence"):
+    with pytest.warns(SinkhornWarning, match="sinkhorn: expected a marginal error of at most tol"):
         compat.sinkhorn(a, b, cost, 0.01, numItermax=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
