@@ -532,6 +532,11 @@ def _solve_problem(
                     b = _as_columns(tl.load(b_place))
                     if COST == GIVEN:  # what may match nothing takes no part
                         g = _as_columns(tl.load(g_place))
+                        # Where its marginal is kept there is no plan to look for.
+                        lost_rows = _total(tl.where(lse == float("-inf"), a, 0.0))
+                        lost_columns = _total(tl.where(g == float("inf"), b, 0.0))
+                        going = tl.where(slack_x == 0.0, lost_rows, 0.0) == 0.0
+                        going = going & (tl.where(slack_y == 0.0, lost_columns, 0.0) == 0.0)
                         b = tl.where(g == float("inf"), 0.0, b)
                         g = tl.where(g == float("inf"), 0.0, g)
                         a = tl.where(lse == float("-inf"), 0.0, a)
