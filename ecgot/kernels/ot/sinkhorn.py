@@ -79,8 +79,9 @@ def sinkhorn(
     each cloud is moved to its own mean (both to one common point where unbalanced or Euclidean). Clouds may
     thus lie anywhere, but where the clusters of one cloud lie d apart, differences of 1e-7 d^2 in the squared
     distance are lost: choose eps above that, or fp64. Where unbalanced, a mass is off by a factor of
-    exp(error / rho): use fp64 where 1e-7 of the largest cost is not far below rho, as no marginal error shows
-    this rounding. Derivatives are reverse-mode; ``torch.func.jvp`` and ``torch.func.grad`` over it raise.
+    exp(error / rho): use fp64 where 1e-7 of the largest cost is not far below rho. Derivatives are
+    reverse-mode: ``torch.func.jvp`` raises, ``grad``, ``vjp`` and ``torch.vmap`` do not, but under
+    ``torch.func`` there are first derivatives only.
 
     On CUDA, problems of up to 128 x 128 points (or 256 x 64, ...) with any D are solved by one Triton program
     each, and larger ones by a streaming kernel in O((N + M) D) memory; fp64 uses torch. On a CPU, compiled
