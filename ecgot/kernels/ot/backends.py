@@ -3,9 +3,11 @@
 Solvers are imported when they are first needed: Triton and numba may both be missing.
 """
 
-import importlib.util
+import importlib
 import math
+import warnings
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,11 +27,34 @@ from ecgot.kernels.ot.problem import (
     rounding,
 )
 
-HAS_NUMBA = importlib.util.find_spec("numba") is not None
 # Of the linear system of implicit gradients; fp32 cannot do better than its rounding.
 IMPLICIT_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 MAX_STEPS = 1000  # of conjugate gradients
 MAX_CACHED_CELLS = 2**22  # products x y^T of a batch, 16 MB in fp32
+
+
+@lru_cache(maxsize=1)
+def _import_numba() -> bool:
+    try:
+        importlib.import_module("ecgot.kernels.ot.numba_solver")
+    except Exception as reason:  # not installed or broken, or there is no place for the cache of its code
+        warnings.warn(
+            "numba: expected to import it and to cache compiled code, "
+            f"got {str(reason).partition(chr(10))[0]!r}: torch solves on the CPU, slower",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return False
+    return True
+
+
+def numba_serves() -> bool:
+    """Whether the compiled loops can be imported; says once why not. Torch is slower then, and serves."""
+    return _import_numba()
+
+
+# As torch.compiler.assume_constant_result does, without the two seconds that its import takes.
+numba_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backend(problem: Problem) -> str:
@@ -44,7 +69,7 @@ def backend(problem: Problem) -> str:
             return "triton-streaming"
         return "torch"
     if n * m <= torch_solver.MAX_CELLS or problem.pairs or problem.cost == "given":
-        return "numba" if HAS_NUMBA and problem.x.device.type == "cpu" else "torch"
+        return "numba" if problem.x.device.type == "cpu" and numba_serves() else "torch"
     return "torch-streaming"
 
 

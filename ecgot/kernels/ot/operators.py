@@ -8,7 +8,8 @@ An operator takes flat arguments: the tensors of a :class:`Problem`, the operato
 other values, and the solver's settings. Problems are flattened and unflattened here and nowhere else.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,28 @@ TENSOR_SCHEMA = (
     "Tensor? rho_x, Tensor? rho_y"
 )
 VALUE_SCHEMA = "str cost, bool pairs, str precision"
+
+_LIBRARY = torch.library.Library("ecgot", "FRAGMENT")
+
+Kernel = Callable[..., tuple[Tensor, ...]]
+
+
+def _operator(name: str, schema: str) -> Callable[[Kernel], Any]:
+    """Register a function as an operator, which it becomes.
+
+    As ``torch.library.custom_op``, which imports torch._dynamo at the first call: two seconds.
+    """
+
+    def register(kernel: Kernel) -> Any:
+        def call(*flat: Any) -> tuple[Tensor, ...]:
+            # Once there is a compiler, it shall not look into a kernel.
+            return (torch._disable_dynamo(kernel) if "torch._dynamo" in sys.modules else kernel)(*flat)
+
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, call, "CompositeExplicitAutograd")
+        return getattr(torch.ops.ecgot, name).default
+
+    return register
 
 
 def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tuple[Problem, Solution]:
@@ -71,10 +94,9 @@ def _without_zero_centres(problem: Problem) -> Problem:
 # --- solve --------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "ecgot::sinkhorn",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor eps, Tensor? rho_x, Tensor? rho_y, "
+@_operator(
+    "sinkhorn",
+    "(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor eps, Tensor? rho_x, Tensor? rho_y, "
     f"Tensor? init, {VALUE_SCHEMA}, SymInt max_iter, float tol, float scaling)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -123,7 +145,7 @@ def _centre_shapes(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (len(problem.a), d), (len(problem.b), d)
 
 
-@sinkhorn_op.register_fake
+@torch.library.register_fake("ecgot::sinkhorn", lib=_LIBRARY)
 def _(*flat):  # type: ignore[no-untyped-def]
     problem, _, _ = _uncentred(flat)
     shape, (n, m), empty = problem.shape, problem.size, problem.eps.new_empty
@@ -228,16 +250,15 @@ def _weight_gradients(problem: Problem, f: Tensor, g: Tensor, grad_value: Tensor
     return found if terms is None else [grad + term for grad, term in zip(found, terms, strict=True)]
 
 
-sinkhorn_op.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("ecgot::sinkhorn", _backward, setup_context=_setup_context, lib=_LIBRARY)
 
 
 # --- envelope gradient --------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "ecgot::sinkhorn_pull",
-    mutates_args=(),
-    schema=f"({TENSOR_SCHEMA}, Tensor f, Tensor g, Tensor scale, Tensor? left, Tensor? right, "
+@_operator(
+    "sinkhorn_pull",
+    f"({TENSOR_SCHEMA}, Tensor f, Tensor g, Tensor scale, Tensor? left, Tensor? right, "
     f"Tensor cost_cache, {VALUE_SCHEMA}) -> (Tensor, Tensor)",
 )
 def cost_vjp_op(*flat: Any) -> tuple[Tensor, Tensor]:
@@ -250,7 +271,7 @@ def cost_vjp_op(*flat: Any) -> tuple[Tensor, Tensor]:
     return grad_x, problem.x.new_empty(0) if grad_y is None else grad_y
 
 
-@cost_vjp_op.register_fake
+@torch.library.register_fake("ecgot::sinkhorn_pull", lib=_LIBRARY)
 def _(*flat):  # type: ignore[no-untyped-def]
     x, y = flat[:2]
     return x.new_empty(x.shape), x.new_empty(0) if y is None else y.new_empty(y.shape)
@@ -296,16 +317,17 @@ def _cost_vjp_backward(ctx, grad_x, grad_y):  # type: ignore[no-untyped-def]
     return *of_problem, *(None,) * 5, grad_f, grad_g, grad_scale, *(None,) * 6
 
 
-cost_vjp_op.register_autograd(_cost_vjp_backward, setup_context=_setup_cost_vjp_context)
+torch.library.register_autograd(
+    "ecgot::sinkhorn_pull", _cost_vjp_backward, setup_context=_setup_cost_vjp_context, lib=_LIBRARY
+)
 
 
 # --- implicit gradient --------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "ecgot::sinkhorn_implicit",
-    mutates_args=(),
-    schema=f"({TENSOR_SCHEMA}, Tensor f, Tensor g, Tensor grad_f, Tensor grad_g, {VALUE_SCHEMA})"
+@_operator(
+    "sinkhorn_implicit",
+    f"({TENSOR_SCHEMA}, Tensor f, Tensor g, Tensor grad_f, Tensor grad_g, {VALUE_SCHEMA})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def implicit_op(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -316,7 +338,16 @@ def implicit_op(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return backends.implicit(problem, *potentials)
 
 
-@implicit_op.register_fake
+@torch.library.register_fake("ecgot::sinkhorn_implicit", lib=_LIBRARY)
 def _(*flat):  # type: ignore[no-untyped-def]
     _, (f, g, _, _), _ = _unpacked(flat, 4)
     return f.new_empty(f.shape), g.new_empty(g.shape), f.new_empty(f.shape), g.new_empty(g.shape)
+
+
+def _implicit_backward(ctx, *_):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "sinkhorn: expected first derivatives of potentials and plans, got a second derivative"
+    )
+
+
+torch.library.register_autograd("ecgot::sinkhorn_implicit", _implicit_backward, lib=_LIBRARY)
