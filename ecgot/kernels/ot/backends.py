@@ -58,7 +58,7 @@ numba_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backend(problem: Problem) -> str:
-    """ "triton" (one problem on chip), "triton-streaming", "numba", "torch" or "torch-streaming"."""
+    """ "triton" (one problem on chip), "numba", "torch", or one of these with "-streaming"."""
     n, m = problem.size
     if use_triton(problem.x, problem.y) and problem.dtype == torch.float32:
         from ecgot.kernels.ot import triton_onchip
@@ -68,9 +68,9 @@ def backend(problem: Problem) -> str:
         if not problem.pairs and problem.cost != "given" and n and m:
             return "triton-streaming"
         return "torch"
-    if n * m <= torch_solver.MAX_CELLS or problem.pairs or problem.cost == "given":
-        return "numba" if problem.x.device.type == "cpu" and numba_serves() else "torch"
-    return "torch-streaming"
+    name = "numba" if problem.x.device.type == "cpu" and numba_serves() else "torch"
+    stored = n * m <= torch_solver.MAX_CELLS or problem.pairs or problem.cost == "given"
+    return name if stored else f"{name}-streaming"
 
 
 def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tuple[Solution, Tensor]:
@@ -136,6 +136,10 @@ def _potentials(
         from ecgot.kernels.ot import numba_solver
 
         return numba_solver.solve(problem, init, settings, cache)
+    if name == "numba-streaming":
+        from ecgot.kernels.ot import numba_streaming
+
+        return numba_streaming.solve(problem, init, settings)
     if name == "triton-streaming":
         from ecgot.kernels.ot import triton_streaming
 
@@ -167,6 +171,10 @@ def cost_vjp(problem: Problem, given: PlanWeights, cache: Tensor) -> tuple[Tenso
         from ecgot.kernels.ot import numba_solver
 
         grad_x, grad_y = numba_solver.cost_vjp(problem, given, cache)
+    elif name == "numba-streaming" and given.left is None:
+        from ecgot.kernels.ot import numba_streaming
+
+        grad_x, grad_y = numba_streaming.cost_vjp(problem, given)
     else:
         grad_x, grad_y = torch_solver.cost_vjp(problem, given)
     steps = step_gradients(problem, given.scale)

@@ -1,4 +1,4 @@
-"""The compiled loops as a guest: what they leave behind in a process, and what serves where they cannot."""
+"""Compiled loops: what they leave behind in a process, what serves where they cannot, and streamed costs."""
 
 import os
 import shutil
@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ecgot.kernels import sinkhorn
+from ecgot.kernels.ot import torch_solver
+from tests.kernels.ot.problems import BACKEND, COSTS, MARGINALS, TOLERANCE, close, oracle, problem
 
 pytest.importorskip("numba")
 ROOT = Path(__file__).parents[3]
@@ -90,3 +95,70 @@ def test_without_a_place_for_the_cache_torch_serves_and_says_so_once(tmp_path):
     assert done.stdout.split() == ["torch", "torch"]
     assert done.stderr.count("RuntimeWarning: numba: expected") == 1
     assert "no locator available" in done.stderr
+
+
+needs_numba = pytest.mark.skipif(BACKEND != "numba", reason="Triton takes problems on its devices")
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """Problems of more than 200 costs stream, in tiles of 4 rows."""
+    from ecgot.kernels.ot import numba_streaming
+
+    monkeypatch.setattr(torch_solver, "MAX_CELLS", 200)
+    monkeypatch.setattr(numba_streaming, "tile_rows", lambda m: 4)
+    return numba_streaming
+
+
+@needs_numba
+@pytest.mark.parametrize("marginals", [{}, *MARGINALS], ids=str)
+@pytest.mark.parametrize("cost", COSTS)
+def test_streamed_costs_give_the_value_and_gradient_of_the_oracle(cost, marginals, streamed):
+    for dtype in (torch.float64, torch.float32):
+        tensors = problem((2, 23, 17, 3), masked=True, weighted=True, dtype=dtype)
+        stopping = {"max_iter": 3000, "tol": 1e-10 if dtype == torch.float64 else 1e-6}
+        value, grads, solutions = oracle(tensors, eps=0.2, cost=cost, **marginals)
+        leaves = [tensors[name].requires_grad_() for name in "xy"]
+        out = sinkhorn(**tensors, eps=0.2, cost=cost, **marginals, **stopping)
+        assert out.backend == "numba-streaming"
+        close(out.value, value, TOLERANCE[dtype][0])
+        for found, expected in zip(torch.autograd.grad(out.value.sum(), leaves), grads, strict=True):
+            close(found, expected, TOLERANCE[dtype][1])
+        plan = out.plan()
+        for index, solution in enumerate(solutions):
+            rows, columns = tensors["x_mask"][index], tensors["y_mask"][index]
+            close(plan[index][rows][:, columns], solution.plan, TOLERANCE[dtype][1])
+
+
+@needs_numba
+def test_an_iteration_over_streamed_costs_is_one_pass(streamed, monkeypatch):
+    passes = []
+    whole = streamed._Sides._pass
+    monkeypatch.setattr(streamed._Sides, "_pass", lambda *given: (passes.append(1), whole(*given))[1])
+    x = problem((1, 30, 25, 3))
+    for rho in (None, 0.5):
+        passes.clear()
+        out = sinkhorn(**x, eps=0.3, rho=rho, tol=1e-5)
+        assert out.iterations.item() > 3
+        assert len(passes) == out.iterations.item() + 1  # and one to begin with
+
+
+@needs_numba
+def test_columns_that_leave_the_range_of_sums_are_found_in_the_log_domain(streamed):
+    x = torch.linspace(0, 1, 20)[None, :, None]
+    y = torch.linspace(0, 3, 18)[None, :, None] + 0.013
+    value, _, _ = oracle({"x": x, "y": y}, eps=2e-3, cost="sqeuclidean", tol=1e-6, max_iter=20_000)
+    out = sinkhorn(x, y, eps=2e-3, tol=1e-4, max_iter=20_000)
+    close(out.value, value, 1e-4)
+
+
+@needs_numba
+def test_streamed_problems_keep_their_faults_to_themselves(streamed):
+    tensors = problem((3, 21, 15, 3))
+    x, y = tensors["x"].clone().requires_grad_(), tensors["y"].clone().requires_grad_()
+    with torch.no_grad():
+        x[1, 4, 0] = float("nan")
+    value = sinkhorn(x, y, eps=0.3).value
+    assert value.isfinite().tolist() == [True, False, True]
+    for grad in torch.autograd.grad(value[[0, 2]].sum(), (x, y)):
+        assert grad[[0, 2]].isfinite().all()

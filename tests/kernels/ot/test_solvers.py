@@ -7,7 +7,7 @@ import torch
 
 from ecgot.kernels import sinkhorn, sinkhorn_pairwise
 from ecgot.kernels.ot import torch_solver
-from tests.kernels.ot.problems import BACKEND, COSTS, DEVICE, close, oracle, problem, solved
+from tests.kernels.ot.problems import BACKEND, COSTS, DEVICE, FP64, close, oracle, problem, solved
 
 
 def test_offsets_beyond_two_to_the_31():
@@ -37,7 +37,7 @@ def test_large_problems_in_chunks_of_rows_are_the_same(cost, monkeypatch):
     (expected,) = torch.autograd.grad(whole.value.sum(), x)
     monkeypatch.setattr(torch_solver, "MAX_CELLS", 300)
     out = sinkhorn(**tensors, **settings)
-    assert out.backend == "torch-streaming"
+    assert out.backend == f"{FP64}-streaming"
     torch.testing.assert_close(out.value, whole.value, atol=1e-7, rtol=0)
     (grad,) = torch.autograd.grad(out.value.sum(), x)
     torch.testing.assert_close(grad, expected, atol=1e-6, rtol=0)
@@ -94,4 +94,4 @@ def test_fifty_thousand_points_need_no_matrix():
     x = torch.empty(1, 50_000, 64, device="meta")
     weights = torch.empty(1, 50_000, device="meta")
     eps = torch.empty(1, device="meta")
-    assert backend(Problem(x, x, weights, weights, None, None, eps, "dot")) == "torch-streaming"
+    assert backend(Problem(x, x, weights, weights, None, None, eps, "dot")) == "torch-streaming"  # no CPU's
