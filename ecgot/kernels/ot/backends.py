@@ -91,6 +91,12 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tu
 
 def _solve(problem: Problem, init: Tensor | None, settings: SolverSettings, cache: Tensor) -> Solution:
     name = backend(problem)
+    if name == "numba" and init is None:
+        from ecgot.kernels.ot import numba_small
+
+        small = numba_small.solve(problem, settings, cache) if numba_small.fits(problem) else None
+        if small is not None:
+            return small
     if name == "triton" and not problem.empty:
         from ecgot.kernels.ot import triton_onchip
 
@@ -168,8 +174,11 @@ def cost_vjp(problem: Problem, given: PlanWeights, cache: Tensor) -> tuple[Tenso
 
         return triton_gradient.cost_vjp(problem, given, step=True)
     if name == "numba" and given.left is None:
-        from ecgot.kernels.ot import numba_solver
+        from ecgot.kernels.ot import numba_small, numba_solver
 
+        small = numba_small.cost_vjp(problem, given, cache) if numba_small.fits(problem) else None
+        if small is not None:
+            return small
         grad_x, grad_y = numba_solver.cost_vjp(problem, given, cache)
     elif name == "numba-streaming" and given.left is None:
         from ecgot.kernels.ot import numba_streaming

@@ -34,6 +34,10 @@ _LIBRARY = torch.library.Library("ecgot", "FRAGMENT")
 Kernel = Callable[..., tuple[Tensor, ...]]
 
 
+# What runs where nothing looks on: no compiler, no transform and no mode of torch, which want the operator.
+_KERNELS: dict[Any, Kernel] = {}
+
+
 def _operator(name: str, schema: str) -> Callable[[Kernel], Any]:
     """Register a function as an operator, which it becomes.
 
@@ -47,9 +51,21 @@ def _operator(name: str, schema: str) -> Callable[[Kernel], Any]:
 
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, call, "CompositeExplicitAutograd")
-        return getattr(torch.ops.ecgot, name).default
+        operator = getattr(torch.ops.ecgot, name).default
+        _KERNELS[operator] = kernel
+        return operator
 
     return register
+
+
+def _unobserved(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd would see an operator: a dispatch costs as much as a small problem."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tuple[Problem, Solution]:
@@ -61,7 +77,13 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tu
     """
     (x, y, a, b, _, _, *scales), values = problem.flatten()
     stopping = (settings.max_iter, settings.tol, settings.scaling)
-    outputs = sinkhorn_op(x, y, a, b, *scales, init, *values, *stopping)
+    flat = (x, y, a, b, *scales, init, *values, *stopping)
+    if not _unobserved(x, y, a, b, *scales):
+        outputs = sinkhorn_op(*flat)
+    elif torch.is_grad_enabled() and torch._C._any_requires_grad(x, y, a, b, *scales):
+        outputs = _Solve.apply(*flat)
+    else:
+        outputs = _KERNELS[sinkhorn_op](*flat)
     value, f, g, whole_f, whole_g, error, iterations, converged, x_centre, y_centre, _ = outputs
     if x_centre.numel():
         problem = replace(problem, x_centre=x_centre.detach(), y_centre=y_centre.detach())
@@ -191,7 +213,9 @@ def _backward(ctx, grad_value, grad_f, grad_g, grad_whole_f, grad_whole_g, *_): 
     needs_x, needs_y, needs_a, needs_b, needs_eps = ctx.needs_input_grad[:5]
     found: list[Any] = [None] * 4
     if needs_x or needs_y:
-        found[:2] = cost_vjp_op(*tensors, f, g, grad_value, left, right, cache.detach(), *ctx.values)
+        direct = not torch.is_grad_enabled() and _unobserved(*tensors, grad_value)
+        pull = _KERNELS[cost_vjp_op] if direct else cost_vjp_op
+        found[:2] = pull(*tensors, f, g, grad_value, left, right, cache.detach(), *ctx.values)
     if needs_a or needs_b:
         found[2:] = _weight_gradients(problem, f, g, grad_value)
         if more_a is not None and more_b is not None:
@@ -248,6 +272,20 @@ def _weight_gradients(problem: Problem, f: Tensor, g: Tensor, grad_value: Tensor
         found = [slope * scale for slope in slopes]
     terms = weight_terms(problem, grad_value)
     return found if terms is None else [grad + term for grad, term in zip(found, terms, strict=True)]
+
+
+class _Solve(torch.autograd.Function):
+    """``ecgot::sinkhorn`` and its gradient without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *flat):  # type: ignore[no-untyped-def]
+        output = _KERNELS[sinkhorn_op](*flat)
+        _setup_context(ctx, flat, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        return _backward(ctx, *grads)
 
 
 torch.library.register_autograd("ecgot::sinkhorn", _backward, setup_context=_setup_context, lib=_LIBRARY)

@@ -45,8 +45,9 @@ class SinkhornOutput:
     def backend(self) -> str:
         """Which solver serves such a problem.
 
-        ``"triton"`` (one problem on chip), ``"triton-streaming"``, ``"numba"``, ``"torch"`` or
-        ``"torch-streaming"`` (costs formed again for each update, no N x M matrix).
+        ``"triton"`` (one problem on chip), ``"numba"`` or ``"torch"``, and of these where costs
+        are formed again for each update, without an N x M matrix, ``"triton-streaming"``, ``"numba-streaming"``
+        or ``"torch-streaming"``.
         """
         return backend(self._problem)
 

@@ -162,3 +162,68 @@ def test_streamed_problems_keep_their_faults_to_themselves(streamed):
     assert value.isfinite().tolist() == [True, False, True]
     for grad in torch.autograd.grad(value[[0, 2]].sum(), (x, y)):
         assert grad[[0, 2]].isfinite().all()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Whether each call was served as a small problem, forward and backward."""
+    from ecgot.kernels.ot import numba_small
+
+    served: list[bool] = []
+    for name in ("solve", "cost_vjp"):
+        whole = getattr(numba_small, name)
+
+        def spied(*given, whole=whole):
+            found = whole(*given)
+            served.append(found is not None)
+            return found
+
+        monkeypatch.setattr(numba_small, name, spied)
+    return served
+
+
+@needs_numba
+@pytest.mark.parametrize("apart", [0.0, 4.0])
+@pytest.mark.parametrize("cost", ["sqeuclidean", "cosine", "dot"])
+def test_small_problems_give_the_value_and_gradient_of_the_oracle(cost, apart, small):
+    for dtype in (torch.float64, torch.float32):
+        tensors = problem((3, 9, 7, 5), dtype=dtype)
+        tensors["x"] = tensors["x"] + apart
+        tensors["y"][1] += apart  # the clouds of this problem stay where they are
+        tensors["b"] = (torch.rand(3, 7, generator=torch.Generator().manual_seed(0)) + 0.1).to(dtype)
+        tensors["b"] /= tensors["b"].sum(1, keepdim=True)
+        value, grads, solutions = oracle(tensors, eps=0.4, cost=cost)
+        leaves = [tensors[name].requires_grad_() for name in "xy"]
+        tol = 1e-10 if dtype == torch.float64 else 1e-6
+        out = sinkhorn(**tensors, eps=0.4, cost=cost, tol=tol, max_iter=3000)
+        scale = max(1.0, value.abs().max().item())
+        close(out.value, value, TOLERANCE[dtype][0] * scale)
+        for found, expected in zip(torch.autograd.grad(out.value.sum(), leaves), grads, strict=True):
+            close(found, expected, TOLERANCE[dtype][1])
+        for index, solution in enumerate(solutions):
+            close(out.plan()[index], solution.plan, TOLERANCE[dtype][1])
+        a, b = torch.full((3, 9), 1 / 9, dtype=dtype), tensors["b"]
+        torch.testing.assert_close((a * out.f).sum(1), (b * out.g).sum(1), atol=1e-4, rtol=1e-4)
+    assert small == [True] * 4
+
+
+@needs_numba
+def test_what_is_not_usual_takes_the_other_way(small):
+    tensors = problem((2, 6, 5, 3), weighted=True)
+    assert sinkhorn(**tensors, eps=0.3).value.isfinite().all()  # points without weight
+    assert small == [False]
+    far = problem((1, 6, 5, 3))
+    assert sinkhorn(far["x"], far["y"], eps=1e-5, max_iter=2).value.isfinite().all()  # potentials of many eps
+    far["x"][0, 2, 1] = float("inf")
+    assert sinkhorn(far["x"], far["y"], eps=0.3).value.isnan().all()
+    assert small == [False] * 3
+
+
+@needs_numba
+def test_second_derivatives_of_small_problems(small):
+    x = problem((1, 4, 3, 2), dtype=torch.float64)
+    leaves = [x[name].requires_grad_() for name in "xy"]
+    assert torch.autograd.gradgradcheck(
+        lambda *xy: sinkhorn(*xy, eps=0.5, tol=1e-13, max_iter=5000).value, leaves, fast_mode=True
+    )
+    assert small[0]
