@@ -45,9 +45,8 @@ class SinkhornOutput:
     def backend(self) -> str:
         """Which solver serves such a problem.
 
-        ``"triton"`` (one problem on chip), ``"numba"`` or ``"torch"``, and of these where costs
-        are formed again for each update, without an N x M matrix, ``"triton-streaming"``, ``"numba-streaming"``
-        or ``"torch-streaming"``.
+        ``"triton"`` (one problem on chip), ``"numba"`` or ``"torch"``; where costs are formed again for each
+        update, without an N x M matrix, ``"triton-streaming"``, ``"numba-streaming"``, ``"torch-streaming"``.
         """
         return backend(self._problem)
 
