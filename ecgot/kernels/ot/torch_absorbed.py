@@ -9,10 +9,12 @@ that, values are read: this is for CPUs.
 import torch
 from torch import Tensor
 
-from ecgot.kernels.ot.problem import MAX_EXPONENT
-
 # How far a potential may move, and a sum be from 1, in logarithms: what underflowed in K stays negligible.
 MAX_MOVE = {torch.float32: 23.0, torch.float64: 230.0}
+CLAMP = {
+    torch.float32: 80.0,
+    torch.float64: 600.0,
+}  # of an exponent: it then shows in its sum, and is no inf * 0
 
 
 class Absorbed:
@@ -41,7 +43,7 @@ class Absorbed:
         moved = self._kernel + g[:, None, :]
         lse = torch.logsumexp(moved + self._log_b[:, None, :], 2)
         # Columns without weight bound nothing; their sums then leave the range and are formed in full.
-        scaled = moved.sub_(lse[:, :, None]).clamp_max_(MAX_EXPONENT).exp_()
+        scaled = moved.sub_(lse[:, :, None]).clamp_max_(CLAMP[g.dtype]).exp_()
         self._absorbed = scaled, -lse, g
         return lse
 

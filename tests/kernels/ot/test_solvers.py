@@ -1,5 +1,6 @@
 """Every solver gives the same: on chip, streaming, compiled loops, torch and torch in chunks of rows."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -108,12 +109,12 @@ def test_torch_path_of_all_pairs(cost, rho, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_absorbed_log_sum_exps_are_those_of_the_costs(dtype):
     generator = torch.Generator().manual_seed(0)
-    kernel = -30 * torch.rand(3, 8, 6, generator=generator, dtype=dtype)
+    kernel = -300 * torch.rand(3, 8, 6, generator=generator, dtype=dtype)
     a, b = (torch.rand(3, n, generator=generator, dtype=dtype) for n in (8, 6))
     b[1, 2], a[2, 4] = 0, 0
     absorbed = Absorbed(kernel, a, b)
     g = torch.zeros(3, 6, dtype=dtype)
-    for move in (0.0, 1.0, 5.0, 60.0, 600.0, 1.0):  # from within the range, beyond it, and back
+    for move in (0.0, 1.0, 5.0, 60.0, 150.0, 600.0, 1.0):  # from within the range, beyond it, and back
         g = g + move * (torch.rand(3, 6, generator=generator, dtype=dtype) - 0.5)
         lse = absorbed.rows(g)
         exact = torch.logsumexp(kernel.double() + (g + b.log())[:, None].double(), 2)
@@ -121,6 +122,13 @@ def test_absorbed_log_sum_exps_are_those_of_the_costs(dtype):
         for f in (-lse, -0.5 * lse):
             exact = torch.logsumexp(kernel.double() + (f + a.log())[:, :, None].double(), 1)
             close(absorbed.columns(f), exact, 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_what_underflowed_on_absorption_comes_back():
+    absorbed = Absorbed(torch.tensor([[[0.0, -110.0]]]), torch.ones(1, 1), torch.full((1, 2), 0.5))
+    absorbed.rows(torch.zeros(1, 2))  # the second column is lost: exp(-110)
+    g = torch.tensor([[-60.0, 60.0]])
+    close(absorbed.rows(g), torch.tensor([[-50.0 - math.log(2)]]).double(), 1e-4)
 
 
 def test_many_threads_at_once_and_the_number_of_torchs_threads():
