@@ -3,7 +3,7 @@
     python -m benchmarks.speed_table PATH [BENCHMARK ...]    (default: transport)
 
 The last columns are the fastest peer's median time over ecgot's, above 1 where ecgot is faster, and the time
-of ecgot without numba over plain torch's. Below stand the least and the median of the first, and where we lose.
+of ecgot without numba over plain torch's. Below stand the first's least and median, and where we lose.
 """
 
 import csv
