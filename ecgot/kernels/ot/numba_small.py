@@ -13,10 +13,10 @@ from numba import njit
 from torch import Tensor
 
 from ecgot.kernels.ot.numba_loops import FAST, _exp, solve_blocks
-from ecgot.kernels.ot.problem import PlanWeights, Problem, Solution, SolverSettings
+from ecgot.kernels.ot.problem import EXACT, PlanWeights, Problem, Solution, SolverSettings
 
 MAX_CELLS = 2**17  # costs of a batch, which one thread solves in a few milliseconds
-MAX_UNITS = 1e4  # of eps in a potential: beyond, rounding is to be judged
+MAX_UNITS = EXACT / 2  # of eps in a potential: beyond, rounding is to be judged
 COSTS = {"dot": 0, "cosine": 1, "sqeuclidean": 2}
 TINY = 2.0**-126
 

@@ -50,6 +50,7 @@ def _chunk_cells(problem: Problem) -> int:
 def _costs_of_pairs(problem: Problem, start: int, stop: int) -> Problem:
     """As :meth:`Problem.rows`, with the costs in place of the points, of which no pair needs a copy."""
     (n, m), k, count = problem.size, len(problem.b), stop - start
+    own = slice(start * k, stop * k)
     cost = pair_costs(problem, *problem.points(), slice(start, stop)).transpose(1, 2)
     return Problem(
         x=cost.reshape(count * k, n, m),
@@ -58,10 +59,10 @@ def _costs_of_pairs(problem: Problem, start: int, stop: int) -> Problem:
         b=problem.b.repeat(count, 1),
         x_centre=None,
         y_centre=None,
-        eps=problem.eps[start * k : stop * k],
+        eps=problem.eps[own],
         cost="given",
-        rho_x=problem.rho_x,
-        rho_y=problem.rho_y,
+        rho_x=None if problem.rho_x is None else problem.rho_x[own],
+        rho_y=None if problem.rho_y is None else problem.rho_y[own],
     )
 
 
