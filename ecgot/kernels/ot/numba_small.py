@@ -195,11 +195,11 @@ def _solve(
     zero, one, half = real(0), real(1), real(0.5)
     number, nothing = np.arange(batch), np.zeros(batch, np.int64)
     rows, columns, taken = nothing + n, nothing + m, nothing.copy()
-    ones = np.ones(batch, S.dtype)
+    ones, kept = np.ones(batch, S.dtype), np.zeros(batch, S.dtype)
     f[:], g[:] = zero, q
     solve_blocks(
         S.reshape((batch * n, m)), ones > zero, number * n, rows, nothing, columns, a.ravel(), number * n,
-        b.ravel(), number * m, p.ravel(), q.ravel(), ones, ones, f.ravel(), number * n, g.ravel(), number * m,
+        b.ravel(), number * m, p.ravel(), q.ravel(), kept, kept, f.ravel(), number * n, g.ravel(), number * m,
         ones, zero, real(tol), max_iter, error, taken, 0, batch,
     )  # fmt: skip
     step = np.zeros(x_centre.shape[1], S.dtype)
