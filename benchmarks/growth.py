@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.output import stamp, write_rows
+from ecgot.bench.apart import compare
 from ecgot.bench.cases import Case
-from ecgot.bench.measure import compare
 from ecgot.bench.providers import GPU_PROVIDERS, PROVIDERS
 
 CENTRE = Case(32, 64, 64, 64, 0.1, 1e-4)

@@ -4,9 +4,9 @@ Equal work means equal marginal error (L1, the larger of the two sides, in the w
 not equal iterations. ecgot runs to the tolerance and pays for its own stopping test. A peer is told in
 advance, at no cost, the smallest number of iterations that brings it to the same tolerance. Values and
 gradients are then checked against ``ecgot.kernels.ot.reference``, solved in fp64 far beyond the tolerance; a
-provider with a wrong result is not timed. Providers take turns, call by call, so that a busy machine slows
-all of them alike.
+provider with a wrong result is not timed. Each provider runs in a process of its own, and they take turns, so
+that a busy machine slows all of them alike.
 
-``cases`` holds the problems, ``providers`` the solvers, ``measure`` the check and the comparison,
+``cases`` holds the problems, ``providers`` the solvers, ``measure`` the check, ``apart`` the comparison,
 ``stopwatch`` the clock of every benchmark, and ``origin`` the stamp that says what was measured where.
 """

@@ -1,16 +1,16 @@
-"""Check each provider against fp64, then time those that are right."""
+"""Check a provider against fp64: only what is right is timed."""
 
 import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ecgot.bench.cases import Case, Measurement, PairsCase, points
-from ecgot.bench.providers import OURS, PAIRS, Provider, Solver, providers
-from ecgot.bench.stopwatch import Budget, Call, peak_mb, take_turns
+from ecgot.bench.providers import PAIRS, Provider, Solver, providers
+from ecgot.bench.stopwatch import Call
 from ecgot.kernels.ot import reference
 
 # A marginal computed anew may exceed the one the solver saw: by a factor, and a summand of fp32 rounding.
@@ -19,78 +19,58 @@ ROUNDING = 1.05, 3e-6
 GRADIENT_TOLERANCE = 0.5
 PAIRS_TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 5e-2}
 MAX_STEPS = 400
-BUDGET = Budget(2.0, 5, 100)  # for all providers of a case together
+# Values, and with them the gradients in x and y where they are checked.
+Truth = tuple[Tensor, ...]
 
 
-def compare(case: Case, device: torch.device, names: Iterable[str] | None = None) -> list[Measurement]:
-    """Measure the named providers, by default all of the device, on one case: check, then time in turns."""
-    known = providers(device)
-    x, y = points(case, device)
-    exact = _exact(x.detach(), y.detach(), case)
-    found: list[Measurement] = []
-    calls: dict[str, Call] = {}
-    for name in known if names is None else names:
-        provider = known[name]
+def checked(
+    name: str, case: Case | PairsCase, device: torch.device, exact: Truth
+) -> tuple[Measurement, Call | None]:
+    """A provider's errors on a case, and the call to time: forward and backward; None where it is refused."""
+    exact = tuple(each.to(device) for each in exact)
+    try:
+        if isinstance(case, PairsCase):
+            return _checked_pairs(name, case, device, exact)
+        provider = providers(device)[name]
         if importlib.util.find_spec(provider.package) is None:
-            found.append(Measurement(str(case), name, f"{provider.package} is not installed"))
-            continue
-        check = _Check(case, x, y, *exact)
-        try:
-            row = check.run(name, provider)
-        except (RuntimeError, MemoryError) as reason:  # such as tensors on two devices, or out of memory
-            if name == OURS:
-                raise
-            row = Measurement(str(case), name, str(reason).partition("\n")[0])
-        found.append(row)
-        if not row.refused:
-            calls[name] = check.call(provider.solve, row.steps or 0)
-    return _timed(found, calls, device)
+            return Measurement(str(case), name, f"{provider.package} is not installed"), None
+        x, y = points(case, device)
+        check = _Check(case, x, y, exact[0], (exact[1], exact[2]))
+        row = check.run(name, provider)
+    except (RuntimeError, MemoryError) as reason:  # such as tensors on two devices, or out of memory
+        return Measurement(str(case), name, str(reason).partition("\n")[0]), None
+    return row, None if row.refused else check.call(provider.solve, row.steps or 0)
 
 
-def compare_pairs(
-    case: PairsCase, device: torch.device, dtype: torch.dtype = torch.float32
-) -> list[Measurement]:
-    """Measure both providers on one case of all pairs; the check against fp64 covers 4 x 4 of the pairs."""
-    x, y = (each.detach().to(dtype).requires_grad_() for each in points(case, device))
-    exact = _exact_pairs(x.detach()[:4], y.detach()[:4], case)
-    found: list[Measurement] = []
-    calls: dict[str, Call] = {}
-    for name, solve in PAIRS.items():
+def _checked_pairs(
+    name: str, case: PairsCase, device: torch.device, exact: Truth
+) -> tuple[Measurement, Call | None]:
+    """The check covers 4 x 4 of the pairs."""
+    x, y = points(case, device)
 
-        def forward_backward(solve: Callable[[Tensor, Tensor, PairsCase], Tensor] = solve) -> Tensor:
-            value = solve(x, y, case)
-            torch.autograd.grad(value.sum(), (x, y))
-            return value.detach()
+    def forward_backward() -> Tensor:
+        value = PAIRS[name].solve(x, y, case)
+        torch.autograd.grad(value.sum(), (x, y))
+        return value.detach()
 
-        # Away from convergence the two objectives differ by the marginals' error times the potentials.
-        error = _relative_error(forward_backward()[:4, :4].double(), exact)
-        tolerance = PAIRS_TOLERANCE[dtype]
-        refused = "" if error <= tolerance else f"value error {error:.1e} > {tolerance:.0e}"
-        found.append(Measurement(str(case), name, refused, case.iterations, error))
-        if not refused:
-            calls[name] = forward_backward
-    return _timed(found, calls, device)
-
-
-def _timed(found: list[Measurement], calls: dict[str, Call], device: torch.device) -> list[Measurement]:
-    """Time the calls in turns and fill in their rows."""
-    times = take_turns(calls, device, BUDGET)
-    graphs = {name for name, provider in providers(device).items() if provider.is_graph}
-    for row in found:
-        if row.provider not in times:
-            continue
-        took = times[row.provider]
-        row.rounds, row.median_ms = took.rounds, took.median_ms
-        row.q20_ms, row.q80_ms = took.q20_ms, took.q80_ms
-        if row.provider not in graphs:
-            row.peak_mb = peak_mb(calls[row.provider], device)
-    return found
+    # Away from convergence the two objectives differ by the marginals' error times the potentials.
+    error = _relative_error(forward_backward()[:4, :4].double(), exact[0])
+    tolerance = PAIRS_TOLERANCE[case.dtype]
+    refused = "" if error <= tolerance else f"value error {error:.1e} > {tolerance:.0e}"
+    row = Measurement(str(case), name, refused, case.iterations, error)
+    return row, None if refused else forward_backward
 
 
 # --- the truth ----------------------------------------------------------------------------------------------
 
 
-def _exact(x: Tensor, y: Tensor, case: Case) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def truth(case: Case | PairsCase, device: torch.device) -> Truth:
+    """What :func:`checked` compares with, in fp64."""
+    x, y = (each.detach() for each in points(case, device))
+    return (_exact_pairs(x[:4], y[:4], case),) if isinstance(case, PairsCase) else _exact(x, y, case)
+
+
+def _exact(x: Tensor, y: Tensor, case: Case) -> Truth:
     """Values [B] and gradients [B, N, D], [B, M, D] in fp64, solved a problem at a time."""
     values, grads_x, grads_y = [], [], []
     for a, b in zip(x.double(), y.double(), strict=True):
@@ -101,7 +81,7 @@ def _exact(x: Tensor, y: Tensor, case: Case) -> tuple[Tensor, tuple[Tensor, Tens
         values.append(solution.value)
         grads_x.append(grad_a)
         grads_y.append(grad_b)
-    return torch.stack(values), (torch.stack(grads_x), torch.stack(grads_y))
+    return torch.stack(values), torch.stack(grads_x), torch.stack(grads_y)
 
 
 def _exact_pairs(x: Tensor, y: Tensor, case: PairsCase) -> Tensor:
@@ -138,7 +118,7 @@ class _Check:
     def run(self, name: str, provider: Provider) -> Measurement:
         """The provider's errors; refused where one is too large."""
         case = self.case
-        steps, marginal = self._least_steps(name, provider.counter or provider.solve)
+        steps, marginal = self._least_steps(provider)
         if provider.counter:
             marginal = self._marginal_error(provider.solve, steps)
         found, found_grads = self.call(provider.solve, steps)()
@@ -154,14 +134,14 @@ class _Check:
             for what, (error, most) in limits.items()
             if not error <= most  # NaN is wrong as well
         ]
-        shown = None if name == OURS else steps
+        shown = None if provider.stops else steps
         return Measurement(str(case), name, ", ".join(wrong), shown, value_error, gradient_error, marginal)
 
     @torch.no_grad()
-    def _least_steps(self, name: str, solve: Solver) -> tuple[int, float]:
+    def _least_steps(self, provider: Provider) -> tuple[int, float]:
         """The fewest iterations that bring a peer to the tolerance, and its error; ecgot stops by itself."""
-        error = math.nan
-        for steps in (0,) if name == OURS else itertools.chain(range(1, 50), range(50, MAX_STEPS + 1, 10)):
+        error, solve = math.nan, provider.counter or provider.solve
+        for steps in (0,) if provider.stops else itertools.chain(range(1, 50), range(50, MAX_STEPS + 1, 10)):
             error = self._marginal_error(solve, steps)
             if error <= self.marginal_tolerance:
                 break

@@ -17,6 +17,7 @@ from ecgot.bench.cases import Case, PairsCase
 from ecgot.kernels import sinkhorn, sinkhorn_pairwise
 
 OURS = "ecgot"
+WITHOUT_NUMBA = "ecgot_torch"  # what serves where numba does not
 MAX_LOOPED = 64  # problems given to a solver that loops over them in Python
 
 # Values [B] with a graph to the points, and the plan [B, N, M], which only the check asks for.
@@ -32,12 +33,16 @@ class Provider:
         package: module that must be installed.
         counter: solver that does the same iterations and finds sooner how many are needed; default: its own.
         is_graph: it takes its memory once, when the graph is recorded, not during a call.
+        stops: by itself, at the tolerance.
+        hidden: a module that its process cannot import.
     """
 
     package: str
     solve: Solver
     counter: Solver | None = None
     is_graph: bool = False
+    stops: bool = False
+    hidden: str = ""
 
 
 def solve_ecgot(x: Tensor, y: Tensor, case: Case, _steps: int) -> Solution:
@@ -205,7 +210,8 @@ def solve_by_envelope(
 # --- who runs where -----------------------------------------------------------------------------------------
 
 PROVIDERS = {
-    OURS: Provider("ecgot", solve_ecgot),
+    OURS: Provider("ecgot", solve_ecgot, stops=True),
+    WITHOUT_NUMBA: Provider("ecgot", solve_ecgot, stops=True, hidden="numba"),
     "torch": Provider("torch", solve_torch),
     "pot_log": Provider("ot", _pot("log_sinkhorn")),
     "pot_scaling": Provider("ot", _pot("sinkhorn")),
@@ -219,7 +225,9 @@ GPU_PROVIDERS = {
 
 def providers(device: torch.device) -> dict[str, Provider]:
     """The providers that run on a device, by name."""
-    return PROVIDERS | (GPU_PROVIDERS if device.type == "cuda" else {})
+    if device.type != "cuda":
+        return PROVIDERS
+    return {name: each for name, each in PROVIDERS.items() if name != WITHOUT_NUMBA} | GPU_PROVIDERS
 
 
 # --- all pairs: x [B, N, D], y [K, M, D] to values [B, K] ---------------------------------------------------
@@ -246,4 +254,16 @@ def pairs_torch(x: Tensor, y: Tensor, case: PairsCase) -> Tensor:
     return (plan * (1 - similarity)).sum((2, 3)) + entropy
 
 
-PAIRS: dict[str, Callable[[Tensor, Tensor, PairsCase], Tensor]] = {OURS: pairs_ecgot, "torch": pairs_torch}
+@dataclass(frozen=True)
+class PairsProvider:
+    """A solver of all pairs; ``hidden`` as in :class:`Provider`."""
+
+    solve: Callable[[Tensor, Tensor, PairsCase], Tensor]
+    hidden: str = ""
+
+
+PAIRS = {
+    OURS: PairsProvider(pairs_ecgot),
+    WITHOUT_NUMBA: PairsProvider(pairs_ecgot, hidden="numba"),
+    "torch": PairsProvider(pairs_torch),
+}

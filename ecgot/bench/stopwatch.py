@@ -112,6 +112,20 @@ def take_turns(calls: Mapping[str, Call], device: torch.device, budget: Budget) 
     return {name: summary(each) for name, each in times.items()}
 
 
+def turn(call: Call, device: torch.device, lasting: float, most: int = 1000) -> list[float]:
+    """Seconds of each of the calls that fit in so many seconds, at least one and at most ``most``.
+
+    The first call wakes threads and fills caches; it counts only if it takes all the time.
+    """
+    first = seconds(call, device)
+    if first > lasting:
+        return [first]
+    found: list[float] = []
+    while sum(found) < lasting and len(found) < most:
+        found.append(seconds(call, device))
+    return found
+
+
 def peak_mb(call: Call, device: torch.device) -> float:
     """Most megabytes that torch has allocated at a time during a call, on top of its inputs."""
     if device.type == "cuda":

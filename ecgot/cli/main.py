@@ -92,8 +92,8 @@ def bench(threads: int | None, as_json: bool) -> None:
     """
     import torch
 
+    from ecgot.bench.apart import compare
     from ecgot.bench.cases import CPU_PAIRS, SHORT
-    from ecgot.bench.measure import compare, compare_pairs
     from ecgot.bench.origin import origin
 
     if threads is not None:
@@ -105,7 +105,7 @@ def bench(threads: int | None, as_json: bool) -> None:
             shown.bar("bench", number, len(SHORT) + 1)
             rows += compare(case, device)
         shown.bar("bench", len(SHORT), len(SHORT) + 1)
-        rows += compare_pairs(CPU_PAIRS, device)
+        rows += compare(CPU_PAIRS, device)
         shown.bar("bench", len(SHORT) + 1, len(SHORT) + 1)
     if as_json:
         _print_json({"origin": measured_on, "rows": [row.as_row() for row in rows]})

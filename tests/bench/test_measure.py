@@ -1,4 +1,4 @@
-"""The comparison and the command, on cases of a few points: wrong results are found and never timed."""
+"""The check, the comparison and the command, on cases of a few points: wrong results are never timed."""
 
 import json
 import math
@@ -7,9 +7,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from ecgot.bench import cases, measure, providers
-from ecgot.bench.providers import PAIRS, PROVIDERS, Provider
-from ecgot.bench.stopwatch import Budget
+from ecgot.bench import apart, cases, measure, providers
+from ecgot.bench.providers import PAIRS, PROVIDERS, WITHOUT_NUMBA, PairsProvider, Provider
 from ecgot.cli.main import cli
 
 CASE = cases.Case(3, 7, 5, 4, eps=0.2)
@@ -27,26 +26,39 @@ def _without_gradient_in_y(x, y, case, steps):
     return value + 0 * y.sum(), plan
 
 
-def test_a_right_provider_is_timed_at_the_tolerance():
-    rows = {row.provider: row for row in measure.compare(CASE, CPU, ("ecgot", "torch"))}
-    assert list(rows) == ["ecgot", "torch"]
+def _checked(name, case=CASE, device=CPU):
+    return measure.checked(name, case, device, measure.truth(case, device))
+
+
+def test_right_providers_are_timed_in_processes_of_their_own():
+    rows = {row.provider: row for row in apart.compare(CASE, CPU, ("ecgot", WITHOUT_NUMBA, "torch"))}
+    assert list(rows) == ["ecgot", WITHOUT_NUMBA, "torch"]
     for row in rows.values():
         assert not row.refused
         assert 0 < row.q20_ms <= row.median_ms <= row.q80_ms
-        assert row.rounds >= measure.BUDGET.min_rounds
+        assert row.rounds >= apart.TURNS
         assert row.marginal_error <= CASE.tol * measure.ROUNDING[0] + measure.ROUNDING[1]
         assert row.peak_mb > 0
     assert rows["torch"].steps >= 2
     assert rows["ecgot"].steps is None  # it stops by itself
 
 
+def test_a_process_that_dies_is_a_row(monkeypatch):
+    seat = apart._Seat("torch", CASE, CPU, [each.numpy() for each in measure.truth(CASE, CPU)])
+    seat._process.kill()
+    assert not seat.check()
+    assert seat.row.refused == "its process ended with -9"
+    seat.close()
+
+
 def test_a_wrong_value_or_gradient_is_not_timed(monkeypatch):
     monkeypatch.setitem(PROVIDERS, "wrong", Provider("torch", _shifted))
-    (row,) = measure.compare(CASE, CPU, ["wrong"])
+    row, call = _checked("wrong")
     assert "value error" in row.refused
     assert math.isnan(row.median_ms)
+    assert call is None
     monkeypatch.setitem(PROVIDERS, "wrong", Provider("torch", _without_gradient_in_y))
-    (row,) = measure.compare(CASE, CPU, ["wrong"])
+    row, _ = _checked("wrong")
     assert "gradient error" in row.refused
     assert "value" not in row.refused
 
@@ -56,8 +68,7 @@ def test_a_provider_that_stops_too_early_is_not_timed(monkeypatch):
         PROVIDERS, "early", Provider("torch", lambda x, y, case, _: providers.solve_torch(x, y, case, 1))
     )
     monkeypatch.setattr(measure, "MAX_STEPS", 60)
-    (row,) = measure.compare(CASE, CPU, ["early"])
-    assert "marginal error" in row.refused
+    assert "marginal error" in _checked("early")[0].refused
 
 
 def test_the_envelope_of_a_recorded_loop_is_that_of_autograd():
@@ -74,7 +85,7 @@ def test_the_envelope_of_a_recorded_loop_is_that_of_autograd():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_recorded_loop_follows_its_input():
     device = torch.device("cuda")
-    (row,) = measure.compare(CASE, device, ["torch_graph"])
+    row, _ = _checked("torch_graph", CASE, device)
     assert not row.refused
     x, y = (cases.unit_vectors(3, count, 4, device, count + 9).requires_grad_() for count in (7, 5))
     value, _ = providers.solve_torch_graph(x, y, CASE, row.steps)
@@ -87,23 +98,26 @@ def test_what_is_not_installed_or_fails_is_a_row(monkeypatch):
 
     monkeypatch.setitem(PROVIDERS, "absent", Provider("no_such_package", fails))
     monkeypatch.setitem(PROVIDERS, "fails", Provider("torch", fails))
-    rows = measure.compare(CASE, CPU, ["absent", "fails"])
+    rows = [_checked(name)[0] for name in ("absent", "fails")]
     assert [row.refused for row in rows] == ["no_such_package is not installed", "out of memory"]
 
 
 def test_wrong_pairs_are_not_timed(monkeypatch):
-    monkeypatch.setitem(PAIRS, "wrong", lambda x, y, case: providers.pairs_torch(x, y, case) * 1.1)
-    rows = {row.provider: row for row in measure.compare_pairs(FEW_PAIRS, CPU)}
-    assert "value error" in rows["wrong"].refused
-    assert not rows["ecgot"].refused
-    assert rows["ecgot"].median_ms > 0
+    wrong = PairsProvider(lambda x, y, case: providers.pairs_torch(x, y, case) * 1.1)
+    monkeypatch.setitem(PAIRS, "wrong", wrong)
+    row, call = _checked("wrong", FEW_PAIRS)
+    assert "value error" in row.refused
+    assert call is None
+    row, call = _checked("ecgot", FEW_PAIRS)
+    assert not row.refused
+    assert call is not None
 
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_the_command(as_json, monkeypatch):
     monkeypatch.setattr(cases, "SHORT", [CASE])
     monkeypatch.setattr(cases, "CPU_PAIRS", FEW_PAIRS)
-    monkeypatch.setattr(measure, "BUDGET", Budget(0.0, 5, 5))
+    monkeypatch.setattr(apart, "TURN_S", 0.0)
     run = CliRunner().invoke(cli, ["bench", *(["--json"] if as_json else [])])
     assert run.exit_code == 0, run.output
     if not as_json:
@@ -113,7 +127,6 @@ def test_the_command(as_json, monkeypatch):
     found = json.loads(run.stdout)
     assert found["origin"]["torch"] == torch.__version__
     of_case = [row for row in found["rows"] if row["case"] == str(CASE)]
-    assert {row["provider"] for row in of_case} == set(
-        providers.providers(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert {row["provider"] for row in of_case} == set(providers.providers(device))
     assert all((row["median_ms"] is None) == bool(row["refused"]) for row in found["rows"])

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from ecgot.bench.stopwatch import Budget, seconds, summary, take_turns
+from ecgot.bench.stopwatch import Budget, seconds, summary, take_turns, turn
 
 CPU = torch.device("cpu")
 
@@ -30,3 +30,10 @@ def test_providers_take_turns():
     times = take_turns(calls, CPU, Budget(0.0, 3, 3))
     assert {name: each.rounds for name, each in times.items()} == {"a": 3, "b": 3}
     assert called == ["a", "b"] * 5  # two rounds to compile and to find the number of rounds
+
+
+def test_a_turn_leaves_out_its_first_call_unless_that_fills_it():
+    waits = iter((0.02, 0.004, 0.006, 0.02))
+    assert [round(each, 2) for each in turn(lambda: time.sleep(next(waits)), CPU, 0.01)] == [0.02]
+    assert len(turn(lambda: time.sleep(next(waits)), CPU, 0.005)) == 1
+    assert len(turn(lambda: None, CPU, 1.0, most=3)) == 3

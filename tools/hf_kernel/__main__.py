@@ -39,6 +39,7 @@ def add_op_namespace_prefix(op_name: str) -> str:
     return f"{{NAMESPACE}}::{{op_name}}"
 '''
 OPERATOR = re.compile(r"ecgot::(\w+)")
+OWN_NAMESPACE = 'NAMESPACE = "ecgot"\n'
 
 
 def write(folder: Path) -> None:
@@ -101,7 +102,8 @@ def rewritten(module: str) -> str:
             node.end_lineno or 0 for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
         )
         lines.insert(last, f"from {'.' * (depth + 1)}_ops import add_op_namespace_prefix\n")
-    return "".join(lines)
+    own = f"from {'.' * (depth + 1)}_ops import NAMESPACE\n"
+    return "".join(own if line == OWN_NAMESPACE else line for line in lines)
 
 
 def without_numba(text: str) -> str:

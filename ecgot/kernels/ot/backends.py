@@ -3,9 +3,11 @@
 Solvers are imported when they are first needed: Triton and numba may both be missing.
 """
 
-import importlib.util
+import importlib
 import math
+import warnings
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,15 +27,38 @@ from ecgot.kernels.ot.problem import (
     rounding,
 )
 
-HAS_NUMBA = importlib.util.find_spec("numba") is not None
 # Of the linear system of implicit gradients; fp32 cannot do better than its rounding.
 IMPLICIT_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 MAX_STEPS = 1000  # of conjugate gradients
 MAX_CACHED_CELLS = 2**22  # products x y^T of a batch, 16 MB in fp32
 
 
+@lru_cache(maxsize=1)
+def _import_numba() -> bool:
+    try:
+        importlib.import_module("ecgot.kernels.ot.numba_solver")
+    except Exception as reason:  # not installed or broken, or there is no place for the cache of its code
+        warnings.warn(
+            "numba: expected to import it and to cache compiled code, "
+            f"got {str(reason).partition(chr(10))[0]!r}: torch solves on the CPU, slower",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return False
+    return True
+
+
+def numba_serves() -> bool:
+    """Whether the compiled loops can be imported; says once why not. Torch is slower then, and serves."""
+    return _import_numba()
+
+
+# As torch.compiler.assume_constant_result does, without the two seconds that its import takes.
+numba_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def backend(problem: Problem) -> str:
-    """ "triton" (one problem on chip), "triton-streaming", "numba", "torch" or "torch-streaming"."""
+    """ "triton" (one problem on chip), "numba", "torch", or one of these with "-streaming"."""
     n, m = problem.size
     if use_triton(problem.x, problem.y) and problem.dtype == torch.float32:
         from ecgot.kernels.ot import triton_onchip
@@ -43,9 +68,9 @@ def backend(problem: Problem) -> str:
         if not problem.pairs and problem.cost != "given" and n and m:
             return "triton-streaming"
         return "torch"
-    if n * m <= torch_solver.MAX_CELLS or problem.pairs or problem.cost == "given":
-        return "numba" if HAS_NUMBA and problem.x.device.type == "cpu" else "torch"
-    return "torch-streaming"
+    name = "numba" if problem.x.device.type == "cpu" and numba_serves() else "torch"
+    stored = n * m <= torch_solver.MAX_CELLS or problem.pairs or problem.cost == "given"
+    return name if stored else f"{name}-streaming"
 
 
 def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tuple[Solution, Tensor]:
@@ -66,6 +91,12 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tu
 
 def _solve(problem: Problem, init: Tensor | None, settings: SolverSettings, cache: Tensor) -> Solution:
     name = backend(problem)
+    if name == "numba" and init is None:
+        from ecgot.kernels.ot import numba_small
+
+        small = numba_small.solve(problem, settings, cache) if numba_small.fits(problem) else None
+        if small is not None:
+            return small
     if name == "triton" and not problem.empty:
         from ecgot.kernels.ot import triton_onchip
 
@@ -111,6 +142,10 @@ def _potentials(
         from ecgot.kernels.ot import numba_solver
 
         return numba_solver.solve(problem, init, settings, cache)
+    if name == "numba-streaming":
+        from ecgot.kernels.ot import numba_streaming
+
+        return numba_streaming.solve(problem, init, settings)
     if name == "triton-streaming":
         from ecgot.kernels.ot import triton_streaming
 
@@ -139,9 +174,16 @@ def cost_vjp(problem: Problem, given: PlanWeights, cache: Tensor) -> tuple[Tenso
 
         return triton_gradient.cost_vjp(problem, given, step=True)
     if name == "numba" and given.left is None:
-        from ecgot.kernels.ot import numba_solver
+        from ecgot.kernels.ot import numba_small, numba_solver
 
+        small = numba_small.cost_vjp(problem, given, cache) if numba_small.fits(problem) else None
+        if small is not None:
+            return small
         grad_x, grad_y = numba_solver.cost_vjp(problem, given, cache)
+    elif name == "numba-streaming" and given.left is None:
+        from ecgot.kernels.ot import numba_streaming
+
+        grad_x, grad_y = numba_streaming.cost_vjp(problem, given)
     else:
         grad_x, grad_y = torch_solver.cost_vjp(problem, given)
     steps = step_gradients(problem, given.scale)

@@ -392,6 +392,10 @@ def _pool(workers: int, _process: int) -> ThreadPoolExecutor:
 
     def alone(_: int) -> None:
         all_there.wait()
+        # Torch sets a thread's number when it is first asked for, which would undo ours: each worker then had
+        # an OpenMP team, and where there are more such threads than cores, none waits by spinning any more,
+        # which makes every small operation of the process several times as slow.
+        torch.get_num_threads()
         torch.set_num_threads(1)
 
     list(pool.map(alone, range(workers)))

@@ -19,8 +19,8 @@ from ecgot.kernels.ot import backends
 from ecgot.kernels.ot.centring import step_gradients, weight_terms, whole_potentials
 from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot.problem import PlanWeights, Problem, Solution, SolverSettings, can_read_values
+from ecgot.kernels.ot.registration import LIBRARY, Caller, pulled_back, register
 from ecgot.kernels.ot.torch_solver import eps_vjp
-from ecgot.kernels.ot.transforms import Transformable, pulled_back
 
 TENSORS, VALUES = 9, 3  # how many arguments a problem is
 TENSOR_SCHEMA = (
@@ -74,10 +74,9 @@ def _without_zero_centres(problem: Problem) -> Problem:
 # --- solve --------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "ecgot::sinkhorn",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor eps, Tensor? rho_x, Tensor? rho_y, "
+@register(
+    "sinkhorn",
+    "(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor eps, Tensor? rho_x, Tensor? rho_y, "
     f"Tensor? init, {VALUE_SCHEMA}, SymInt max_iter, float tol, float scaling, bool keep_costs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -127,7 +126,7 @@ def _centre_shapes(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (problem.a.shape[0], d), (problem.b.shape[0], d)
 
 
-@sinkhorn_op.register_fake
+@torch.library.register_fake("ecgot::sinkhorn", lib=LIBRARY)
 def _(*flat):  # type: ignore[no-untyped-def]
     problem, _, (*_, keep_costs) = _uncentred(flat)
     shape, (n, m), empty = problem.shape, problem.size, problem.eps.new_empty
@@ -236,16 +235,15 @@ def _weight_gradients(problem: Problem, f: Tensor, g: Tensor, grad_value: Tensor
     return found if terms is None else [grad + term for grad, term in zip(found, terms, strict=True)]
 
 
-sinkhorn_op.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("ecgot::sinkhorn", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
 # --- envelope gradient --------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "ecgot::sinkhorn_pull",
-    mutates_args=(),
-    schema=f"({TENSOR_SCHEMA}, Tensor f, Tensor g, Tensor scale, Tensor? left, Tensor? right, "
+@register(
+    "sinkhorn_pull",
+    f"({TENSOR_SCHEMA}, Tensor f, Tensor g, Tensor scale, Tensor? left, Tensor? right, "
     f"Tensor cost_cache, {VALUE_SCHEMA}) -> (Tensor, Tensor)",
 )
 def cost_vjp_op(*flat: Any) -> tuple[Tensor, Tensor]:
@@ -258,7 +256,7 @@ def cost_vjp_op(*flat: Any) -> tuple[Tensor, Tensor]:
     return grad_x, problem.x.new_empty(0) if grad_y is None else grad_y
 
 
-@cost_vjp_op.register_fake
+@torch.library.register_fake("ecgot::sinkhorn_pull", lib=LIBRARY)
 def _(*flat):  # type: ignore[no-untyped-def]
     x, y = flat[:2]
     return x.new_empty(x.shape), x.new_empty(0) if y is None else y.new_empty(y.shape)
@@ -304,16 +302,17 @@ def _cost_vjp_backward(ctx, grad_x, grad_y):  # type: ignore[no-untyped-def]
     return *of_problem, *(None,) * 5, grad_f, grad_g, grad_scale, *(None,) * 6
 
 
-cost_vjp_op.register_autograd(_cost_vjp_backward, setup_context=_setup_cost_vjp_context)
+torch.library.register_autograd(
+    "ecgot::sinkhorn_pull", _cost_vjp_backward, setup_context=_setup_cost_vjp_context, lib=LIBRARY
+)
 
 
 # --- implicit gradient --------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "ecgot::sinkhorn_implicit",
-    mutates_args=(),
-    schema=f"({TENSOR_SCHEMA}, Tensor f, Tensor g, Tensor grad_f, Tensor grad_g, {VALUE_SCHEMA})"
+@register(
+    "sinkhorn_implicit",
+    f"({TENSOR_SCHEMA}, Tensor f, Tensor g, Tensor grad_f, Tensor grad_g, {VALUE_SCHEMA})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def implicit_op(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -324,19 +323,28 @@ def implicit_op(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return backends.implicit(problem, *potentials)
 
 
-@implicit_op.register_fake
+@torch.library.register_fake("ecgot::sinkhorn_implicit", lib=LIBRARY)
 def _(*flat):  # type: ignore[no-untyped-def]
     _, (f, g, _, _), _ = _unpacked(flat, 4)
     return f.new_empty(f.shape), g.new_empty(g.shape), f.new_empty(f.shape), g.new_empty(g.shape)
 
 
-# --- under torch.func ---------------------------------------------------------------------------------------
+def _implicit_backward(ctx, *_):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "sinkhorn: expected first derivatives of potentials and plans, got a second derivative"
+    )
+
+
+torch.library.register_autograd("ecgot::sinkhorn_implicit", _implicit_backward, lib=LIBRARY)
+
+
+# --- how they are called ------------------------------------------------------------------------------------
 
 
 def _is_folded(flat: Sequence[Any]) -> bool:
     return not next(each for each in flat if isinstance(each, bool))  # the first is ``pairs``
 
 
-_solve = Transformable(sinkhorn_op, _setup_context, _backward, is_folded=_is_folded)
-_cost_vjp = Transformable(cost_vjp_op, is_folded=_is_folded)
-_implicit = Transformable(implicit_op, is_folded=_is_folded)
+_solve = Caller(sinkhorn_op, _setup_context, _backward, is_folded=_is_folded)
+_cost_vjp = Caller(cost_vjp_op, is_folded=_is_folded)
+_implicit = Caller(implicit_op, is_folded=_is_folded)

@@ -46,8 +46,8 @@ class SinkhornOutput:
     def backend(self) -> str:
         """Which solver serves such a problem.
 
-        ``"triton"`` (one problem on chip), ``"triton-streaming"``, ``"numba"``, ``"torch"`` or
-        ``"torch-streaming"`` (costs formed again for each update, no N x M matrix).
+        ``"triton"`` (one problem on chip), ``"numba"`` or ``"torch"``; where costs are formed again for each
+        update, without an N x M matrix, ``"triton-streaming"``, ``"numba-streaming"``, ``"torch-streaming"``.
         """
         return backend(self._problem)
 

@@ -85,8 +85,8 @@ def sinkhorn(
 
     On CUDA, problems of up to 128 x 128 points (or 256 x 64, ...) with any D are solved by one Triton program
     each, and larger ones by a streaming kernel in O((N + M) D) memory; fp64 uses torch. On a CPU, compiled
-    loops solve (``pip install numba``; torch without it), and beyond 2^24 costs per problem torch in chunks
-    of rows. With TRITON_INTERPRET=1 the Triton kernels run on the CPU too. Into a CUDA graph, where nothing
+    loops solve (torch where numba cannot be imported), which beyond 2^24 costs per problem stream as well.
+    With TRITON_INTERPRET=1 the Triton kernels run on the CPU too. Into a CUDA graph, where nothing
     can look for convergence, the torch and streaming solvers record at most 100 iterations (and 100 of
     annealing, with a lower ``scaling`` if need be); ``marginal_error`` and ``converged`` say how far it got.
 

@@ -8,9 +8,20 @@ import torch
 from torch import Tensor
 
 from ecgot.kernels.ot.iteration import Softmins, is_check_due, iterate, most_iterations
-from ecgot.kernels.ot.problem import PlanWeights, Problem, Result, SolverSettings, cost_of, inverse_norm
+from ecgot.kernels.ot.problem import (
+    MAX_EXPONENT,
+    PlanWeights,
+    Problem,
+    Result,
+    SolverSettings,
+    can_read_values,
+    cost_of,
+    inverse_norm,
+)
+from ecgot.kernels.ot.torch_absorbed import Absorbed
 
 MAX_CELLS = 2**24  # of the cost matrix that is held at once
+CHUNK_CELLS = 2**20  # of all costs that are held at once on a CPU, 4 MB in fp32
 
 
 def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> Result:
@@ -19,10 +30,11 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> Re
     per_x = n * m * (len(problem.b) if problem.pairs else 1)
     if per_x > MAX_CELLS and not problem.pairs and problem.cost != "given":
         return iterate(problem, by_chunks(problem), init, settings)
-    step = max(1, MAX_CELLS // per_x)
+    step = max(1, _chunk_cells(problem) // per_x)
     parts = []
     for start in range(0, len(problem.a), step):
-        part = problem.rows(start, min(start + step, len(problem.a)))
+        cut = _costs_of_pairs if problem.pairs and not settings.scaling else Problem.rows
+        part = cut(problem, start, min(start + step, len(problem.a)))
         first = None if init is None else init[start : start + step]
         parts.append(iterate(part, stored(part), first, settings))
     f, g, error, iterations = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -30,14 +42,57 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> Re
     return f.view(*shape, n), g.view(*shape, m), error.view(shape), iterations.view(shape)
 
 
+def _chunk_cells(problem: Problem) -> int:
+    """How many costs to hold at once: on a CPU as many as stay in its cache."""
+    return min(MAX_CELLS, CHUNK_CELLS) if problem.x.device.type == "cpu" else MAX_CELLS
+
+
+def _costs_of_pairs(problem: Problem, start: int, stop: int) -> Problem:
+    """As :meth:`Problem.rows`, with the costs in place of the points, of which no pair needs a copy."""
+    (n, m), k, count = problem.size, len(problem.b), stop - start
+    own = slice(start * k, stop * k)
+    cost = pair_costs(problem, *problem.points(), slice(start, stop)).transpose(1, 2)
+    return Problem(
+        x=cost.reshape(count * k, n, m),
+        y=None,
+        a=problem.a[start:stop].repeat_interleave(k, 0),
+        b=problem.b.repeat(count, 1),
+        x_centre=None,
+        y_centre=None,
+        eps=problem.eps[own],
+        cost="given",
+        rho_x=None if problem.rho_x is None else problem.rho_x[own],
+        rho_y=None if problem.rho_y is None else problem.rho_y[own],
+    )
+
+
+def pair_costs(problem: Problem, x: Tensor, y: Tensor, some: slice) -> Tensor:
+    """[count, N, K, M] of prepared points x [B, N, D] and y [K, M, D]."""
+    part = x[some]
+    shape = (*part.shape[:2], *y.shape[:2])
+    return cost_of(part.flatten(0, 1)[None], y.flatten(0, 1)[None], problem.cost).view(shape)
+
+
 def stored(problem: Problem) -> Softmins:
     """Log-sum-exps from a cost matrix [B, N, M] held in memory."""
     kernel = problem.cost_matrix() / -problem.eps[:, None, None]
-    log_a, log_b = (weight.log() for weight in problem.weights())
-    return Softmins(
-        rows=lambda g, t: _logsumexp(kernel + g[:, None, :], log_b[:, None, :], t, 2),
-        columns=lambda f, t: _logsumexp(kernel + f[:, :, None], log_a[:, :, None], t, 1),
-    )
+    weights = problem.weights()
+    log_a, log_b = (weight.log() for weight in weights)
+    absorbed = None
+    if can_read_values(kernel) and not bool(kernel.isinf().any()):
+        absorbed = Absorbed(kernel, *weights)
+
+    def rows(g: Tensor, t: Tensor | None) -> Tensor:
+        if absorbed is not None and t is None:
+            return absorbed.rows(g)
+        return _logsumexp(kernel + g[:, None, :], log_b[:, None, :], t, 2)
+
+    def columns(f: Tensor, t: Tensor | None) -> Tensor:
+        if absorbed is not None and t is None:
+            return absorbed.columns(f)
+        return _logsumexp(kernel + f[:, :, None], log_a[:, :, None], t, 1)
+
+    return Softmins(rows, columns)
 
 
 def _logsumexp(exponent: Tensor, log_weight: Tensor, temperature: Tensor | None, dim: int) -> Tensor:
@@ -81,24 +136,51 @@ def cost_vjp(problem: Problem, given: PlanWeights) -> tuple[Tensor, Tensor | Non
 
     In the solver's dtype: more is to be added before it is rounded to the points'.
     """
+    if problem.pairs:
+        return _cost_vjp_of_pairs(problem, given)
     n, m = problem.size
-    step = max(1, MAX_CELLS // (n * m * (len(problem.b) if problem.pairs else 1)))
+    step = max(1, _chunk_cells(problem) // (n * m))
     grads_x, grads_y = [], []
     for start in range(0, len(problem.a), step):
         stop = min(start + step, len(problem.a))
-        part = problem.rows(start, stop)
-        grad_x, grad_y = _cost_vjp_by_rows(part, given.rows(problem, start, stop))
-        if problem.pairs:
-            assert grad_y is not None
-            grad_x = grad_x.view(stop - start, len(problem.b), *grad_x.shape[1:]).sum(1)
-            grad_y = grad_y.view(stop - start, *problem.b.shape, grad_y.shape[2]).sum(0, keepdim=True)
+        grad_x, grad_y = _cost_vjp_by_rows(problem.rows(start, stop), given.rows(problem, start, stop))
         grads_x.append(grad_x)
         grads_y.append(grad_y)
-    grad_x = torch.cat(grads_x)
     if problem.y is None:
-        return grad_x, None
-    whole = torch.cat([grad for grad in grads_y if grad is not None])
-    return grad_x, whole.sum(0) if problem.pairs else whole
+        return torch.cat(grads_x), None
+    return torch.cat(grads_x), torch.cat([grad for grad in grads_y if grad is not None])
+
+
+def _cost_vjp_of_pairs(problem: Problem, given: PlanWeights) -> tuple[Tensor, Tensor]:
+    """All pairs of some clouds x in one product for each side; no pair has a copy of its points."""
+    assert problem.y is not None
+    (n, m), k = problem.size, len(problem.b)
+    x, y = problem.points()
+    a, b = problem.weights()
+    eps, scale = problem.eps.view(problem.shape), torch.where(problem.solvable(), given.scale, 0.0)
+    to_y, row_sums = torch.empty_like(x), torch.empty_like(a)
+    to_x, column_sums = torch.zeros_like(y), torch.zeros_like(b)
+    step = max(1, _chunk_cells(problem) // (n * m * k))
+    for start in range(0, len(x), step):
+        some = slice(start, start + step)
+        cost = pair_costs(problem, x, y, some)
+        f, g = given.f[some].transpose(1, 2)[:, :, :, None], given.g[some][:, None]
+        weights = cost.neg().add_(f).add_(g).div_(eps[some][:, None, :, None])
+        weights.clamp_max_(MAX_EXPONENT).exp_()
+        weights.mul_((a[some][:, :, None] * scale[some][:, None, :])[:, :, :, None]).mul_(b)
+        if problem.cost == "euclidean":
+            weights = torch.where(cost > 0, weights / torch.where(cost > 0, cost, 1.0), 0.0)
+        # Where nothing asks for a pair, what is NaN in it stays there.
+        weights = torch.where((scale[some] != 0)[:, None, :, None], weights, 0.0)
+        flat = weights.view(-1, k * m)
+        to_y[some] = (flat @ y.flatten(0, 1)).view(x[some].shape)
+        to_x += (flat.T @ x[some].flatten(0, 1)).view(y.shape)
+        row_sums[some] = weights.sum((2, 3))
+        column_sums += weights.sum((0, 1))
+    return (
+        chain(problem.cost, x, to_y, row_sums, _inverse_norm(problem, problem.x, problem.a)),
+        chain(problem.cost, y, to_x, column_sums, _inverse_norm(problem, problem.y, problem.b)),
+    )
 
 
 def _cost_vjp_by_rows(problem: Problem, given: PlanWeights) -> tuple[Tensor, Tensor | None]:

@@ -1,5 +1,6 @@
 """Every solver gives the same: on chip, streaming, compiled loops, torch and torch in chunks of rows."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 from ecgot.kernels import sinkhorn, sinkhorn_pairwise
 from ecgot.kernels.ot import torch_solver
-from tests.kernels.ot.problems import BACKEND, COSTS, DEVICE, close, oracle, problem, solved
+from ecgot.kernels.ot.torch_absorbed import Absorbed
+from tests.kernels.ot.problems import BACKEND, COSTS, DEVICE, FP64, close, oracle, problem, solved
 
 
 def test_offsets_beyond_two_to_the_31():
@@ -37,7 +39,7 @@ def test_large_problems_in_chunks_of_rows_are_the_same(cost, monkeypatch):
     (expected,) = torch.autograd.grad(whole.value.sum(), x)
     monkeypatch.setattr(torch_solver, "MAX_CELLS", 300)
     out = sinkhorn(**tensors, **settings)
-    assert out.backend == "torch-streaming"
+    assert out.backend == f"{FP64}-streaming"
     torch.testing.assert_close(out.value, whole.value, atol=1e-7, rtol=0)
     (grad,) = torch.autograd.grad(out.value.sum(), x)
     torch.testing.assert_close(grad, expected, atol=1e-6, rtol=0)
@@ -75,6 +77,60 @@ def test_torch_path_alone(rho, monkeypatch):
     torch.testing.assert_close(grad, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rho", [{}, {"rho": 0.5}], ids=str)
+@pytest.mark.parametrize("cost", COSTS)
+def test_torch_path_of_all_pairs(cost, rho, monkeypatch):
+    """Each pair is the problem of its two clouds, in value and gradient, however few clouds are a chunk."""
+    monkeypatch.setattr("ecgot.kernels.ot.backends.backend", lambda problem: "torch")
+    monkeypatch.setattr(torch_solver, "CHUNK_CELLS", 400)  # two clouds x of five
+    first, second = (problem((count, 9, 7, 4), masked=True, weighted=True, seed=count) for count in (5, 3))
+    given = {"x": first["x"], "a": first["a"], "x_mask": first["x_mask"]}
+    given |= {"y": second["y"], "b": second["b"], "y_mask": second["y_mask"]}
+    given = {name: t.cpu() for name, t in given.items()}
+    settings = {"eps": 0.2, "cost": cost, "tol": 1e-6, "max_iter": 5000, **rho}
+    scale = torch.arange(1.0, 16.0).view(5, 3)
+    pair = {
+        name: t.repeat_interleave(3, 0) if name in ("x", "a", "x_mask") else torch.cat([t] * 5)
+        for name, t in given.items()
+    }
+    expected, _ = solved(pair, eps=0.2, cost=cost, **{"rho_x": 0.5, "rho_y": 0.5} if rho else {})
+    x, y = given["x"].requires_grad_(), given["y"].requires_grad_()
+    value = sinkhorn_pairwise(**given, **settings)
+    close(value.flatten(), expected, 3e-5)
+    grads = torch.autograd.grad((value * scale).sum(), (x, y))
+    px, py = pair["x"].requires_grad_(), pair["y"].requires_grad_()
+    one_by_one = sinkhorn(**pair | {"x": px, "y": py}, **settings).value
+    wanted = torch.autograd.grad((one_by_one * scale.flatten()).sum(), (px, py))
+    wanted = wanted[0].view(5, 3, 9, 4).sum(1), wanted[1].view(5, 3, 7, 4).sum(0)
+    for found, each in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(found.nan_to_num(), each.nan_to_num(), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_absorbed_log_sum_exps_are_those_of_the_costs(dtype):
+    generator = torch.Generator().manual_seed(0)
+    kernel = -300 * torch.rand(3, 8, 6, generator=generator, dtype=dtype)
+    a, b = (torch.rand(3, n, generator=generator, dtype=dtype) for n in (8, 6))
+    b[1, 2], a[2, 4] = 0, 0
+    absorbed = Absorbed(kernel, a, b)
+    g = torch.zeros(3, 6, dtype=dtype)
+    for move in (0.0, 1.0, 5.0, 60.0, 150.0, 600.0, 1.0):  # from within the range, beyond it, and back
+        g = g + move * (torch.rand(3, 6, generator=generator, dtype=dtype) - 0.5)
+        lse = absorbed.rows(g)
+        exact = torch.logsumexp(kernel.double() + (g + b.log())[:, None].double(), 2)
+        close(lse, exact, 1e-5 if dtype == torch.float32 else 1e-12)
+        for f in (-lse, -0.5 * lse):
+            exact = torch.logsumexp(kernel.double() + (f + a.log())[:, :, None].double(), 1)
+            close(absorbed.columns(f), exact, 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_what_underflowed_on_absorption_comes_back():
+    absorbed = Absorbed(torch.tensor([[[0.0, -110.0]]]), torch.ones(1, 1), torch.full((1, 2), 0.5))
+    absorbed.rows(torch.zeros(1, 2))  # the second column is lost: exp(-110)
+    g = torch.tensor([[-60.0, 60.0]])
+    close(absorbed.rows(g), torch.tensor([[-50.0 - math.log(2)]]).double(), 1e-4)
+
+
 def test_many_threads_at_once_and_the_number_of_torchs_threads():
     before = torch.get_num_threads()
     batches = [problem((4, 9, 7, 4), seed=seed, masked=True) for seed in range(6)]
@@ -94,4 +150,4 @@ def test_fifty_thousand_points_need_no_matrix():
     x = torch.empty(1, 50_000, 64, device="meta")
     weights = torch.empty(1, 50_000, device="meta")
     eps = torch.empty(1, device="meta")
-    assert backend(Problem(x, x, weights, weights, None, None, eps, "dot")) == "torch-streaming"
+    assert backend(Problem(x, x, weights, weights, None, None, eps, "dot")) == "torch-streaming"  # no CPU's
