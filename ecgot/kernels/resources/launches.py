@@ -224,7 +224,8 @@ def _parts(func: Any) -> Callable[..., Any] | None:
     from torch._library.custom_ops import OPDEFS
 
     if func.namespace == "ecgot":
-        return OPDEFS[func._schema.name]._init_fn
+        kernel = getattr(func, "kernel", None)  # of kernels/ot/registration.py
+        return kernel or OPDEFS[func._schema.name]._init_fn
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     if has(func.name(), "CompositeImplicitAutograd"):
         return func.decompose
