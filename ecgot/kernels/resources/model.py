@@ -194,7 +194,7 @@ PASSES: dict[str, Callable[[Any], Passes]] = {
     "_doubly_stochastic_bwd_kernel": lambda a: Passes(main=a.iterations - 1, others=a.iterations - 1),
     "_softmin_prepare_kernel": lambda a: Passes(main=math.ceil(a.width / a.BLOCK_D)),
     "_softmin_merge_kernel": lambda a: Passes(main=math.ceil(a.splits / a.BLOCK_S)),
-    "_softmin_settle_kernel": lambda a: Passes(others=math.ceil(a.blocks / a.BLOCK_N)),
+    "_softmin_settle_kernel": lambda a: Passes(others=math.ceil(max(a.blocks_x, a.blocks_y) / a.BLOCK_N)),
     "_conv1d_fwd_kernel": _convolution,
     "_conv1d_dgrad_kernel": _input_gradient,
     "_conv1d_wgrad_kernel": lambda a: Passes(main=math.ceil(a.ROWS_OF_PART / a.BLOCK_M)),
