@@ -31,7 +31,8 @@ def train(steps: int = STEPS) -> tuple[torch.nn.Linear, list[float]]:
     with torch.no_grad():
         layer.weight.copy_(torch.eye(2))
         layer.bias.zero_()
-    loss_of = ecgot.SinkhornLoss(eps=0.2, debias=True, scaling=0.7)
+    # A cloud's transport to itself is slow to the last digits; for a gradient, marginals within 1e-3 will do.
+    loss_of = ecgot.SinkhornLoss(eps=0.2, debias=True, scaling=0.7, tol=1e-3)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
     losses = []
     for _ in range(steps):
