@@ -142,11 +142,12 @@ def whole_potentials(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, Te
     terms = separable_terms(problem)
     if terms is not None:
         f, g = f + terms[0], g + terms[1]
-    if problem.balanced:
-        # A point that may match nothing has an infinite potential, which takes no part.
-        sides = ((w * torch.where(p == math.inf, 0.0, p)).sum(1) for w, p in ((a, f), (b, g)))
-        shift = (next(sides) - next(sides))[:, None] / 2
-        f, g = f - shift, g + shift
+    # A point that may match nothing has an infinite potential, which takes no part.
+    sides = ((w * torch.where(p == math.inf, 0.0, p)).sum(1) for w, p in ((a, f), (b, g)))
+    shift = (next(sides) - next(sides))[:, None] / 2
+    if not problem.balanced:
+        shift = torch.where(problem.kept()[:, None], shift, 0.0)
+    f, g = f - shift, g + shift
     solvable = problem.solvable()[:, None]
     return torch.where(solvable & (problem.a >= 0), f, 0.0), torch.where(solvable & (problem.b >= 0), g, 0.0)
 

@@ -74,10 +74,11 @@ def sinkhorn_divergence(
         value = value + eps * (x_mass - y_mass).square() / 2
         solvable = solvable | (rho < math.inf)
     value = torch.where(solvable, value, 0.0)
+    f, g = (torch.where(solvable[:, None], t, 0.0) for t in (f - (f_x + g_x) / 2, g - (f_y + g_y) / 2))
     return SinkhornDivergenceOutput(
         value=value,
-        f=(f - (f_x + g_x) / 2)[:, :n],
-        g=(g - (f_y + g_y) / 2)[:, :m],
+        f=f[:, :n],
+        g=g[:, :m],
         marginal_error=out.marginal_error.view(3, problems).amax(0),
         iterations=out.iterations.view(3, problems).amax(0),
         converged=out.converged.view(3, problems).all(0),

@@ -172,7 +172,8 @@ class TorchUpdates:
             return torch.where(self._a > 0, self._a * torch.expm1(step).abs(), 0.0).sum(1)
         # Far clouds: the target may underflow while the step to it overflows.
         share = self._shift.log_targets(f, 0)
-        share = share - torch.logsumexp(share, 1, keepdim=True)
+        mass = torch.logsumexp(share, 1, keepdim=True)
+        share = share - torch.where(mass == -math.inf, 0.0, mass)
         error = torch.exp(share + step.clamp_min(0)) * -torch.expm1(-step.abs())
         return torch.where(share == -math.inf, 0.0, error).sum(1)
 
@@ -209,4 +210,6 @@ class Shift:
             for log_weight, p in zip(self._log_weight, (f, g), strict=True)
         ]
         step = torch.where(self._rate > 0, self._rate * (x - y), 0.0)
-        return torch.where(step.abs() <= torch.finfo(x.dtype).eps * (sizes[0] + sizes[1]), 0.0, step)
+        # A side of which no point may match anything has no mass to shift.
+        small = step.abs() <= torch.finfo(x.dtype).eps * (sizes[0] + sizes[1])
+        return torch.where(small | ~step.isfinite(), 0.0, step)

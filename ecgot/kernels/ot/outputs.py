@@ -83,9 +83,10 @@ class SinkhornOutput:
             a, b = problem.weights()
             weighted = (a > 0)[:, :, None] & (b > 0)[:, None, :] & problem.solvable()[:, None, None]
             log_a, log_b = (torch.where(weight > 0, weight, 1.0).log() for weight in (a, b))
-            exponent = (f[:, :, None] + g[:, None, :] - cost) / problem.eps[:, None, None]
-            exponent = exponent + log_a[:, :, None] + log_b[:, None, :]
-            return torch.where(weighted & (cost != math.inf), exponent, -math.inf)
+            allowed = weighted & (cost != math.inf)
+            exponent = torch.where(allowed, f[:, :, None] + g[:, None, :] - cost, 0.0)
+            exponent = exponent / problem.eps[:, None, None] + log_a[:, :, None] + log_b[:, None, :]
+            return torch.where(allowed, exponent, -math.inf)
 
     def apply(self, v: Tensor, *, transpose: bool = False) -> Tensor:
         """P v [B, N, E] of v [B, M, E], or P^T v [B, M, E] of v [B, N, E]; differentiable once.
@@ -160,7 +161,9 @@ class SinkhornOutput:
             with torch.autocast(f.device.type, enabled=False):
                 return function(part, f[:, some], g, some)
 
-        starts = range(0, max(n, 1), step)
+        if step >= n:  # a checkpoint would save little, and torch.func knows none
+            return [of_rows(0)]
+        starts = range(0, n, step)
         if not torch.is_grad_enabled():
             return [of_rows(start) for start in starts]
         return [checkpoint(of_rows, start, use_reentrant=False) for start in starts]
@@ -221,6 +224,10 @@ class SinkhornDivergenceOutput:
     converged: Tensor
     backend: str
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As that of :class:`SinkhornOutput`."""
+        return {name: _detached(value) for name, value in vars(self).items()}
+
 
 @dataclass
 class SinkhornPairwiseOutput:
@@ -237,6 +244,10 @@ class SinkhornPairwiseOutput:
     iterations: Tensor
     converged: Tensor
     backend: str
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As that of :class:`SinkhornOutput`."""
+        return {name: _detached(value) for name, value in vars(self).items()}
 
 
 # torch.load reads what torch.save wrote of them without weights_only=False.

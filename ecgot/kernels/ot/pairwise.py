@@ -76,7 +76,7 @@ def sinkhorn_pairwise(  # type: ignore[misc]  # the overloads leave its settings
     for name, value in (("rho", rho), ("rho_x", rho_x), ("rho_y", rho_y)):
         if isinstance(value, Tensor) and value.dim():
             raise ValueError(f"{name}: expected a number, got a tensor {tuple(value.shape)}")
-    eps_each = checks.check_eps(eps, x, len(x) * len(y)).detach()
+    eps_each = checks.check_eps(eps, x, x.shape[0] * y.shape[0]).detach()
     rhos = checks.check_rho(rho, rho_x, rho_y, eps_each)
     settings = checks.check_settings(max_iter, tol, scaling)
     free = rhos != (None, None)

@@ -108,6 +108,13 @@ class Problem:
         """Whether every problem keeps both marginals."""
         return self.rho_x is None and self.rho_y is None
 
+    def kept(self) -> Tensor:
+        """[B] ([B * K] for pairs), whether a problem keeps both marginals."""
+        kept = torch.ones_like(self.eps, dtype=torch.bool)
+        for rho in (self.rho_x, self.rho_y):
+            kept = kept if rho is None else kept & (rho == math.inf)
+        return kept
+
     def slack(self) -> tuple[Tensor, Tensor]:
         """eps / rho of x and y, [B] ([B * K] for pairs) each: 0 where the marginal is kept."""
         return _slack(self.rho_x, self.eps), _slack(self.rho_y, self.eps)
@@ -325,11 +332,14 @@ def rounding(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
     a, b = problem.a, problem.b
     if problem.pairs:
         a = a[:, None, :]
-    largest = [
-        torch.where((weight > 0) & (potential != math.inf), potential.abs(), 0.0).amax(-1)
-        for weight, potential in ((a, f), (b, g))
-    ]
-    units = (largest[0] + largest[1]) / problem.eps.view(problem.shape)
+    eps, rho_x, rho_y = problem._each()
+    largest = []
+    for weight, potential, rho in ((a, f, rho_x), (b, g, rho_y)):
+        counts = (weight > 0) & (potential != math.inf)
+        if rho is not None:  # a point that is as good as left out rounds nothing
+            counts = counts & (torch.exp(-potential / rho[..., None]) > 0)
+        largest.append(torch.where(counts, potential.abs(), 0.0).amax(-1))
+    units = (largest[0] + largest[1]) / eps
     return (units - EXACT).clamp_min(0) * (torch.finfo(problem.dtype).eps / 8)
 
 

@@ -135,9 +135,9 @@ def sinkhorn_from_cost(
 ) -> SinkhornOutput:
     """:func:`sinkhorn` with a given cost matrix [B, N, M], in which ``value`` is then differentiable.
 
-    A cost [N, M] is shared by all problems and not copied for them; weights, masks or a tensor ``eps`` tell
-    their number B, which is 1 without any. Infinity forbids a pair; NaN and minus infinity make the value of
-    their problem NaN. The other arguments are those of :func:`sinkhorn`.
+    A cost [N, M] is shared by all problems and not copied for them; what has a row or an entry for each
+    tells their number B, which is 1 without any. Infinity forbids a pair; NaN and minus infinity make the
+    value of their problem NaN. The other arguments are those of :func:`sinkhorn`.
 
     >>> import torch
     >>> cost = torch.tensor([[[1.0, 5.0], [5.0, 2.0]]], requires_grad=True)
@@ -150,7 +150,7 @@ def sinkhorn_from_cost(
     """
     checks.check_tensor("cost", cost)
     if cost.dim() == 2:
-        cost = cost.expand(checks.batch_of(eps, a, b, x_mask, y_mask), *cost.shape)
+        cost = cost.expand(checks.batch_of(eps, a, b, x_mask, y_mask, rho, rho_x, rho_y, init), *cost.shape)
     checks.check_floating("cost", cost, 3, "[B, N, M] or [N, M]")
     settings = checks.check_settings(max_iter, tol, scaling)
     eps = checks.check_eps(eps, cost, cost.shape[0])

@@ -312,9 +312,10 @@ def implicit(
     terms = torch.where(b > 0, grad_g, 0.0).abs() + tau_x * b * to_columns((rows * per_r).abs())
     rounding = 8 * torch.finfo(rhs.dtype).eps * terms
     diagonal = b * c
-    if problem.balanced:  # singular: remove what is left of the gauge, or the iteration would chase it
-        total = diagonal.sum(1, keepdim=True)
-        rhs = rhs - diagonal * rhs.sum(1, keepdim=True) / torch.where(total > 0, total, 1.0)
+    # Singular where both marginals are kept: what is left of the gauge would be chased for ever.
+    total = diagonal.sum(1, keepdim=True)
+    gauge = rhs.sum(1, keepdim=True) / torch.where(total > 0, total, 1.0)
+    rhs = rhs - diagonal * torch.where(problem.kept()[:, None], gauge, 0.0)
 
     def matvec(q: Tensor) -> Tensor:
         inner = a * per_r * to_rows(b * q)

@@ -22,6 +22,7 @@ from ecgot.kernels.ot.triton_tiles import (
     GIVEN,
     LOG2_E,
     MAX_EXPONENT,
+    all_registers,
     block_size,
     cost_tile,
     fp32_precisions,
@@ -170,7 +171,8 @@ def _configuration(n: int, m: int, hip: bool = HIP) -> dict[str, Any]:
         warps = 1 if cells <= 16 * 16 else 2 if cells <= 32 * 64 else 4
     else:
         warps = 1 if cells <= 16 * 16 else 2 if cells <= 32 * 32 else 4 if cells <= 32 * 64 else 8
-    return {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": 16, "num_warps": warps, "num_stages": 1}
+    blocks = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": 16}
+    return blocks | {"num_warps": warps, "num_stages": 1} | all_registers(hip)
 
 
 def implicit(

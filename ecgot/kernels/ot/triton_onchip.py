@@ -510,7 +510,9 @@ def _solve_problem(
                 else:
                     share = _log_targets(a, f, slack_x)
                     step = (f - (away_x * lse - lse)) / tau_x  # as below: at rest it is 0
-                    error = _total(row_errors(share - _log_sum(share), step))
+                    mass = _log_sum(share)
+                    share -= tl.where(mass == float("-inf"), 0.0, mass)
+                    error = _total(row_errors(share, step))
                 going = (error > tol) & (left > 0)  # False for NaN
             if going:
                 tl.debug_barrier()  # every warp has read f
@@ -568,7 +570,7 @@ def _solve_problem(
                                 sums = tl.log2(s)
                                 share = a + away_x * sums
                                 mass = _log_sum(share)
-                                share -= mass
+                                share -= tl.where(mass == float("-inf"), 0.0, mass)
                                 targets = _log_targets(b, g + tl.log2(tl.where(b > 0, v, 1.0)), slack_y)
                                 shift = _shift(mass + level, _log_sum(targets), slack_x, slack_y)
                                 f = away_x * lse - lse - tau_x * sums + shift
@@ -624,7 +626,11 @@ def _solve_problem(
     f = _as_rows(tl.load(f_place))
     g = _as_columns(tl.load(g_place))
     solvable = (_total(a) > 0) & (_total(b) > 0)
-    units = (_largest_of(f, a) + _largest_of(g, b)) * LN_2  # see problem.rounding
+    counted_a, counted_b = a, b
+    if not BALANCED:
+        counted_a = tl.where(tl.exp2(-slack_x * f) > 0, a, 0.0)
+        counted_b = tl.where(tl.exp2(-slack_y * g) > 0, b, 0.0)
+    units = (_largest_of(f, counted_a) + _largest_of(g, counted_b)) * LN_2  # see problem.rounding
     error += tl.maximum(units - EXACT, 0.0) * (EPSILON / 8)
     per_unit = eps * LN_2
     f = tl.where(solvable, tl.where(x_valid, f * per_unit, 0.0), 0.0)
@@ -852,7 +858,8 @@ def _empty_solution(problem: Problem) -> tuple[Solution, int]:
     """The tensors that the kernel writes, and which centres it uses: one of the constants above."""
     (n, m), shape, empty = problem.size, problem.shape, problem.eps.new_empty
     centre = _centre_code(problem.cost, problem.balanced, problem.x_centre is not None)
-    own, whole = centre >= OWN_CENTRES.value, not problem.pairs and centre != CENTRES_GIVEN.value
+    own = centre >= OWN_CENTRES.value
+    whole = problem.balanced and not problem.pairs and centre != CENTRES_GIVEN.value
     d = problem.x.shape[2]
     solution = Solution(
         f=empty(*shape, n),
@@ -909,5 +916,5 @@ def _flags(cost: str) -> Iterator[dict[str, Any]]:
             "BALANCED": balanced,
             "HAS_INIT": has_init,
             "ANNEALED": annealed,
-            "WHOLE": not pairs and centre != CENTRES_GIVEN.value,
+            "WHOLE": balanced and not pairs and centre != CENTRES_GIVEN.value,
         }

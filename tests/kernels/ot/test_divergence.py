@@ -48,6 +48,7 @@ def test_divergence_from_an_empty_cloud_is_zero_and_flat():
     y_mask[1] = False
     out = sinkhorn_divergence(x, tensors["y"], y_mask=y_mask, eps=0.3)
     assert out.value[1] == 0
+    assert (out.f[1] == 0).all()
     assert out.value[0] > 0
     (grad,) = torch.autograd.grad(out.value.sum(), x)
     assert (grad[1] == 0).all()

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from ecgot.kernels import sinkhorn, sinkhorn_from_cost
+from ecgot.kernels import sinkhorn, sinkhorn_divergence, sinkhorn_from_cost, sinkhorn_pairwise
 from ecgot.kernels.ot import outputs
 from tests.kernels.ot.problems import DEVICE, problem
 
@@ -78,6 +78,9 @@ def test_log_plan_is_the_logarithm_of_the_plan_and_does_not_underflow():
     assert log_plan[0, 0, 1] == -math.inf
     (grad,) = torch.autograd.grad(log_plan[0, 1, 0], cost)
     assert grad.isfinite().all()
+    eps = torch.tensor([0.5], device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(sinkhorn_from_cost(cost.detach(), eps=eps).log_plan()[0, 0, 0], eps)
+    assert grad.isfinite().all()
 
 
 def test_transport_cost_counts_forbidden_pairs_by_the_cost_and_not_by_the_plan():
@@ -120,6 +123,9 @@ def test_copies_hold_their_plan_without_its_history(tmp_path):
         assert torch.equal(copied.value, out.value)
         assert not copied.value.requires_grad
     assert copy.copy(out).value.requires_grad
+    x, y = tensors["x"].nan_to_num(0.0), tensors["y"].nan_to_num(0.0)
+    for other in (sinkhorn_divergence(x, y, eps=0.3), sinkhorn_pairwise(x, y, eps=0.3, full_output=True)):
+        assert torch.equal(copy.deepcopy(other).value, other.value)
     tensors["y"] += 1
     with pytest.raises(RuntimeError, match="plan: expected unchanged x, y, weights and masks"):
         copy.deepcopy(out)

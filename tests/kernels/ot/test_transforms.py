@@ -17,7 +17,11 @@ def clouds(count=2):
 def test_gradients_of_torch_func_are_those_of_autograd():
     x, y = clouds()
     leaf = x.clone().requires_grad_()
-    for quantity in (lambda out: out.value.sum(), lambda out: out.f.square().sum()):
+    for quantity in (
+        lambda out: out.value.sum(),
+        lambda out: out.f.square().sum(),
+        lambda out: out.transport_cost().sum(),
+    ):
         (expected,) = torch.autograd.grad(quantity(sinkhorn(leaf, y, **SOLVED)), leaf)
         grad = torch.func.grad(lambda x, q=quantity: q(sinkhorn(x, y, **SOLVED)))(x)
         torch.testing.assert_close(grad, expected)
