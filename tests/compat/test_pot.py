@@ -75,8 +75,12 @@ def test_signatures_are_the_same(ours: Callable[..., Any], peer: Callable[..., A
 def test_what_is_missing_says_so() -> None:
     with pytest.raises(AttributeError, match=r"ecgot\.compat\.pot: expected one of .*sinkhorn2.*, got emd2"):
         compat.emd2  # noqa: B018
-    with pytest.raises(AttributeError, match=r"ecgot\.compat\.pot\.batch: .* got solve_gromov_batch"):
-        compat.batch.solve_gromov_batch  # noqa: B018
+    modules = (compat.batch, compat.bregman, compat.solvers, compat.unbalanced, compat.utils)
+    for module in modules:
+        says = rf"{module.__name__}: expected one of .*{module.__all__[-1]} .*POT itself.*, got missing$"
+        with pytest.raises(AttributeError, match=says):
+            module.missing  # noqa: B018
+        assert not hasattr(module, "missing")
 
 
 # --- sinkhorn and sinkhorn2 ---------------------------------------------------------------------------------
@@ -181,6 +185,7 @@ def check_result(found: Any, wanted: Any, atol: float = 1e-9) -> None:
     assert found.status is wanted.status is None
     assert found.log is wanted.log is None
     assert found.lazy_plan is wanted.lazy_plan is None
+    assert found.citation is None
     assert type(found.sparse_plan) is type(wanted.sparse_plan)
     assert bool(found.converged)
 
@@ -259,13 +264,65 @@ def test_what_each_kind_of_gradient_leaves(grad: str, live: int) -> None:
 @pytest.mark.parametrize(
     "metric", ["sqeuclidean", "euclidean", "cosine", "cityblock", "minkowski", "chebyshev"]
 )
-@pytest.mark.parametrize("lazy", [False, True])
-def test_solve_sample(metric: str, lazy: bool) -> None:
+def test_solve_sample(metric: str) -> None:
     draw = np.random.default_rng(2)
     x, y = draw.random((N, 5)), draw.random((M, 5))
     a, b, _ = problem()
-    found = compat.solve_sample(x, y, a, b, metric, REG, lazy=lazy, **LONG)
+    found = compat.solve_sample(x, y, a, b, metric, REG, **LONG)
     check_result(found, ot.solve_sample(x, y, a, b, metric, REG, **LONG), atol=1e-8)
+
+
+@pytest.mark.parametrize("as_tensors", [False, True])
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cityblock"])
+def test_lazy_plans(metric: str, as_tensors: bool) -> None:
+    draw = np.random.default_rng(2)
+    given = draw.random((N, 5)), draw.random((M, 5)), *problem()[:2]
+    given = tuple(map(torch.tensor, given)) if as_tensors else given  # type: ignore[assignment]
+    options = {"metric": metric, "reg": REG, "lazy": True, "batch_size": 4, **LONG}
+    found, wanted = (module.solve_sample(*given, **options) for module in (compat, ot))
+    dense = compat.solve_sample(*given, metric=metric, reg=REG, **LONG)
+    keys = (slice(None), slice(3), slice(1, 9, 2), 2, (1, 2), (slice(2, 5), 3), (slice(-2, None), slice(4)))
+    for key in keys:
+        close(found.lazy_plan[key], wanted.lazy_plan[key], atol=1e-8)
+    close(found.lazy_plan[-1], dense.plan[-1:])
+    assert found.lazy_plan.shape == wanted.lazy_plan.shape == (N, M)
+    assert found.lazy_plan.ndim == wanted.lazy_plan.ndim
+    for name in ("value_linear", "marginal_a", "marginal_b"):
+        close(getattr(found, name), getattr(wanted, name), atol=1e-8)
+    for name in ("plan", "sparse_plan", "marginals", "value_quad", "status"):
+        assert getattr(found, name) is getattr(wanted, name) is None
+    close(found.value, dense.value)
+    assert found.log.keys() == wanted.log.keys()
+    assert repr(found).endswith(",lazy_plan=LazyPlan(shape=(7, 10)))")
+
+
+def test_what_lazy_plans_refuse() -> None:
+    draw = np.random.default_rng(2)
+    plan = compat.solve_sample(draw.random((N, 5)), draw.random((M, 5)), reg=REG, lazy=True).lazy_plan
+    with pytest.raises(IndexError, match="lazy_plan: expected an index below 7, got 7"):
+        plan[7]
+    with pytest.raises(TypeError, match="lazy_plan: expected integers and slices as indices, got list"):
+        plan[[1, 2]]
+    with pytest.raises(IndexError, match="lazy_plan: expected at most 2 indices, got 3"):
+        plan[0, 0, 0]
+
+
+def test_gradients_of_lazy_plans_and_points_without_weight() -> None:
+    draw = np.random.default_rng(2)
+    points, (a, b, _) = (draw.random((N, 5)), draw.random((M, 5))), problem()
+    a[2] = 0
+    slopes = []
+    for lazy in (True, False):
+        x, y = tensors(*points)
+        found = compat.solve_sample(x, y, a / a.sum(), b, reg=REG, lazy=lazy, unbalanced=1.0, **LONG)
+        rows = found.lazy_plan[1:4] if lazy else found.plan[1:4]
+        assert not rows[1].any()
+        slopes.append((rows, *torch.autograd.grad((rows * torch.arange(M)).sum(), (x, y))))
+    for each, other in zip(*slopes, strict=True):
+        close(each, other, atol=1e-8)
+    fixed = compat.solve_sample(*tensors(*points), reg=REG, lazy=True, grad="envelope")
+    assert not fixed.lazy_plan[:].requires_grad
+    assert fixed.value.requires_grad
 
 
 def test_solve_sample_unbalanced_and_its_gradient() -> None:
@@ -415,6 +472,47 @@ def test_sinkhorn_unbalanced(reg_m: Any, method: str) -> None:
 def test_solve_refuses(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         compat.solve(problem()[2], **({"reg": REG} | options))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda a, b, M: compat.sinkhorn(a[1:], b, M, REG), r"a: expected shape \(7,\), got \(6,\)"),
+        (lambda a, b, M: compat.sinkhorn(a, b[1:], M, REG), r"b: expected shape \(10,\), got \(9,\)"),
+        (
+            lambda a, b, M: compat.sinkhorn(a, np.ones((9, 3)), M, REG),
+            r"b: expected shape \(10, 3\), got \(9, 3\)",
+        ),
+        (lambda a, b, M: compat.sinkhorn(a, b, M[0], REG), r"M: expected costs \[N, M\], got shape \(10,\)"),
+        (
+            lambda a, b, M: compat.sinkhorn(a, b, M, REG, warmstart=(b, a)),
+            r"warmstart: expected shape \(10,\), got \(7,\)",
+        ),
+        (lambda a, b, M: compat.solve(M, a[1:], b, reg=REG), r"a: expected shape \(7,\), got \(6,\)"),
+        (lambda a, b, M: compat.solve(M[0], reg=REG), r"M: expected costs \[N, M\]"),
+        (
+            lambda a, b, M: compat.solve(M, reg=REG, unbalanced=1, potentials_init=(b, a)),
+            r"potentials_init: expected shape \(10,\), got \(7,\)",
+        ),
+        (lambda a, b, M: compat.solve_sample(M, M, a, b, reg=REG), r"b: expected shape \(7,\), got \(10,\)"),
+        (
+            lambda a, b, M: compat.solve_sample(a, b, reg=REG),
+            r"X_a: expected points \[N, D\], got shape \(7,\)",
+        ),
+        (
+            lambda a, b, M: compat.sinkhorn_unbalanced(a, a, M, REG, 1.0),
+            r"b: expected shape \(10,\), got \(7,\)",
+        ),
+        (lambda a, b, M: compat.dist(a, b), r"x1: expected points \[N, D\], got shape \(7,\)"),
+        (lambda a, b, M: compat.dist(M, M[:, :1]), r"x1 and x2: .* got shapes \(7, 10\) and \(7, 1\)"),
+        (lambda a, b, M: compat.dist_batch(M, M), r"X1: expected points \[B, N, D\], got shape \(7, 10\)"),
+        (lambda a, b, M: compat.solve_batch(M, REG), r"M: expected costs \[B, N, M\], got shape \(7, 10\)"),
+        (lambda a, b, M: compat.solve_batch(M[None], REG, a), r"a: expected shape \(1, 7\), got \(7,\)"),
+    ],
+)
+def test_shapes_are_said_as_they_were_given(call: Callable[..., Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        call(*problem())
 
 
 def test_others_refuse() -> None:

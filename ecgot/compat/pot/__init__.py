@@ -4,11 +4,10 @@ Arrays of NumPy give arrays of NumPy, tensors of torch give tensors, with gradie
 does not, exact transport for one, is an AttributeError that says so.
 """
 
-from typing import Any
-
 from ecgot.compat.pot import batch, bregman, unbalanced, utils
 from ecgot.compat.pot.batch import dist_batch, solve_batch, solve_sample_batch
 from ecgot.compat.pot.bregman import sinkhorn, sinkhorn2
+from ecgot.compat.pot.missing import refuse_others
 from ecgot.compat.pot.solvers import solve, solve_sample
 from ecgot.compat.pot.unbalanced import sinkhorn_unbalanced, sinkhorn_unbalanced2
 from ecgot.compat.pot.utils import dist, unif
@@ -31,8 +30,4 @@ __all__ = [
     "utils",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    raise AttributeError(
-        f"ecgot.compat.pot: expected one of {', '.join(__all__)} (POT has others), got {name}"
-    )
+__getattr__ = refuse_others(__name__, __all__)

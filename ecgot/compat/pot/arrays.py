@@ -33,11 +33,28 @@ class Arrays:
             given = given.double()
         return given if dtype is None else given.to(dtype)
 
-    def weights(self, given: Any, count: int, like: Tensor) -> Tensor:
+    def weights(self, name: str, given: Any, count: int, like: Tensor) -> Tensor:
         """Weights, uniform with sum 1 for None and for nothing, in the dtype of ``like``."""
-        if given is None or len(given) == 0:
+        found = None if given is None else self.tensor(given, like.dtype)
+        if found is None or (found.dim() and not found.numel()):
             return like.new_full((count,), 1 / max(count, 1))
-        return self.tensor(given, like.dtype)
+        if tuple(found.shape) in ((1, count), (count, 1)):
+            return found.reshape(count)
+        return self.of_shape(name, found, (count,), like)
+
+    def of_shape(self, name: str, given: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A tensor of this shape, in the dtype of ``like``."""
+        found = self.tensor(given, like.dtype)
+        if tuple(found.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(found.shape)}")
+        return found
+
+    def shaped(self, name: str, given: Any, wanted: str) -> Tensor:
+        """A tensor with as many dimensions as ``wanted`` writes, "costs [N, M]" for one."""
+        found = self.tensor(given)
+        if found.dim() != wanted.count(",") + 1:
+            raise ValueError(f"{name}: expected {wanted}, got shape {tuple(found.shape)}")
+        return found
 
     def back(self, found: Tensor) -> Any:
         """A tensor, or an array; a scalar of NumPy where the tensor has no dimensions."""

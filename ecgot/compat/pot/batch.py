@@ -5,9 +5,19 @@ from typing import Any
 import torch
 
 from ecgot.compat.pot.arrays import Arrays
+from ecgot.compat.pot.missing import refuse_others
 from ecgot.compat.pot.result import GRADIENTS, OTResult
 from ecgot.compat.pot.transport import Stopping, check_reg, solve_cost
-from ecgot.compat.pot.utils import costs
+from ecgot.compat.pot.utils import costs, points
+
+__all__ = [
+    "dist_batch",
+    "loss_linear_batch",
+    "loss_linear_samples_batch",
+    "solve_batch",
+    "solve_sample_batch",
+]
+__getattr__ = refuse_others(__name__, __all__)
 
 METHODS = ("auto", "log_sinkhorn", "sinkhorn")
 METRICS = ("sqeuclidean", "euclidean", "minkowski", "kl")
@@ -45,13 +55,13 @@ def solve_batch(
     if grad not in GRADIENTS:
         raise ValueError(f"grad: expected one of {', '.join(map(repr, GRADIENTS))}, got {grad!r}")
     arrays = Arrays(M, a, b)
-    cost = arrays.tensor(M)
+    cost = arrays.shaped("M", M, "costs [B, N, M]")
     count, n, m = cost.shape
     a, b = (
         cost.new_full((count, length), 1 / max(length, 1))
         if each is None
-        else arrays.tensor(each, cost.dtype)
-        for each, length in ((a, n), (b, m))
+        else arrays.of_shape(name, each, (count, length), cost)
+        for name, each, length in (("a", a, n), ("b", b, m))
     )
     found = solve_cost(cost, a, b, check_reg(reg), Stopping(max_iter, tol, warn=False))
     potentials = found.log_scalings()
@@ -79,6 +89,7 @@ def solve_sample_batch(
     grad: str = "envelope",
 ) -> OTResult:
     """``ot.batch.solve_sample_batch``: :func:`solve_batch` between points [B, N, D] and [B, M, D]."""
+    points(Arrays(X_a, X_b), ("X_a", "X_b"), X_a, X_b, "[B, N, D]")
     M = dist_batch(X_a, X_b, metric=metric, p=p)
     return solve_batch(M, reg, a, b, max_iter=max_iter, tol=tol, method=method, reg_type=reg_type, grad=grad)
 
@@ -89,8 +100,7 @@ def dist_batch(X1: Any, X2: Any = None, metric: str = "sqeuclidean", p: float = 
     "kl" is KL(y | x) of points that are distributions.
     """
     arrays = Arrays(X1, X2)
-    x = arrays.tensor(X1)
-    y = x if X2 is None else arrays.tensor(X2)
+    x, y = points(arrays, ("X1", "X2"), X1, X2, "[B, N, D]")
     if metric.lower() not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(map(repr, METRICS))}, got {metric!r}")
     if metric.lower() == "kl":
@@ -102,15 +112,10 @@ def dist_batch(X1: Any, X2: Any = None, metric: str = "sqeuclidean", p: float = 
 def loss_linear_batch(M: Any, T: Any, nx: Any = None) -> Any:
     """``ot.batch.loss_linear_batch``: <T, M> [B] of costs and plans [B, N, M]; ``nx`` has no effect."""
     arrays = Arrays(M, T)
-    return arrays.back((arrays.tensor(M) * arrays.tensor(T)).sum((1, 2)))
+    cost = arrays.shaped("M", M, "costs [B, N, M]")
+    return arrays.back((cost * arrays.shaped("T", T, "plans [B, N, M]")).sum((1, 2)))
 
 
 def loss_linear_samples_batch(X: Any, Y: Any, T: Any, metric: str = "sqeuclidean") -> Any:
     """``ot.batch.loss_linear_samples_batch``: <T, M> [B] with the costs of :func:`dist_batch`."""
     return loss_linear_batch(dist_batch(X, Y, metric=metric), T)
-
-
-def __getattr__(name: str) -> Any:
-    raise AttributeError(
-        f"ecgot.compat.pot.batch: expected one of its functions (POT has others), got {name}"
-    )

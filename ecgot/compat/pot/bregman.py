@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from ecgot.compat.pot.arrays import Arrays
+from ecgot.compat.pot.missing import refuse_others
 from ecgot.compat.pot.transport import Stopping, Transport, check_reg, solve_cost
+
+__all__ = ["sinkhorn", "sinkhorn2"]
+__getattr__ = refuse_others(__name__, __all__)
 
 METHODS = ("sinkhorn", "sinkhorn_log", "greenkhorn", "sinkhorn_stabilized", "sinkhorn_epsilon_scaling")
 
@@ -72,13 +76,18 @@ def _solved(
     if method.lower() not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}")
     arrays = Arrays(a, b, M)
-    cost = arrays.tensor(M)
+    cost = arrays.shaped("M", M, "costs [N, M]")
     many = getattr(b, "ndim", 1) > 1
-    b_rows = arrays.tensor(b, cost.dtype).mT if many else arrays.weights(b, cost.shape[1], cost)[None]
-    a_rows = arrays.weights(a, cost.shape[0], cost).expand(len(b_rows), -1)
+    n, m = cost.shape
+    if many:
+        b_rows = arrays.of_shape("b", b, (m, b.shape[-1]), cost).mT
+    else:
+        b_rows = arrays.weights("b", b, m, cost)[None]
+    a_rows = arrays.weights("a", a, n, cost).expand(len(b_rows), -1)
     start = None
     if warmstart is not None:
-        log_v = arrays.tensor(warmstart[1], cost.dtype)
+        shape = (m, len(b_rows)) if many else (m,)
+        log_v = arrays.of_shape("warmstart", warmstart[1], shape, cost)
         weight = b_rows.detach()
         start = torch.where(weight > 0, (log_v.mT if many else log_v[None]) - weight.log(), 0.0)
     costs = cost.expand(len(b_rows), -1, -1)

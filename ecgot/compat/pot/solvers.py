@@ -6,13 +6,18 @@ from typing import Any
 from torch import Tensor
 
 from ecgot.compat.pot.arrays import Arrays
-from ecgot.compat.pot.result import GRADIENTS, OTResult
+from ecgot.compat.pot.missing import refuse_others
+from ecgot.compat.pot.result import GRADIENTS, LazyPlan, OTResult
 from ecgot.compat.pot.transport import Stopping, Transport, check_reg, solve_cost, solve_points
-from ecgot.compat.pot.utils import costs
+from ecgot.compat.pot.utils import costs, points
+
+__all__ = ["solve", "solve_sample"]
+__getattr__ = refuse_others(__name__, __all__)
 
 REG_TYPES = ("kl", "entropy")
 METHODS = (None, "sinkhorn", "sinkhorn_log")
 OUR_COSTS = ("sqeuclidean", "euclidean", "cosine")  # solved from points, without a matrix
+BLOCK = 100  # POT's rows at a time of a lazy plan
 
 
 def solve(
@@ -49,10 +54,11 @@ def solve(
     """
     kind = _check(reg_type, unbalanced, unbalanced_type, c, method, grad)
     arrays = Arrays(M, a, b)
-    cost = arrays.tensor(M)
-    weights = arrays.weights(a, cost.shape[0], cost)[None], arrays.weights(b, cost.shape[1], cost)[None]
+    cost = arrays.shaped("M", M, "costs [N, M]")
+    n, m = cost.shape
+    weights = arrays.weights("a", a, n, cost)[None], arrays.weights("b", b, m, cost)[None]
     stopping = Stopping(1000 if max_iter is None else max_iter, 1e-9 if tol is None else tol)
-    start = _start(arrays, potentials_init, unbalanced, cost)
+    start = _start(arrays, potentials_init, unbalanced, weights[1])
     rhos = penalties(unbalanced)
     found = solve_cost(cost[None], *weights, check_reg(reg), stopping, rhos=rhos, start=start)
     return _result(found, arrays, kind, grad, unbalanced is not None)
@@ -91,8 +97,11 @@ def solve_sample(
     """``ot.solve_sample`` with ``reg > 0``: :func:`solve` between points [N, D] and [M, D].
 
     No matrix of costs is stored where ``metric`` is "sqeuclidean", "euclidean" or "cosine", and no plan until
-    it is asked for, whether ``lazy`` or not. ``debias`` and ``scaler`` must be off; the other arguments that
-    :func:`solve` does not have are taken, and without effect.
+    it is asked for, whether ``lazy`` or not. With ``lazy`` the result has a ``lazy_plan`` in place of a
+    ``plan``, as POT's has, and sums it in blocks of ``batch_size`` rows, 100 if None.
+
+    ``debias`` and ``scaler`` must be off; the other arguments that :func:`solve` does not have are taken, and
+    without effect.
     """
     if debias:
         raise ValueError(f"debias: expected False (for True use ecgot.sinkhorn_divergence), got {debias!r}")
@@ -100,16 +109,21 @@ def solve_sample(
         raise ValueError(f"scaler: expected None, got {scaler!r}")
     kind = _check(reg_type, unbalanced, unbalanced_type, c, method, grad)
     arrays = Arrays(X_a, X_b, a, b)
-    x, y = arrays.tensor(X_a)[None], arrays.tensor(X_b)[None]
-    weights = arrays.weights(a, x.shape[1], x)[None], arrays.weights(b, y.shape[1], x)[None]
+    x, y = points(arrays, ("X_a", "X_b"), X_a, X_b, "[N, D]")
+    weights = arrays.weights("a", a, len(x), x)[None], arrays.weights("b", b, len(y), x)[None]
     stopping = Stopping(1000 if max_iter is None else max_iter, 1e-9 if tol is None else tol)
-    start = _start(arrays, potentials_init, unbalanced, x)
+    start = _start(arrays, potentials_init, unbalanced, weights[1])
     options: dict[str, Any] = {"rhos": penalties(unbalanced), "start": start}
     if metric in OUR_COSTS:
-        found = solve_points(x, y, *weights, check_reg(reg), stopping, metric=metric, **options)
+        found = solve_points(x[None], y[None], *weights, check_reg(reg), stopping, metric=metric, **options)
     else:
-        found = solve_cost(costs(x, y, metric), *weights, check_reg(reg), stopping, **options)
-    return _result(found, arrays, kind, grad, unbalanced is not None)
+        found = solve_cost(costs(x[None], y[None], metric), *weights, check_reg(reg), stopping, **options)
+    result = _result(found, arrays, kind, grad, unbalanced is not None)
+    if lazy:
+        differentiable = grad in ("autodiff", "last_step")
+        block = batch_size or BLOCK
+        result.lazy_plan = LazyPlan(found, arrays, (x, y), metric, block, detach=not differentiable)
+    return result
 
 
 def _result(found: Transport, arrays: Arrays, kind: str, grad: str, relative: bool) -> OTResult:
@@ -140,10 +154,10 @@ def _check(
 
 
 def _start(arrays: Arrays, potentials: Any, unbalanced: Any, like: Tensor) -> Tensor | None:
-    """log v [1, M] of the potentials from which to start; POT, too, does so only where unbalanced."""
+    """log v, shaped like b [1, M], of potentials to start from; POT, too, does so only where unbalanced."""
     if unbalanced is None or potentials is None:
         return None
-    return arrays.tensor(potentials[1], like.dtype)[None]
+    return arrays.of_shape("potentials_init", potentials[1], (like.shape[1],), like)[None]
 
 
 def penalties(unbalanced: Any) -> tuple[float, float]:

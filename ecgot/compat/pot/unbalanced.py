@@ -3,8 +3,12 @@
 from typing import Any
 
 from ecgot.compat.pot.arrays import Arrays
+from ecgot.compat.pot.missing import refuse_others
 from ecgot.compat.pot.solvers import penalties
 from ecgot.compat.pot.transport import Stopping, Transport, check_reg, solve_cost
+
+__all__ = ["sinkhorn_unbalanced", "sinkhorn_unbalanced2"]
+__getattr__ = refuse_others(__name__, __all__)
 
 METHODS = ("sinkhorn", "sinkhorn_stabilized", "sinkhorn_translation_invariant", "sinkhorn_reg_scaling")
 
@@ -80,9 +84,10 @@ def _solved(
     if getattr(b, "ndim", 1) > 1:
         raise ValueError(f"b: expected weights [M] (for several histograms use POT itself), got {b.shape}")
     arrays = Arrays(a, b, M)
-    cost = arrays.tensor(M)
-    a, b = arrays.weights(a, cost.shape[0], cost)[None], arrays.weights(b, cost.shape[1], cost)[None]
-    start = None if run[2] is None else arrays.tensor(run[2][1], cost.dtype)[None]
+    cost = arrays.shaped("M", M, "costs [N, M]")
+    n, m = cost.shape
+    a, b = arrays.weights("a", a, n, cost)[None], arrays.weights("b", b, m, cost)[None]
+    start = None if run[2] is None else arrays.of_shape("warmstart", run[2][1], (m,), cost)[None]
     options: dict[str, Any] = {"rhos": penalties(reg_m), "start": start}
     return arrays, solve_cost(cost[None], a, b, check_reg(reg), Stopping(run[0], run[1]), **options)
 

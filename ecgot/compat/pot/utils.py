@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 from ecgot.compat.pot.arrays import Arrays
+from ecgot.compat.pot.missing import refuse_others
+
+__all__ = ["dist", "unif"]
+__getattr__ = refuse_others(__name__, __all__)
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "cityblock", "minkowski", "chebyshev")
 
@@ -37,10 +41,22 @@ def dist(
         backend, nx, use_tensor: taken, and without effect.
     """
     arrays = Arrays(x1, x2)
-    x = arrays.tensor(x1)
-    y = x if x2 is None else arrays.tensor(x2)
+    x, y = points(arrays, ("x1", "x2"), x1, x2, "[N, D]")
     weights = None if w is None else arrays.tensor(w, x.dtype)
     return arrays.back(costs(x[None], y[None], metric, p, weights)[0])
+
+
+def points(arrays: Arrays, names: tuple[str, str], x: Any, y: Any, sizes: str) -> tuple[Tensor, Tensor]:
+    """Points x and y, x again for None, of the ``sizes`` that are written so, and of one dimension D."""
+    x = arrays.shaped(names[0], x, f"points {sizes}")
+    y = x if y is None else arrays.shaped(names[1], y, f"points {sizes}")
+    batches = zip(x.shape[:-2], y.shape[:-2], strict=True)
+    if x.shape[-1] != y.shape[-1] or any(one != other and 1 not in (one, other) for one, other in batches):
+        raise ValueError(
+            f"{names[0]} and {names[1]}: expected points {sizes} that differ in nothing but N, "
+            f"got shapes {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    return x, y
 
 
 def costs(x: Tensor, y: Tensor, metric: str, p: float = 2, w: Tensor | None = None) -> Tensor:
