@@ -1,5 +1,6 @@
 """SamplesLoss beside geomloss's own, annealed so slowly that it has converged."""
 
+import warnings
 from typing import Any
 
 import geomloss
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ecgot.compat.geomloss import SamplesLoss
+from ecgot.kernels import SinkhornWarning
 
 B, N, M = 3, 9, 12
 # geomloss stops at the end of its schedule, off by about the last step of eps; ours stops at `tol`.
@@ -37,6 +39,23 @@ def both(**settings: Any) -> tuple[torch.nn.Module, SamplesLoss]:
 def centred(weights: Tensor) -> Tensor:
     """Where the marginals are kept, a potential is determined up to a constant."""
     return weights - weights.mean(-1, keepdim=True)
+
+
+def test_attributes_bound_the_time() -> None:
+    """A coarser tol ends without a warning and nearer than geomloss's schedule; max_iter ends it anyhow."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(200, 2, generator=generator), torch.rand(200, 2, generator=generator)
+    settings: dict[str, Any] = {"p": 2, "blur": 0.02}
+    wanted = both(**settings)[1](x, y)
+    rough, short = SamplesLoss(**settings), SamplesLoss(**settings)
+    rough.tol, short.max_iter = 1e-2, 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = rough(x, y)
+    theirs = geomloss.SamplesLoss(**settings)(x, y)
+    assert (found - wanted).abs() < 0.01 * wanted < 0.1 * wanted < (theirs - wanted).abs()
+    with pytest.warns(SinkhornWarning):
+        short(x, y)
 
 
 @pytest.mark.parametrize("debias", [True, False])
