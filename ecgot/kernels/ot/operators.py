@@ -19,8 +19,8 @@ from ecgot.kernels.ot import backends
 from ecgot.kernels.ot.centring import step_gradients, weight_terms, whole_potentials
 from ecgot.kernels.ot.checks import CENTRED_COSTS
 from ecgot.kernels.ot.problem import PlanWeights, Problem, Solution, SolverSettings, can_read_values
-from ecgot.kernels.ot.registration import LIBRARY, Caller, pulled_back, register
 from ecgot.kernels.ot.torch_solver import eps_vjp
+from ecgot.kernels.registration import LIBRARY, Caller, pulled_back, register
 
 TENSORS, VALUES = 9, 3  # how many arguments a problem is
 TENSOR_SCHEMA = (

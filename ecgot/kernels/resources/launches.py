@@ -224,7 +224,7 @@ def _parts(func: Any) -> Callable[..., Any] | None:
     from torch._library.custom_ops import OPDEFS
 
     if func.namespace == "ecgot":
-        kernel = getattr(func, "kernel", None)  # of kernels/ot/registration.py
+        kernel = getattr(func, "kernel", None)  # of kernels/registration.py
         return kernel or OPDEFS[func._schema.name]._init_fn
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     if has(func.name(), "CompositeImplicitAutograd"):

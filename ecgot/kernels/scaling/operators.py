@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ecgot.kernels.dispatch import use_triton
+from ecgot.kernels.registration import LIBRARY, register
 from ecgot.kernels.scaling import torch_iteration
 
 MAX_SIDE = 16  # of the matrices that Triton's tiles hold
@@ -21,24 +22,24 @@ def _implementation(logits: Tensor) -> ModuleType:
     return torch_iteration
 
 
-@torch.library.custom_op("ecgot::doubly_stochastic", mutates_args=())
+@register("doubly_stochastic", "(Tensor logits, SymInt iterations) -> Tensor")
 def doubly_stochastic_op(logits: Tensor, iterations: int) -> Tensor:
     """The normalised matrices [N, n, n] of logits [N, n, n], N and n >= 1, columns first."""
     return _implementation(logits).forward(logits, iterations)
 
 
-@torch.library.custom_op("ecgot::doubly_stochastic_bwd", mutates_args=())
+@register("doubly_stochastic_bwd", "(Tensor logits, Tensor grad, SymInt iterations) -> Tensor")
 def doubly_stochastic_bwd_op(logits: Tensor, grad: Tensor, iterations: int) -> Tensor:
     """The gradient in the logits [N, n, n], given that in the result."""
     return _implementation(logits).backward(logits, grad, iterations)
 
 
-@doubly_stochastic_op.register_fake
+@torch.library.register_fake("ecgot::doubly_stochastic", lib=LIBRARY)
 def _(logits: Tensor, iterations: int) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@doubly_stochastic_bwd_op.register_fake
+@torch.library.register_fake("ecgot::doubly_stochastic_bwd", lib=LIBRARY)
 def _(logits: Tensor, grad: Tensor, iterations: int) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -53,4 +54,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return doubly_stochastic_bwd_op(logits, grad, ctx.iterations), None
 
 
-doubly_stochastic_op.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "ecgot::doubly_stochastic", _backward, setup_context=_setup_context, lib=LIBRARY
+)

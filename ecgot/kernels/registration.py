@@ -15,7 +15,7 @@ from torch import Tensor
 NAMESPACE = "ecgot"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
-Kernel = Callable[..., tuple[Tensor, ...]]
+Kernel = Callable[..., Any]  # returns a tensor or a tuple of them
 
 
 def register(name: str, schema: str) -> Callable[[Kernel], Any]:
@@ -25,7 +25,7 @@ def register(name: str, schema: str) -> Callable[[Kernel], Any]:
     """
 
     def operator(kernel: Kernel) -> Any:
-        def call(*flat: Any) -> tuple[Tensor, ...]:
+        def call(*flat: Any) -> Any:
             # Once there is a compiler, it shall not look into a kernel.
             return (torch._disable_dynamo(kernel) if "torch._dynamo" in sys.modules else kernel)(*flat)
 
