@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ecgot.kernels.ot.checks import CENTRED_COSTS
-from ecgot.kernels.ot.problem import Problem, Solution, all_present, can_read_values
+from ecgot.kernels.ot.problem import Problem, Solution, all_present, can_read_values, without_autocast
 
 MAX_NUMBERS = 2**25  # of differences between centres that are held at once
 
@@ -47,7 +47,7 @@ def weighted_mean(points: Tensor, weights: Tensor) -> Tensor:
     """The mean [B, D] of points [B, N, D]; points without weight do not count."""
     given, weights = weights, weights.clamp_min(0)
     weights = weights / weights.detach().sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    with torch.autocast(points.device.type, enabled=False):
+    with without_autocast(points.device):
         points = points.to(weights.dtype)
         if not all_present(given):
             points = torch.where((given >= 0)[:, :, None], points, 0.0)
@@ -69,7 +69,7 @@ def separable_terms(problem: Problem) -> tuple[Tensor, Tensor] | None:
         return None
     step = _step(problem)
     square = step.square().sum(1, keepdim=True) / 2
-    with torch.autocast(step.device.type, enabled=False):
+    with without_autocast(step.device):
         x, y = problem.points()
         return (2 * x @ step[:, :, None]).squeeze(2) + square, square - (2 * y @ step[:, :, None]).squeeze(2)
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ecgot.kernels.ot import checks
 from ecgot.kernels.ot.backends import backend
 from ecgot.kernels.ot.centring import separable_terms
-from ecgot.kernels.ot.problem import Problem
+from ecgot.kernels.ot.problem import Problem, without_autocast
 from ecgot.kernels.ot.torch_solver import MAX_CELLS
 
 
@@ -58,7 +58,7 @@ class SinkhornOutput:
             RuntimeError: x, y, a weight or a mask was changed in place after solving.
         """
         self._check_unchanged()
-        with torch.autocast(self.f.device.type, enabled=False):
+        with without_autocast(self.f.device):
             return self._problem.plan(*self._raw)
 
     def log_plan(self) -> Tensor:
@@ -78,7 +78,7 @@ class SinkhornOutput:
         """
         self._check_unchanged()
         problem, (f, g) = self._problem, self._raw
-        with torch.autocast(f.device.type, enabled=False):
+        with without_autocast(f.device):
             cost = problem.cost_matrix()
             a, b = problem.weights()
             weighted = (a > 0)[:, :, None] & (b > 0)[:, None, :] & problem.solvable()[:, None, None]
@@ -158,7 +158,7 @@ class SinkhornOutput:
         def of_rows(start: int) -> Tensor:
             some = slice(start, start + step)
             part = problem.with_rows(some)
-            with torch.autocast(f.device.type, enabled=False):
+            with without_autocast(f.device):
                 return function(part, f[:, some], g, some)
 
         if step >= n:  # a checkpoint would save little, and torch.func knows none

@@ -6,6 +6,7 @@ clouds y are B x K problems. Costs and potentials are in units of the cost.
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -355,6 +356,11 @@ def prepared(points: Tensor, weights: Tensor, centre: Tensor | None, cost: str, 
         return points * inverse_norm(points) if cost == "cosine" else points
     points = torch.where((weights >= 0)[:, :, None], points, 0.0)
     return points * inverse_norm(points) if cost == "cosine" else points
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Products stay in their operands' precision; on the meta device there is no autocast to switch off."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def can_read_values(tensor: Tensor) -> bool:

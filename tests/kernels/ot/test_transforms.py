@@ -87,3 +87,6 @@ def test_meta_tensors_have_shapes_and_nothing_else():
     out = sinkhorn(x.to("meta"), y.to("meta"), **SOLVED)
     assert out.value.shape == (2,)
     assert out.value.device.type == "meta"
+    for plan in (out.plan(), out.log_plan()):
+        assert plan.shape == (2, 5, 6)
+    assert out.transport_cost().shape == (2,)
