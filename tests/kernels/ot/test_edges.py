@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ecgot.kernels import dispatch, sinkhorn, sinkhorn_from_cost, sinkhorn_pairwise
 from ecgot.kernels.ot import backends
-from tests.kernels.ot.problems import BACKEND, DEVICE, FP64
+from tests.kernels.ot.problems import BACKEND, DEVICE, FP64, problem
 
 # Solvers that this process can run, on given costs and on points.
 ON_COSTS = [BACKEND] + ["torch"] * (BACKEND == "numba")
@@ -425,3 +425,35 @@ def test_beyond_the_dtype_no_solution_is_called_converged(path, scaling):
         assert (off <= 4 * out.marginal_error + 1e-4).all()
     assert sinkhorn_from_cost(cost.double(), eps=1e-3, scaling=scaling).converged.all()
     assert sinkhorn_from_cost(cost.double(), eps=1e-3).backend == FP64
+
+
+@on_points
+def test_a_problem_that_keeps_its_marginals_has_their_gauge_beside_others(path):
+    tensors = problem((2, 6, 5, 3), weighted=True)
+    x = tensors["x"].requires_grad_()
+    settings = {"eps": 0.3, "tol": 1e-6, "max_iter": 5000}
+    mixed = sinkhorn(**tensors, rho=torch.tensor([math.inf, 0.5], device=DEVICE), **settings)
+    kept = sinkhorn(**tensors, **settings)
+    torch.testing.assert_close(mixed.f[0], kept.f[0], rtol=1e-4, atol=1e-5)
+    grads = [torch.autograd.grad(out.f[0, 0], x)[0] for out in (mixed, kept)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+
+
+@on_costs
+def test_where_no_pair_is_allowed_only_penalties_are_paid(path):
+    cost = torch.full((1, 2, 3), math.inf, device=DEVICE)
+    out = sinkhorn_from_cost(cost, eps=0.1, rho=1.0)
+    torch.testing.assert_close(
+        out.value, torch.full_like(out.value, 2.1)
+    )  # rho of both masses, eps of their product
+    assert out.converged.all()
+    assert (out.plan() == 0).all()
+
+
+@on_costs
+def test_points_that_are_left_out_round_nothing(path):
+    cost = torch.tensor([[[0.1, 0.3, 1e6]]], device=DEVICE)
+    out = sinkhorn_from_cost(cost, eps=0.1, rho=1.0)
+    infinite = sinkhorn_from_cost(torch.where(cost > 1, math.inf, cost), eps=0.1, rho=1.0)
+    torch.testing.assert_close(out.value, infinite.value)
+    assert out.converged.all()

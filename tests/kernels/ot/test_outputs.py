@@ -85,7 +85,7 @@ def test_log_plan_is_the_logarithm_of_the_plan_and_does_not_underflow():
 
 def test_transport_cost_counts_forbidden_pairs_by_the_cost_and_not_by_the_plan():
     # A plan that underflows in some cells still has a derivative there.
-    cost = torch.tensor([[[0.0, 1.0], [math.inf, 0.2]]], dtype=torch.float64, device=DEVICE)
+    cost = torch.tensor([[[0.3, 1.0], [math.inf, 0.2]]], dtype=torch.float64, device=DEVICE)
     a = torch.tensor([[0.4, 0.6]], dtype=torch.float64, device=DEVICE)
     b = torch.tensor([[0.3, 0.7]], dtype=torch.float64, device=DEVICE)
 
