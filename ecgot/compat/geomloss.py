@@ -5,6 +5,7 @@ distance. With the squared distance itself, eps and rho are twice as much, and s
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,19 @@ from torch import Tensor
 
 from ecgot.kernels import sinkhorn, sinkhorn_divergence, sinkhorn_from_cost
 from ecgot.kernels.ot.checks import MAX_SCALING
+from ecgot.kernels.ot.divergence import solve_symmetric
+from ecgot.kernels.ot.outputs import SinkhornOutput
 
 BACKENDS = ("auto", "tensorized", "online", "multiscale")
 MIN_SCALING = 0.8  # what falls faster only has to be made up for by iterations
 # The formulas that geomloss itself gives to KeOps.
 FORMULAS = {"Norm2(X-Y)": 1, "(SqDist(X,Y) / IntCst(2))": 2}
 Cost = Callable[[Tensor, Tensor], Tensor]
+Solver = Callable[..., SinkhornOutput]
+
+
+def _called(solver: Solver) -> SinkhornOutput:
+    return solver()
 
 
 class SamplesLoss(torch.nn.Module):
@@ -123,26 +131,33 @@ class SamplesLoss(torch.nn.Module):
             a, b, mass = self._of_mass_one(a, b)
             settings = self._settings()
             return mass / self._half * sinkhorn_divergence(x, y, a=a, b=b, **settings, **self._ground()).value
-        pairs = ((a, x, b, y), (a, x, a, x), (b, y, b, y))
-        between, of_x, of_y = (self._transport(*pair)[0] for pair in pairs)
+        between = self._transport(a, x, b, y)[0]
+        of_x, of_y = (self._to_itself(*each)[0] for each in ((a, x), (b, y)))
         value = between - of_x / 2 - of_y / 2
         return value if self.reach is None else value + eps / 2 * (a.sum(1) - b.sum(1)).square()
 
     def _potentials(self, a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         _, f, g = self._transport(a, x, b, y)
         if self.debias:
-            _, f_alone, _ = self._transport(a, x, a, x)
-            _, g_alone, _ = self._transport(b, y, b, y)
-            f, g = f - f_alone, g - g_alone
+            f, g = f - self._to_itself(a, x)[1], g - self._to_itself(b, y)[2]
         return f, g
 
-    def _transport(self, a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _to_itself(self, a: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def solve(problem: Solver) -> SinkhornOutput:
+            return solve_symmetric(partial(problem, scaling=None), self.max_iter)
+
+        return self._transport(a, x, a, x, solve)
+
+    def _transport(
+        self, a: Tensor, x: Tensor, b: Tensor, y: Tensor, solve: Callable[[Solver], SinkhornOutput] = _called
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Value [B] and potentials [B, N] and [B, M] of one problem, in geomloss's units."""
         a, b, mass = self._of_mass_one(a, b)
+        settings = self._settings()
         if self.cost is not None:
-            out = sinkhorn_from_cost(self.cost(x, y), a=a, b=b, **self._settings())
+            out = solve(partial(sinkhorn_from_cost, self.cost(x, y), a=a, b=b, **settings))
         else:
-            out = sinkhorn(x, y, a=a, b=b, **self._settings(), **self._ground())
+            out = solve(partial(sinkhorn, x, y, a=a, b=b, **settings, **self._ground()))
         # P = mass P' has a_i b_j = mass^2 a'_i b'_j: both potentials give up half of eps log(mass).
         shift = self.blur**self.p / 2 * mass.log()
         f, g = (potential / self._half - shift[:, None] for potential in (out.f, out.g))

@@ -1,14 +1,20 @@
 """The Sinkhorn divergence: optimal transport, debiased."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ecgot.kernels.ot import checks
-from ecgot.kernels.ot.outputs import SinkhornDivergenceOutput
+from ecgot.kernels.ot.outputs import SinkhornDivergenceOutput, SinkhornOutput
 from ecgot.kernels.ot.problem import ABSENT, padded
 from ecgot.kernels.ot.sinkhorn import sinkhorn
+
+MEANS = 3  # of f and g, before the transport of a cloud to itself is solved
+BETWEEN_MEANS = 3  # iterations
 
 
 def sinkhorn_divergence(
@@ -31,7 +37,7 @@ def sinkhorn_divergence(
 
     The arguments are those of :func:`sinkhorn`. With ``rho`` the term eps (mass_a - mass_b)^2 / 2 is added
     (Séjourné et al. 2019, "Sinkhorn Divergences for Unbalanced Optimal Transport"); without it an empty cloud
-    makes the value 0. The three problems of each pair are solved together, as one batch.
+    makes the value 0. ``scaling`` anneals the problem between the clouds; their own need none.
 
     >>> import torch
     >>> x = torch.tensor([[[0.0], [1.0]]])
@@ -47,40 +53,77 @@ def sinkhorn_divergence(
     b = checks.check_weights("b", b, y, y_mask, any_mass=rho is not None)
     x_mass, y_mass = a.clamp_min(0).sum(1), b.clamp_min(0).sum(1)
     n, m = x.shape[1], y.shape[1]
-    length = max(n, m)
-    x, y = padded(x, length), padded(y, length)
-    a, b = padded(a, length, ABSENT), padded(b, length, ABSENT)
-    a, b = torch.cat([a, a, b]), torch.cat([b, a, b])
-    out = sinkhorn(
-        torch.cat([x, x, y]),
-        torch.cat([y, x, y]),
-        eps=eps.repeat(3),
-        cost=cost,
-        a=a.clamp_min(0),
-        b=b.clamp_min(0),
-        x_mask=a >= 0,
-        y_mask=b >= 0,
-        rho=None if rho is None else rho.repeat(3),
-        max_iter=max_iter,
-        tol=tol,
+    settings: dict[str, Any] = {"cost": cost, "max_iter": max_iter, "tol": tol, "precision": precision}
+    between = sinkhorn(
+        x,
+        y,
+        eps=eps,
+        rho=rho,
         scaling=scaling,
-        precision=precision,
+        **_weighted("a", "x", a),
+        **_weighted("b", "y", b),
+        **settings,
     )
-    between, of_x, of_y = out.value.view(3, problems)
-    (f, f_x, f_y), (g, g_x, g_y) = (t.view(3, problems, length) for t in (out.f, out.g))
-    value = between - of_x / 2 - of_y / 2
+    length = max(n, m)
+    both = torch.cat([padded(x, length), padded(y, length)])
+    weights = torch.cat([padded(a, length, ABSENT), padded(b, length, ABSENT)])
+    inside = _to_itself(both, weights, eps.repeat(2), None if rho is None else rho.repeat(2), settings)
+    of_x, of_y = inside.value.view(2, problems)
+    value = between.value - of_x / 2 - of_y / 2
     solvable = (x_mass > 0) & (y_mass > 0)
     if rho is not None:
         value = value + eps * (x_mass - y_mass).square() / 2
         solvable = solvable | (rho < math.inf)
     value = torch.where(solvable, value, 0.0)
-    f, g = (torch.where(solvable[:, None], t, 0.0) for t in (f - (f_x + g_x) / 2, g - (f_y + g_y) / 2))
+    own_f, own_g = ((inside.f + inside.g) / 2).view(2, problems, length)
+    f, g = between.f - own_f[:, :n], between.g - own_g[:, :m]
+    errors = torch.cat([between.marginal_error[None], inside.marginal_error.view(2, problems)])
+    iterations = torch.cat([between.iterations[None], inside.iterations.view(2, problems)])
     return SinkhornDivergenceOutput(
         value=value,
-        f=f[:, :n],
-        g=g[:, :m],
-        marginal_error=out.marginal_error.view(3, problems).amax(0),
-        iterations=out.iterations.view(3, problems).amax(0),
-        converged=out.converged.view(3, problems).all(0),
-        backend=out.backend,
+        f=torch.where(solvable[:, None], f, 0.0),
+        g=torch.where(solvable[:, None], g, 0.0),
+        marginal_error=errors.amax(0),
+        iterations=iterations.amax(0),
+        converged=between.converged & inside.converged.view(2, problems).all(0),
+        backend=between.backend,
     )
+
+
+def _weighted(weight: str, points: str, values: Tensor) -> dict[str, Any]:
+    """A side's weights and mask as arguments, from checked weights."""
+    return {weight: values.clamp_min(0), f"{points}_mask": values >= 0}
+
+
+def _to_itself(
+    x: Tensor, weights: Tensor, eps: Tensor, rho: Tensor | None, settings: dict[str, Any]
+) -> SinkhornOutput:
+    """The transport of clouds to themselves."""
+    arguments = {**_weighted("a", "x", weights), **_weighted("b", "y", weights), "eps": eps, "rho": rho}
+
+    def solve(**changed: Any) -> SinkhornOutput:
+        return sinkhorn(x, x, **arguments, **{**settings, **changed})
+
+    return solve_symmetric(solve, settings["max_iter"])
+
+
+def solve_symmetric(solve: Callable[..., SinkhornOutput], max_iter: int) -> SinkhornOutput:
+    """What ``solve`` returns, a solver of problems whose two sides are the same, in few iterations.
+
+    There f = g, and alternating updates come near it slowly where few points share a partner: an eigenvalue
+    lambda of the plan near 1 is a factor lambda^2 of what f and g are apart in an iteration. The mean of both
+    after k iterations has lambda^(2 k - 1) (1 - lambda) / 2 of it, at most .034 for k = 3. So the solver
+    starts from the mean of a mean of a mean (Feydy et al. 2019 take the mean after every half-iteration).
+
+    Args:
+        solve: takes ``max_iter``, ``tol`` and ``init`` by name.
+        max_iter: most iterations of all calls together.
+    """
+    means = min(MEANS, (max_iter - 1) // BETWEEN_MEANS)
+    g = None
+    with torch.no_grad():
+        for _ in range(means):
+            out = solve(max_iter=BETWEEN_MEANS, tol=0.0, init=g)
+            g = (out.f + out.g) / 2
+    out = solve(max_iter=max_iter - means * BETWEEN_MEANS, init=g)
+    return replace(out, iterations=out.iterations + means * BETWEEN_MEANS)

@@ -4,6 +4,7 @@ Each against an oracle in NumPy that shares nothing with the solvers: Newton's m
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ecgot.kernels import dispatch, sinkhorn, sinkhorn_from_cost, sinkhorn_pairwise
 from ecgot.kernels.ot import backends
+from ecgot.kernels.ot.divergence import solve_symmetric
 from tests.kernels.ot.problems import BACKEND, DEVICE, FP64, problem
 
 # Solvers that this process can run, on given costs and on points.
@@ -457,3 +459,22 @@ def test_points_that_are_left_out_round_nothing(path):
     infinite = sinkhorn_from_cost(torch.where(cost > 1, math.inf, cost), eps=0.1, rho=1.0)
     torch.testing.assert_close(out.value, infinite.value)
     assert out.converged.all()
+
+
+# --- a cloud's transport to itself --------------------------------------------------------------------------
+
+
+@on_points
+@pytest.mark.parametrize("rho", [None, 1.0])
+def test_a_cloud_meets_itself_in_few_iterations(path, rho):
+    points = 7 if SLOW else 48
+    x = torch.linspace(0, 1, points, dtype=torch.float64)[:, None] ** 2
+    eps = 0.3 / points**2  # a neighbour is hardly told from the point itself: thousands of plain iterations
+    cost = (x - x.T).square()
+    value, plan = exact(cost, uniform(points), uniform(points), eps, *(2 * [rho or math.inf]))
+    x = x[None].float().to(DEVICE)
+    out = solve_symmetric(partial(sinkhorn, x, x, eps=eps, rho=rho, tol=1e-5), 100)
+    assert out.converged.all()
+    assert out.iterations.max() < 25
+    assert out.value.item() == pytest.approx(value, abs=1e-5 * eps + 1e-6)
+    torch.testing.assert_close(out.plan()[0].double().cpu(), torch.tensor(plan), atol=5e-5, rtol=0)
