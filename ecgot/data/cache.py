@@ -36,11 +36,13 @@ class SignalFormat:
         fs_hz: sampling rate.
         leads: L names, in order.
         samples: T; shorter records are zero-padded.
+        highpass_hz: what is slower is removed; None keeps it.
     """
 
     fs_hz: float
     leads: tuple[str, ...]
     samples: int
+    highpass_hz: float | None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,7 +69,8 @@ def content_key(root: Path, table: PtbXlTable, form: SignalFormat) -> str:
         return content.digest()
 
     key = hashlib.blake2b(
-        json.dumps([FORMAT, form.fs_hz, form.shape, list(form.leads)]).encode(), digest_size=16
+        json.dumps([FORMAT, form.fs_hz, form.shape, list(form.leads), form.highpass_hz]).encode(),
+        digest_size=16,
     )
     with ThreadPoolExecutor(2) as pool:
         for part in pool.map(digest, table.record_paths):
@@ -126,7 +129,9 @@ def _fill(
     lengths, skipped, repaired, flat = [0] * len(table), [], {}, {}
     for row, path in enumerate(table.record_paths):
         try:
-            record = read_record(root / path, leads=form.leads, fs_hz=form.fs_hz)
+            record = read_record(
+                root / path, leads=form.leads, fs_hz=form.fs_hz, highpass_hz=form.highpass_hz
+            )
         except EcgotError as error:
             skipped.append(SkippedRecord(path, str(error)))
             check_share(skipped, len(table), max_bad_share)

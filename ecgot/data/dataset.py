@@ -15,8 +15,8 @@ from ecgot.data.cache import (
     content_key,
     read_meta,
 )
+from ecgot.data.leads import STANDARD_LEADS
 from ecgot.data.ptbxl import Labels, PtbXlTable, read_table
-from ecgot.data.record import STANDARD_LEADS
 from ecgot.errors import EcgotError
 from ecgot.files import default_cache_dir
 from ecgot.text.glossary import plain_english
@@ -110,6 +110,7 @@ def load_dataset(
     fs_hz: float = 100.0,
     seconds: float = 10.0,
     leads: Sequence[str] = STANDARD_LEADS,
+    highpass_hz: float | None = None,
     max_bad_share: float = 0.05,
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -120,6 +121,7 @@ def load_dataset(
         root, reports_csv, folds: see :func:`ecgot.data.ptbxl.read_table`.
         fs_hz, seconds, leads: format of every record: resampled, cut to its first ``seconds`` or zero-padded,
             leads selected by name.
+        highpass_hz: remove offset and wander, see :func:`ecgot.data.baseline.remove_baseline`.
         max_bad_share: unreadable records are skipped and listed; a larger share of them is an error.
         cache_dir: by default :func:`ecgot.files.default_cache_dir`.
         progress: called with (records done, total records).
@@ -128,7 +130,7 @@ def load_dataset(
         EcgotError: see :func:`read_table`; or too many records are unreadable.
     """
     table = read_table(root, reports_csv=reports_csv, folds=folds, fs_hz=fs_hz)
-    form = SignalFormat(fs_hz, tuple(leads), round(fs_hz * seconds))
+    form = SignalFormat(fs_hz, tuple(leads), round(fs_hz * seconds), highpass_hz)
     folder = (cache_dir or default_cache_dir()) / f"ecg-{content_key(Path(root), table, form)}"
     meta = read_meta(folder)
     if meta is None:

@@ -9,6 +9,8 @@ import numpy as np
 import wfdb
 from scipy.signal import resample_poly
 
+from ecgot.data.baseline import remove_baseline
+from ecgot.data.leads import STANDARD_LEADS
 from ecgot.errors import EcgotError, first_line
 
 
@@ -19,8 +21,6 @@ def fit_length(signal_mv: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
     fitted[:, :valid] = signal_mv[:, :valid]
     return fitted, valid
 
-
-STANDARD_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 
 MV_PER_UNIT = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}
 BYTES_PER_SAMPLE = {"8": 1.0, "80": 1.0, "212": 1.5, "16": 2.0, "61": 2.0, "24": 3.0, "32": 4.0}
@@ -49,7 +49,11 @@ class Record:
 
 
 def read_record(
-    path: str | Path, *, leads: Sequence[str] = STANDARD_LEADS, fs_hz: float | None = None
+    path: str | Path,
+    *,
+    leads: Sequence[str] = STANDARD_LEADS,
+    fs_hz: float | None = None,
+    highpass_hz: float | None = None,
 ) -> Record:
     """Read one WFDB record.
 
@@ -57,6 +61,7 @@ def read_record(
         path: the record, with or without ``.hea`` or ``.dat``.
         leads: leads to return, in this order; matched by name, ignoring case and the file's order.
         fs_hz: resample to this rate (polyphase, with anti-aliasing); ``None`` keeps the record's.
+        highpass_hz: remove offset and wander, see :func:`ecgot.data.baseline.remove_baseline`.
 
     Raises:
         EcgotError: a missing or damaged file, a header that disagrees with its signal file, a lead that is
@@ -73,6 +78,8 @@ def read_record(
     if fs_hz is not None and fs_hz != digital.fs:
         signal = resample(signal, float(digital.fs), fs_hz)
     rate = float(digital.fs) if fs_hz is None else float(fs_hz)
+    if highpass_hz is not None:
+        signal = remove_baseline(signal, rate, highpass_hz)
     return Record(str(name), signal.astype(np.float32), rate, tuple(leads), repaired, flat)
 
 

@@ -14,7 +14,7 @@ import wfdb
 
 from ecgot.data.findings import DIAGNOSTIC, STATEMENTS, draw_findings, write_report
 from ecgot.data.heart import Heart, draw_orientation, leads_mv, moving_dipole, noise_mv
-from ecgot.data.record import STANDARD_LEADS
+from ecgot.data.leads import STANDARD_LEADS
 from ecgot.errors import EcgotError
 from ecgot.files import atomic_folder
 

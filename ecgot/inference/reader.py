@@ -161,7 +161,7 @@ class Reader:
     def _encode(self, path: Path) -> tuple[EncoderOutput, tuple[str, ...]]:
         """The record's tokens [1, N, D], and notes on what was done to its signal."""
         data = self.config.data
-        record = read_record(path, leads=data.leads, fs_hz=data.fs_hz)
+        record = read_record(path, leads=data.leads, fs_hz=data.fs_hz, highpass_hz=data.highpass_hz)
         signal_mv, valid = fit_length(record.signal_mv, round(data.fs_hz * data.seconds))
         waveform = torch.from_numpy(signal_mv)[None].to(self.device)
         lengths = None if valid == waveform.shape[2] else torch.tensor([valid], device=self.device)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ecgot.data.record import STANDARD_LEADS
+from ecgot.data.baseline import HIGHPASS_HZ
+from ecgot.data.leads import STANDARD_LEADS
 from ecgot.errors import EcgotError
 from ecgot.models.language_models import SCRATCH
 from ecgot.models.losses import TOKEN_LOSSES, Transport
@@ -51,6 +52,9 @@ class DataConfig:
     fs_hz: float = _setting(100.0, _POSITIVE)
     seconds: float = _setting(10.0, _POSITIVE)
     leads: tuple[str, ...] = _setting(STANDARD_LEADS, _NOT_EMPTY)
+    highpass_hz: float = _setting(
+        HIGHPASS_HZ, _NOT_NEGATIVE
+    )  # slower wander is removed; 0: only each lead's mean
     max_bad_share: float = _setting(0.05, _SHARE)  # a larger share of unreadable records is an error
     # True: learn from the report column, put into plain English by a glossary, and from reports_csv if that
     # is empty. False: learn from reports_csv if given, else from the report column, unchanged.

@@ -70,6 +70,7 @@ def load_folds(
         fs_hz=settings.fs_hz,
         seconds=settings.seconds,
         leads=settings.leads,
+        highpass_hz=settings.highpass_hz,
         max_bad_share=settings.max_bad_share,
         cache_dir=cache_dir,
         progress=lambda done, total: progress.bar(f"records, {len(folds)} fold(s)", done, total),

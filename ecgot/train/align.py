@@ -103,7 +103,9 @@ def train_alignment(
         batches = epoch_order(len(train), settings.batch_size, config.seed, number)
         for done, rows in enumerate(batches):
             signal = waveforms(train, rows, device)
-            ecg = model.project_tokens(encode(*(augmented(*signal) if settings.augment else signal)))
+            ecg = model.project_tokens(
+                encode(*(augmented(*signal, config.data) if settings.augment else signal))
+            )
             tokens, ids = source.batch(rows, device)
             said = None if phrase_source is None else phrase_source.batch(rows)
             terms = loss(ecg, model.embed_text(tokens), ids, model, said)

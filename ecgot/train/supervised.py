@@ -277,7 +277,7 @@ def train_classifier(
         batches, total = _batches(len(train), settings, config.seed, number), 0.0
         for done, rows in enumerate(batches):
             signal = waveforms(train, rows, device)
-            taken = random_crops(*signal, crop) if settings.crop_seconds else augmented(*signal)
+            taken = random_crops(*signal, crop) if settings.crop_seconds else augmented(*signal, config.data)
             loss = class_loss(classifier(*taken), truth[rows].to(device), counted[rows].to(device))
             step(loss)
             total += loss.item() / len(batches)

@@ -13,7 +13,7 @@ import wfdb
 
 from ecgot.choices import SCORES, STAGES
 from ecgot.cli import main as cli
-from ecgot.data.record import STANDARD_LEADS
+from ecgot.data.leads import STANDARD_LEADS
 from ecgot.eval.evaluate import evaluate
 from ecgot.eval.supervise import supervise
 from ecgot.inference.reader import Reader

@@ -8,7 +8,7 @@ import pytest
 from scipy.signal import find_peaks
 
 from ecgot.data.findings import STATEMENTS
-from ecgot.data.record import STANDARD_LEADS
+from ecgot.data.leads import STANDARD_LEADS
 from ecgot.data.synth import simulate, write_dataset
 from ecgot.errors import EcgotError
 
