@@ -50,10 +50,10 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tu
     outputs = _solve(x, y, a, b, *scales, init, *values, *stopping, keep_costs)
     value, f, g, whole_f, whole_g, error, iterations, converged, x_centre, y_centre, _ = outputs
     if x_centre.numel():
-        problem = replace(problem, x_centre=x_centre.detach(), y_centre=y_centre.detach())
+        problem = replace(problem, x_centre=x_centre, y_centre=y_centre)
     if problem.pairs:
         whole_f = whole_g = None
-    return problem, Solution(f, g, error.detach(), iterations, value, whole_f, whole_g, converged)
+    return problem, Solution(f, g, error, iterations, value, whole_f, whole_g, converged)
 
 
 def _split(
@@ -142,9 +142,10 @@ def _(*flat):  # type: ignore[no-untyped-def]
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, y, a, b, *scales = inputs[:7]
     ctx.values = inputs[8 : 8 + VALUES]
-    _, f, g, _, _, _, _, converged, x_centre, y_centre, cache = output
+    _, f, g, _, _, *others = output
+    x_centre, y_centre, cache = others[-3:]
     ctx.save_for_backward(x, y, a, b, x_centre, y_centre, *scales, f, g, cache)
-    ctx.mark_non_differentiable(converged)
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
 
 
