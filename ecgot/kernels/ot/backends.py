@@ -14,7 +14,13 @@ from torch import Tensor
 
 from ecgot.kernels.dispatch import use_triton
 from ecgot.kernels.ot import torch_solver
-from ecgot.kernels.ot.centring import centred, complete, moved_start, step_gradients
+from ecgot.kernels.ot.centring import (
+    centred,
+    complete,
+    moved_start,
+    step_gradients,
+    without_zero_centres,
+)
 from ecgot.kernels.ot.problem import (
     ABSENT,
     CostRange,
@@ -80,17 +86,19 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tu
         problem: without centres.
         init: the potential g [B, M] of the points' own costs to start from; zeros if None.
     """
-    cache = cost_cache(problem, backend(problem))
+    name = backend(problem)
+    cache = cost_cache(problem, name)
     if init is not None:  # a point that could match nothing there may match something here
         init = torch.where(init == math.inf, 0.0, init)
-    found = _solve(problem, init, settings, cache)
+    found = _solve(name, problem, init, settings, cache)
     if settings.scaling and problem.cost == "given" and not problem.empty:
         found = _from_masks(problem, init, settings, found)
     return found, cache
 
 
-def _solve(problem: Problem, init: Tensor | None, settings: SolverSettings, cache: Tensor) -> Solution:
-    name = backend(problem)
+def _solve(
+    name: str, problem: Problem, init: Tensor | None, settings: SolverSettings, cache: Tensor
+) -> Solution:
     if name == "numba" and init is None:
         from ecgot.kernels.ot import numba_small
 
@@ -121,7 +129,7 @@ def _from_masks(problem: Problem, init: Tensor | None, settings: SolverSettings,
         return found
     part = replace(problem, a=torch.where(wrong[:, None], problem.a, ABSENT))  # the others are not solved
     cache = problem.eps.new_empty(0)
-    second = _solve(part, init, replace(settings, from_masks=True), cache)
+    second = _solve(backend(part), part, init, replace(settings, from_masks=True), cache)
     better = wrong & ((second.error < found.error) | found.error.isnan())
 
     for name in ("f", "g", "error", "value", "whole_f", "whole_g", "converged"):
@@ -169,16 +177,20 @@ def cost_vjp(problem: Problem, given: PlanWeights, cache: Tensor) -> tuple[Tenso
     if problem.empty:
         return torch.zeros_like(problem.x), None if problem.y is None else torch.zeros_like(problem.y)
     name = backend(problem)
+    if name == "numba" and given.left is None:
+        from ecgot.kernels.ot import numba_small
+
+        small = numba_small.cost_vjp(problem, given, cache) if numba_small.fits(problem) else None
+        if small is not None:
+            return small
+    problem = without_zero_centres(problem)
     if name in ("triton", "triton-streaming") and problem.cost != "given":
         from ecgot.kernels.ot import triton_gradient
 
         return triton_gradient.cost_vjp(problem, given, step=True)
     if name == "numba" and given.left is None:
-        from ecgot.kernels.ot import numba_small, numba_solver
+        from ecgot.kernels.ot import numba_solver
 
-        small = numba_small.cost_vjp(problem, given, cache) if numba_small.fits(problem) else None
-        if small is not None:
-            return small
         grad_x, grad_y = numba_solver.cost_vjp(problem, given, cache)
     elif name == "numba-streaming" and given.left is None:
         from ecgot.kernels.ot import numba_streaming
