@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ecgot.kernels.dispatch import use_triton
-from ecgot.kernels.ot import torch_solver
+from ecgot.kernels.ot import torch_small, torch_solver
 from ecgot.kernels.ot.centring import centred, complete, moved_start, step_gradients
 from ecgot.kernels.ot.problem import (
     ABSENT,
@@ -95,6 +95,10 @@ def _solve(problem: Problem, init: Tensor | None, settings: SolverSettings, cach
         from ecgot.kernels.ot import numba_small
 
         small = numba_small.solve(problem, settings, cache) if numba_small.fits(problem) else None
+        if small is not None:
+            return small
+    if name == "torch" and init is None and torch_small.fits(problem):
+        small = torch_small.solve(problem, settings)
         if small is not None:
             return small
     if name == "triton" and not problem.empty:
@@ -185,6 +189,10 @@ def cost_vjp(problem: Problem, given: PlanWeights, cache: Tensor) -> tuple[Tenso
 
         grad_x, grad_y = numba_streaming.cost_vjp(problem, given)
     else:
+        if name == "torch" and given.left is None and torch_small.fits(problem):
+            small = torch_small.cost_vjp(problem, given)
+            if small is not None:
+                return small
         grad_x, grad_y = torch_solver.cost_vjp(problem, given)
     steps = step_gradients(problem, given.scale)
     if steps is not None and grad_y is not None:
