@@ -113,10 +113,10 @@ def _solve(problem: Problem, init: Tensor | None, settings: SolverSettings, cach
         return complete(problem, found, settings.tol)
     problem = centred(problem)
     init = moved_start(problem, init)
-    found = _potentials(name, problem, init, settings, cache)
+    result = _potentials(name, problem, init, settings, cache)
     if not problem.empty:
-        found = _with_rounding(name, problem, init, settings, found)
-    return complete(problem, Solution(*found), settings.tol)
+        result = _with_rounding(name, problem, init, settings, result)
+    return complete(problem, Solution(*result), settings.tol)
 
 
 def _with_rounding(
