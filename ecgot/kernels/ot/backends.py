@@ -100,10 +100,10 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tu
 def _solve(
     name: str, problem: Problem, init: Tensor | None, settings: SolverSettings, cache: Tensor
 ) -> Solution:
-    if name == "numba" and init is None:
+    if name == "numba":
         from ecgot.kernels.ot import numba_small
 
-        small = numba_small.solve(problem, settings, cache) if numba_small.fits(problem) else None
+        small = numba_small.solve(problem, init, settings, cache) if numba_small.fits(problem) else None
         if small is not None:
             return small
     if name == "torch" and init is None and torch_small.fits(problem):

@@ -37,7 +37,7 @@ def fits(problem: Problem) -> bool:
     )
 
 
-def solve(problem: Problem, settings: SolverSettings, cache: Tensor) -> Solution | None:
+def solve(problem: Problem, init: Tensor | None, settings: SolverSettings, cache: Tensor) -> Solution | None:
     """The whole solution of a batch that :func:`fits`; ``cache`` [B, N, M] gets what its gradient needs."""
     if settings.scaling:
         return None
@@ -53,7 +53,8 @@ def solve(problem: Problem, settings: SolverSettings, cache: Tensor) -> Solution
     rho_x, rho_y = (eps if rho is None else _array(rho) for rho in (problem.rho_x, problem.rho_y))
     penalties = (rho_x, free_x, rho_y, free_y)
     stopping = (code, settings.tol, settings.max_iter)
-    arguments = (*formed, a, b, eps, *penalties, x_centre, y_centre, *stopping, *outputs)
+    start = np.zeros_like(b) if init is None else _array(init)
+    arguments = (*formed, a, b, eps, *penalties, x_centre, y_centre, start, *stopping, *outputs)
     if not loops.solve(*arguments):
         return None
     f, g, whole_f, whole_g, value, error, iterations, converged = map(torch.from_numpy, outputs)

@@ -172,10 +172,13 @@ def _forbids_all(cost_units, eps, value):
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def solve(
-    S, x, y, p, q, a, b, eps, rho_x, free_x, rho_y, free_y, x_centre, y_centre, code, tol, max_iter, f, g,
-    whole_f, whole_g, value, error, iterations, converged,
+    S, x, y, p, q, a, b, eps, rho_x, free_x, rho_y, free_y, x_centre, y_centre, start, code, tol, max_iter, f,
+    g, whole_f, whole_g, value, error, iterations, converged,
 ):  # fmt: skip
-    """The penalty of a side that is not free is not read. -> whether all problems are usual"""
+    """The penalty of a side that is not free is not read. -> whether all problems are usual
+
+    start: the potential g of the points' own costs to start from.
+    """
     batch, n, m = S.shape
     real = S.dtype.type
     if not free_x:
@@ -188,7 +191,15 @@ def solve(
     rows, columns, taken = nothing + n, nothing + m, nothing.copy()
     ones, most = np.ones(batch, S.dtype), np.finfo(S.dtype).max
     slack_x, slack_y = np.minimum(eps / rho_x, most), np.minimum(eps / rho_y, most)
-    f[:], g[:] = zero, q
+    f[:] = zero
+    whole_g[:] = zero
+    moved_apart = code == SQEUCLIDEAN and not free
+    for k in range(batch):
+        if moved_apart:
+            step = x_centre[k] - y_centre[k]
+            _add_terms(y[k], one, step, half * (step * step).sum(), -one, whole_g[k], whole_g[k])
+        for j in range(m):
+            g[k, j] = (start[k, j] - whole_g[k, j]) / eps[k] + q[k, j]
     solve_blocks(
         S.reshape((batch * n, m)), ones > zero, number * n, rows, nothing, columns, a.ravel(), number * n,
         b.ravel(), number * m, p.ravel(), q.ravel(), slack_x, slack_y, f.ravel(), number * n, g.ravel(),
@@ -199,7 +210,7 @@ def solve(
         if not largest <= real(MAX_UNITS) * eps[k]:
             return False
         whole_f[k], whole_g[k] = f[k], g[k]
-        if code == SQEUCLIDEAN and not free:
+        if moved_apart:
             step = x_centre[k] - y_centre[k]
             half_square = half * (step * step).sum()
             _add_terms(x[k], eps[k] * half, step, half_square, one, f[k], whole_f[k])
