@@ -1,6 +1,7 @@
 """NumPy arrays and tables of text: formats that say little of themselves."""
 
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,12 +33,12 @@ def open_array(path: Path, fs_hz: float | None, leads: Sequence[str] | None) -> 
             return ArraySource(content, name=str(path), **_described(path, fs_hz, leads))
         with content as file:
             keys = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise EcgotError(f"record {path}: it cannot be read ({first_line(error)})") from error
     signal = next((keys[key] for key in ("signal_mv", "signal") if key in keys), None)
     if signal is None:
         raise EcgotError(f"record {path}: expected the key signal, got {', '.join(keys) or 'none'}")
-    rate = next((float(keys[key]) for key in ("fs_hz", "fs") if key in keys and keys[key].size == 1), None)
+    rate = next((float(keys[key].item()) for key in ("fs_hz", "fs") if key in keys and keys[key].size == 1), None)
     names = [str(lead) for lead in keys["leads"].ravel()] if "leads" in keys else None
     return ArraySource(signal, name=str(path), **_described(path, fs_hz or rate, leads or names))
 

@@ -84,7 +84,7 @@ def read_header(record: Path) -> WfdbHeader:
         raise EcgotError(f"record {record}: there is no {path.name}")
     lines = [line.strip() for line in _text(path).splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
-    line = _record_line(lines) if lines else None
+    line = _record_line(record.name, lines) if lines else None
     if line is None:
         got = repr(lines[0][:60]) if lines else "nothing"
         raise _broken(record, f"expected a line with the record's name and number of signals, got {got}")
@@ -120,17 +120,20 @@ class _RecordLine:
     rest: list[str]
 
 
-def _record_line(lines: list[str]) -> _RecordLine | None:
+def _record_line(name: str, lines: list[str]) -> _RecordLine | None:
     """The record line: NAME[/SEGMENTS] SIGNALS [RATE [SAMPLES [TIME [DATE]]]].
 
-    A name may have spaces and numbers: of all readings, the first that fits the number of lines after it.
+    A name may have spaces and numbers: of all readings that with the file's name, else the first that fits
+    the number of lines after it.
     """
     found = []
     for word in re.finditer(r"\s+(\d+)(?=\s|$)", lines[0]):
-        segments = re.search(r"/(\d+)$", lines[0][: word.start()])
-        found.append(
-            _RecordLine(int(segments[1]) if segments else 0, int(word[1]), lines[0][word.end() :].split())
-        )
+        before = lines[0][: word.start()]
+        segments = re.search(r"/(\d+)$", before)
+        line = _RecordLine(int(segments[1]) if segments else 0, int(word[1]), lines[0][word.end() :].split())
+        if before.removesuffix(segments[0] if segments else "") == name:
+            return line
+        found.append(line)
     fitting = (line for line in found if (line.segments or line.signals) == len(lines) - 1)
     return next(fitting, found[0] if found else None)
 

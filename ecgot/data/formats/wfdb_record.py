@@ -95,23 +95,23 @@ class WfdbSource:
         if stop <= start:
             return signal_mv
         whole = first == 0 and last == self._frames
+        beyond = min(last + 1, self._frames)  # one more frame, for a lower rate to draw a line to
         for file in dict.fromkeys(signal.file for signal in self._signals.values()):
             mine = {lead: signal for lead, signal in self._signals.items() if signal.file == file}
-            further = max(signal.skew for signal in mine.values())
-            further += any(signal.per_frame != self.rate for signal in mine.values())  # to draw a line to
-            digital = self._read_frames(file, first, min(last + further, self._frames))
+            skew = max(signal.skew for signal in mine.values())
+            digital = self._read_frames(file, first, min(beyond + skew, self._frames))
             for lead, signal in mine.items():
                 values = digital[self._place(signal)]
                 if whole:
                     self._check_sum(lead, signal, values)
-                physical = self._physical(signal, values, last - first)
+                physical = self._physical(signal, values, beyond - first)
                 signal_mv[self.leads.index(lead)] = at_rate(
                     physical, signal.per_frame, start, stop, self.rate
                 )
         return signal_mv
 
     def _physical(self, signal: WfdbSignal, values: np.ndarray, frames: int) -> np.ndarray:
-        """mV of ``frames`` frames, and of those that ``values`` has beyond them, moved by the skew."""
+        """mV of ``frames`` frames or more, moved by the skew."""
         missing = MISSING[signal.fmt]
         physical = np.subtract(values, float(signal.baseline))
         physical *= (mv_per_unit(signal.unit) or np.nan) / signal.gain
