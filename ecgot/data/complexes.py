@@ -16,6 +16,7 @@ FLAT_MV = 0.02  # less, peak to peak and without the baseline, is no lead; PTB-X
 MOST_BEATS = 60  # that are compared, evenly over the record
 REFRACTORY_S = 0.17
 HALF_QRS_S = 0.1
+T_WAVE_S, T_WAVE_SHARE = 0.4, 0.6  # how soon after a complex, and how large beside it, T waves are
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,15 @@ def _peaks(joint: Floats, fs_hz: float) -> Samples:
     if height <= 0:
         return np.zeros(0, np.int64)
     distance = max(1.0, REFRACTORY_S * fs_hz)
-    return find_peaks(joint, height=0.4 * height, prominence=0.25 * height, distance=distance)[0]
+    peaks = find_peaks(joint, height=0.4 * height, prominence=0.25 * height, distance=distance)[0]
+    return peaks[~_t_waves(peaks, joint, fs_hz)]
+
+
+def _t_waves(peaks: Samples, joint: Floats, fs_hz: float) -> Mask:
+    """Which peaks follow a much larger one as closely as a T wave does."""
+    close = np.diff(peaks) < T_WAVE_S * fs_hz
+    lower = joint[peaks[1:]] < T_WAVE_SHARE * joint[peaks[:-1]]
+    return np.concatenate([np.zeros(min(1, len(peaks)), bool), close & lower])
 
 
 def _alikeness(beats: Floats, moves: Mask) -> tuple[Floats, float]:
