@@ -175,6 +175,12 @@ def token_similarity(name: str, ecg: Embedding, text: Embedding, transport: Tran
     return _token_similarity(name, ecg, text, transport)[0]
 
 
+def transport_plan(ecg: Embedding, text: Embedding, transport: Transport) -> Tensor:
+    """The plan [B, N, M] that moves each text's tokens to those of its ECG; 0 at masked tokens, of sum 1."""
+    masks: dict[str, Any] = {"x_mask": ecg.mask, "y_mask": text.mask}
+    return sinkhorn(ecg.tokens, text.tokens, **masks, **transport.arguments()).plan()
+
+
 def _token_similarity(
     name: str, ecg: Embedding, text: Embedding, transport: Transport
 ) -> tuple[Tensor, Tensor | None]:
