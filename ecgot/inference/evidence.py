@@ -30,7 +30,7 @@ from ecgot.inference.calibration import Finding
 from ecgot.inference.zeroshot import EmbeddedPrompts, noisy_or
 from ecgot.models.alignment import AlignmentModel, Embedding
 from ecgot.models.encoders import EncoderOutput, masked_mean
-from ecgot.models.losses import Transport, phrase_logits, transport_plan
+from ecgot.models.scores import Transport, phrase_logits, transport_plan
 
 SMOOTHING = np.array([0.25, 0.5, 0.25])  # over neighbouring tokens: a beat often lies in two
 

@@ -18,7 +18,7 @@ from ecgot.errors import EcgotError, first_line
 from ecgot.files import save_tensors
 from ecgot.models.alignment import AlignmentModel, Embedding
 from ecgot.models.hugging_face import fingerprint
-from ecgot.models.losses import Transport, phrase_logits, token_similarity
+from ecgot.models.scores import Transport, phrase_logits, token_similarity
 from ecgot.models.text_encoder import TextEncoder
 from ecgot.runs.config import AlignConfig
 
@@ -36,7 +36,7 @@ class EmbeddedPrompts:
         embedding: of K prompts, [K, ...].
         rows: group -> class -> indices of its prompts.
         texts: the K prompts.
-        phrase_scale: the model's, [], see :func:`ecgot.models.losses.phrase_logits`.
+        phrase_scale: the model's, [], see :func:`ecgot.models.scores.phrase_logits`.
     """
 
     embedding: Embedding

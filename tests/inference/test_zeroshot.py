@@ -28,7 +28,7 @@ from ecgot.inference.zeroshot import (
 from ecgot.kernels.ot import reference
 from ecgot.models.alignment import AlignmentModel, Embedding
 from ecgot.models.encoders import encoder
-from ecgot.models.losses import Transport
+from ecgot.models.scores import Transport
 from ecgot.models.text_encoder import TextEncoder
 from ecgot.runs.config import AlignConfig
 
