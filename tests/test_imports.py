@@ -17,12 +17,13 @@ SUBPACKAGES = {
     "data": {"text"},
     "models": {"kernels", "text"},
     "runs": {"data", "models", "text"},
-    "inference": {"data", "models", "runs", "text"},
+    "inference": {"data", "models", "page", "runs", "text"},
+    "page": {"data", "inference", "text"},
     "train": {"data", "models", "runs", "text"},
     "eval": {"data", "inference", "models", "runs", "text", "train"},
     "bench": {"kernels"},
     "compat": {"kernels"},
-    "cli": {"bench", "data", "eval", "inference", "runs", "text", "train"},
+    "cli": {"bench", "data", "eval", "inference", "page", "runs", "text", "train"},
 }
 # Within kernels the families know nothing of each other, and none knows who compiles it.
 FAMILIES = {"ot", "conv", "scaling"}

@@ -4,6 +4,7 @@ Commands import what they run when they run it, so that ``ecgot --help`` does no
 """
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -432,28 +433,33 @@ def _report_folder(
 
 def _write_pages(reading: Any, pages: dict[str, Path | None]) -> None:
     """The reading as a page in the asked formats."""
-    from ecgot.page.browser import write_pdf, write_png
+    if not any(pages.values()):
+        return
+    from ecgot.page.chromium import write_pdf, write_png
 
-    text = reading.to_html() if any(pages.values()) else ""
+    text = reading.to_html()
     if pages["html"] is not None:
         write_text(pages["html"], text)
-    if pages["pdf"] is not None:
-        write_pdf(text, pages["pdf"])
-    if pages["png"] is not None:
-        write_png(text, pages["png"])
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "page.html"
+        page.write_text(text, encoding="utf-8")
+        if pages["pdf"] is not None:
+            write_pdf(page, pages["pdf"])
+        if pages["png"] is not None:
+            write_png(page, pages["png"])
 
 
 @cli.command()
 @json_option
 def formats(as_json: bool) -> None:
     """List the file formats that can be read, and what each needs."""
-    from ecgot.data.formats import installed_formats
+    from ecgot.data.formats import FORMATS
 
-    found = installed_formats()
     if as_json:
-        _print_json({"formats": [vars(each) for each in found]})
+        keys = ("name", "suffixes", "library", "installed")
+        _print_json({"formats": [{key: getattr(each, key) for key in keys} for each in FORMATS]})
     else:
-        print_formats(Console(), found)
+        print_formats(Console(), FORMATS)
 
 
 @cli.command()

@@ -251,7 +251,7 @@ def print_scores(console: Console, scores: Mapping[str, float]) -> None:
 
 
 def print_formats(console: Console, formats: Sequence[Any]) -> None:
-    """The formats that can be read, see :func:`ecgot.data.formats.installed_formats`."""
+    """The formats that can be read, see :data:`ecgot.data.formats.FORMATS`."""
     columns = [
         Column("files", [", ".join(each.suffixes) for each in formats], right=False),
         Column("read by", [each.library for each in formats], right=False),

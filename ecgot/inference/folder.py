@@ -5,13 +5,16 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from ecgot.data.formats import installed_formats
+from ecgot.data.formats import FORMATS
 from ecgot.errors import EcgotError
 from ecgot.files import write_text
 from ecgot.inference.reader import Asked, EcgReader
 from ecgot.inference.reading import Reading, ReadingError
+
+if TYPE_CHECKING:
+    from ecgot.page.index import Entry
 
 SIGNAL_SUFFIXES = {".dat", ".mat"}  # of WFDB records, which their headers name
 MEASURED = ("heart_rate_bpm", "pr_ms", "qrs_ms", "qt_ms", "qtc_ms", "axis_deg")
@@ -27,7 +30,7 @@ def records_in(folder: Path) -> list[Path]:
     Raises:
         EcgotError: there are none.
     """
-    suffixes = {suffix for each in installed_formats() for suffix in each.suffixes} - SIGNAL_SUFFIXES
+    suffixes = {suffix for each in FORMATS for suffix in each.suffixes} - SIGNAL_SUFFIXES
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not found:
         raise EcgotError(f"folder: expected ECG files below {folder}, got none; ecgot formats lists formats")
@@ -181,7 +184,7 @@ class _Pages(_Lines):
         from ecgot.page.index import index
 
         super().__exit__()
-        write_text(self._folder / "index.html", index(self._entries))
+        write_text(self._folder / "index.html", index(map(_entry, self._entries)))
 
 
 def _values(found: Reading | ReadingError) -> dict[str, Any]:
@@ -205,3 +208,11 @@ def _row(found: Reading | ReadingError) -> dict[str, Any]:
         "notes": "; ".join(found.notes),
         **{f"{each.group}:{each.code}": f"{each.probability:.4f}" for each in found.findings},
     }
+
+
+def _entry(values: dict[str, Any]) -> "Entry":
+    from ecgot.page.index import Entry
+
+    if "error" in values:
+        return Entry(values["record"], problem=values["error"])
+    return Entry.from_dict(values, values["page"])

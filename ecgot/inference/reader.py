@@ -18,8 +18,9 @@ from ecgot.data.formats import RecordSource
 from ecgot.data.measurements import measure
 from ecgot.data.record import Record, fit_length
 from ecgot.errors import EcgotError, first_line
+from ecgot.inference import calibration as calibrations
 from ecgot.inference.calibration import Calibration, Finding
-from ecgot.inference.evidence import Evidence, evidence
+from ecgot.inference.evidence import Evidence, explain
 from ecgot.inference.judgement import agreed, lacking, notes_on, without
 from ecgot.inference.reading import Reading, ReadingError, Sentence, Window
 from ecgot.inference.stretches import Stretch, load, source_of, starts
@@ -31,9 +32,10 @@ from ecgot.inference.zeroshot import (
     embed_prompts,
     load_prompts,
     read_prompts,
+    scores_fingerprint,
 )
 from ecgot.models.encoders import EncoderOutput, fuse_norms
-from ecgot.models.reporter import WrittenReport
+from ecgot.models.writer import WrittenReport
 from ecgot.runs.checkpoints import load_alignment, load_reporter, transport
 from ecgot.runs.device import choose_device
 from ecgot.runs.run import PRETRAINED, Run
@@ -128,7 +130,7 @@ class EcgReader:
             wanted = read_prompts(prompts)
             text = self._load_with_text()
             self.prompts = embed_prompts(self.model, text, wanted)
-        self.calibration = Calibration.of(self.run, score=self.score, built_in=prompts == BUILT_IN)
+        self.calibration = self._calibration(prompts)
         self._fused_encoder = fuse_norms(self.model.encoder)
         has_report = self.run.done("report")
         self.reporter = load_reporter(self.run, self.model.ecg_width) if has_report else None
@@ -163,6 +165,13 @@ class EcgReader:
             f"EcgReader({str(self.run.folder)!r}, {self.config.encoder.name}, {len(data.leads)} leads, "
             f"{data.seconds:g} s at {data.fs_hz:g} Hz)"
         )
+
+    def _calibration(self, prompts: Path) -> Calibration:
+        """The run's calibration, which is one of "phrase" scores by the built-in prompts; else the identity."""
+        file = self.run.folder / calibrations.FILE
+        if self.score != "phrase" or prompts != BUILT_IN or not file.exists():
+            return Calibration()
+        return Calibration.load(file, scores_fingerprint(self.model, self.prompts))
 
     # --- reading --------------------------------------------------------------------------------------------
 
@@ -312,7 +321,7 @@ class EcgReader:
     def _reading(self, opened: _Opened, written: WrittenReport | None, asked: Asked) -> Reading:
         """Everything that is said of a record whose windows were scored."""
         window, signal = opened.windows[opened.shown], None
-        notes, measured = list(opened.source.notes), None
+        notes, measured = [*opened.source.notes, *filter(None, [self.calibration.note])], None
         sentences: tuple[Sentence, ...] = ()
         if opened.shown_from is not None:
             signal = opened.shown_from[0]
@@ -332,14 +341,26 @@ class EcgReader:
             measurements=measured,
             notes=tuple(notes),
             recorder=asked.recorder or None,
-            calibrated=self.calibration.fitted,
+            calibrated=bool(self.calibration.classes),
             signal=signal,
             explain=None if signal is None else functools.partial(self._explain, signal),
         )
 
     def _explain(self, signal: Record, finding: Finding) -> Evidence:
-        samples = round(self.config.data.fs_hz * self.config.data.seconds)
-        return evidence(self.model, self._fused_encoder, self.prompts, signal, finding, samples=samples)
+        if self.score != "phrase":
+            raise EcgotError(f"evidence: expected the score 'phrase', got {self.score!r}")
+        data = self.config.data
+        waveform, valid = fit_length(signal.signal_mv, round(data.fs_hz * data.seconds))
+        return explain(
+            self.model,
+            torch.from_numpy(waveform).to(self.device),
+            valid,
+            self.prompts,
+            finding,
+            leads=signal.leads,
+            fs_hz=data.fs_hz,
+            encode=self._fused_encoder,
+        )
 
     # --- other uses -----------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ def source_of(item: Any, *, fs_hz: float | None = None, leads: Sequence[str] | N
         EcgotError: the item cannot be used.
     """
     if isinstance(item, str | Path):
-        return open_record(item)
+        return open_record(item, fs_hz=fs_hz, leads=leads)
     if hasattr(item, "p_signal") or hasattr(item, "d_signal"):
         return _from_wfdb(item)
     if isinstance(item, RecordSource):
