@@ -167,7 +167,7 @@ class EcgReader:
         )
 
     def _calibration(self, prompts: Path) -> Calibration:
-        """The run's calibration, which is one of "phrase" scores by the built-in prompts; else the identity."""
+        """The run's calibration, of "phrase" scores by the built-in prompts; else the identity."""
         file = self.run.folder / calibrations.FILE
         if self.score != "phrase" or prompts != BUILT_IN or not file.exists():
             return Calibration()
