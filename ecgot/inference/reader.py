@@ -15,15 +15,15 @@ from torch import Tensor
 
 from ecgot.choices import BEAMS
 from ecgot.data.formats import RecordSource
-from ecgot.data.measurements import measure
-from ecgot.data.record import Record, fit_length
+from ecgot.data.measurements import Measurements, measure
+from ecgot.data.record import Record, fit_length, prepare
 from ecgot.errors import EcgotError, first_line
 from ecgot.inference import calibration as calibrations
 from ecgot.inference.calibration import Calibration, Finding
 from ecgot.inference.evidence import Evidence, explain
 from ecgot.inference.judgement import agreed, lacking, notes_on, without
 from ecgot.inference.reading import Reading, ReadingError, Sentence, Window
-from ecgot.inference.stretches import Stretch, load, source_of, starts
+from ecgot.inference.stretches import Stretch, is_source, load, source_of, starts
 from ecgot.inference.zeroshot import (
     BUILT_IN,
     EmbeddedPrompts,
@@ -328,7 +328,7 @@ class EcgReader:
             lacks = lacking(signal, window.quality)
             notes += notes_on(signal, window, lacks, self.config.data.seconds)
             if asked.measurements:
-                measured = measure(signal.signal_mv, signal.fs_hz, signal.leads)
+                measured = self._measured(opened, window)
             if written is not None:
                 sentences = agreed(written.sentences, window, measured, lacks)
         return Reading(
@@ -345,6 +345,22 @@ class EcgReader:
             signal=signal,
             explain=None if signal is None else functools.partial(self._explain, signal),
         )
+
+    def _measured(self, opened: _Opened, window: Window) -> Measurements | None:
+        """Measured at the record's own rate, at which pacing spikes and the ends of waves show."""
+        length_s = window.stop_s - window.start_s
+        data = self.config.data
+        raw = attempt(
+            opened.name,
+            lambda: prepare(
+                opened.source,
+                window.start_s,
+                length_s,
+                highpass_hz=data.highpass_hz,
+                missing_leads="estimate",
+            ),
+        )
+        return None if isinstance(raw, ReadingError) else measure(raw.signal_mv, raw.fs_hz, raw.leads)
 
     def _explain(self, signal: Record, finding: Finding) -> Evidence:
         if self.score != "phrase":
@@ -436,7 +452,7 @@ class EcgReader:
 
 def _is_list(records: Any) -> bool:
     """Whether these are several records: a list, an iterator, or a batch [B, L, T]."""
-    if isinstance(records, str | Path) or hasattr(records, "sig_name") or isinstance(records, RecordSource):
+    if isinstance(records, str | Path) or is_source(records) or hasattr(records, "sig_name"):
         return False
     return getattr(records, "ndim", 3) != 2
 

@@ -54,9 +54,10 @@ class Window:
 
     @property
     def stated(self) -> tuple[Finding, ...]:
-        """What is found, abnormal findings first, then the surest first."""
+        """What is found, abnormal findings first, then the surest first; once, if in several groups."""
         found = [finding for finding in self.findings if finding.stated]
-        return tuple(sorted(found, key=lambda each: (each.code in NORMAL, -each.probability)))
+        found.sort(key=lambda each: (each.code in NORMAL, -each.probability))
+        return tuple({each.name: each for each in reversed(found)}.values())[::-1]
 
     @property
     def weight(self) -> float:

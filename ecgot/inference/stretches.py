@@ -46,12 +46,17 @@ def source_of(item: Any, *, fs_hz: float | None = None, leads: Sequence[str] | N
         return open_record(item, fs_hz=fs_hz, leads=leads)
     if hasattr(item, "p_signal") or hasattr(item, "d_signal"):
         return _from_wfdb(item)
-    if isinstance(item, RecordSource):
+    if is_source(item):
         return item
     array = np.asarray(item)  # a tensor too
     if fs_hz is None or leads is None:
         raise EcgotError("record: expected fs_hz and leads with an array, got none")
     return ArraySource(array, fs_hz=fs_hz, leads=leads)
+
+
+def is_source(item: Any) -> bool:
+    """Whether it is a :class:`ecgot.data.formats.RecordSource`."""
+    return hasattr(item, "read") and hasattr(item, "samples")
 
 
 def _from_wfdb(record: Any) -> ArraySource:
