@@ -200,16 +200,15 @@ def _print_findings(console: Console, reading: "Reading") -> None:
     undecided = [each for each in reading.findings if each.stated is None]
     undecided.sort(key=lambda each: -each.probability)
     shown = [*stated, *undecided[:BEST_CLASSES]]
-    columns = [
-        Column("probability", [f"{each.probability:.0%}" for each in shown]),
-        Column("interval", [f"{each.low:.0%} to {each.high:.0%}" for each in shown]),
+    columns = [Column("probability", [f"{each.probability:.0%}" for each in shown])]
+    if reading.calibrated:
+        columns.append(Column("interval", [f"{each.low:.0%} to {each.high:.0%}" for each in shown]))
+    columns += [
         Column("", ["found" if each.stated else "undecided" for each in shown], right=False),
         Column("code", [each.code for each in shown], right=False),
     ]
     title = "Findings" if shown else "Findings: none"
     _print_tables(console, title, Column("finding", [each.name for each in shown], right=False), columns)
-    if not reading.calibrated:
-        console.print("The probabilities of this model are not calibrated.")
     console.print()
 
 

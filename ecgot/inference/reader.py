@@ -338,6 +338,7 @@ class EcgReader:
             shown=opened.shown,
             report=None if written is None else "".join(f"{each.text}. " for each in sentences).strip(),
             sentences=sentences,
+            written=None if written is None else written.text,
             measurements=measured,
             notes=tuple(notes),
             recorder=asked.recorder or None,

@@ -78,8 +78,9 @@ class Reading:
         duration_s: of the whole record.
         windows: the stretches that were read, in order.
         shown: which of them report, measurements and signal are of.
-        report: the written text; None where nothing was to be said or no decoder has been trained.
+        report: the text; None where nothing was to be said or no decoder has been trained.
         sentences: of the report.
+        written: what the decoder wrote, with the sentences that were left out or mended.
         measurements: None if they were not asked for or nothing was to be said.
         notes: what was done to the signal, and what a reader should know.
         recorder: the recorder whose wording the report follows; None if unknown.
@@ -93,6 +94,7 @@ class Reading:
     shown: int
     report: str | None
     sentences: tuple[Sentence, ...]
+    written: str | None
     measurements: Measurements | None
     notes: tuple[str, ...]
     recorder: str | None
@@ -164,6 +166,7 @@ class Reading:
             "scores": {group: dict(scores) for group, scores in window.scores.items()},
             "report": self.report,
             "sentences": [dataclasses.asdict(sentence) for sentence in self.sentences],
+            "written": self.written,
             "measurements": None if self.measurements is None else dataclasses.asdict(self.measurements),
             "notes": list(self.notes),
             "recorder": self.recorder,

@@ -1,6 +1,7 @@
 """What commands print fits 80 columns: no line is longer, and no cell is folded or cut."""
 
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,18 @@ from rich.console import Console
 from ecgot.cli.tables import (
     print_benchmark,
     print_evaluation,
+    print_formats,
     print_reading,
     print_scores,
     print_supervised,
 )
+from ecgot.data.formats import FORMATS
+from ecgot.data.measurements import Measurements
+from ecgot.data.quality import Quality, Remark
+from ecgot.inference.calibration import Finding
+from ecgot.inference.reading import Reading, Sentence, Window
 
+NOTHING = Measurements((), None, None, None, None, None, None, None, 0)
 SYSTEMS = (
     "generated",
     "generated_recorder_unknown",
@@ -125,36 +133,70 @@ def test_a_supervised_evaluation(intervals):
     assert "not a medical device" in " ".join(text.split())
 
 
-def test_a_reading():
-    classes = ("NORM", "ISCA/ISCI", "STTC", "LAFB/LPFB", "_AVB", "IVCD")
-    reading = {
-        "scores": {group: {name: float(-k) for k, name in enumerate(classes)} for group in GROUPS},
+def reading(**changed) -> Reading:
+    finding = Finding("CLBBB", "left bundle branch block", "subclass", 0.87, 0.8, 0.92, 0.4, True)
+    unsure = replace(finding, code="PAC", name="premature atrial complexes [2]", probability=0.3, stated=None)
+    quality = Quality("doubtful", (Remark("flat", "lead III is flat", ("III",)),), ("III",))
+    window = Window(10.0, 20.0, quality, (finding, unsure), {"subclass": {"CLBBB": 1.9, "PAC": -0.8}})
+    values = {
+        "record": "folder/" * 20 + "record",
+        "duration_s": 20.0,
+        "windows": (replace(window, start_s=0.0, stop_s=10.0, findings=()), window),
+        "shown": 1,
         "report": "sinus rhythm. normal ecg. " * 9,
-        "sentences": [("sinus rhythm [1]", 0.91), ("normal ecg", 0.3)],
-        "notes": ["lead III is flat"],
+        "sentences": (Sentence("sinus rhythm [1]", 0.91), Sentence("normal ecg", 0.3, "measured 40/min")),
+        "written": "sinus rhythm. normal ecg.",
+        "measurements": replace(NOTHING, heart_rate_bpm=71.6, qrs_ms=148.0),
+        "notes": ("III derived from other leads",),
         "recorder": "AT-6 C 5.5",
+        "calibrated": True,
     }
-    text = printed(print_reading, "folder/" * 20 + "record", reading)
-    first = next(line for line in text.splitlines() if line.startswith("NORM"))
-    assert first.split() == ["NORM", "0.00"] * 4
-    assert "IVCD" not in text  # the sixth
+    return Reading(**values | changed)
+
+
+def test_a_reading():
+    text = printed(print_reading, reading())
+    assert "an ECG, with reservations" in text
+    assert "  lead III is flat\n" in text
+    assert "note: III derived from other leads" in text
+    assert "shown is the strongest, from 10 to" in text
+    assert "      10.0 s  left bundle branch block\n" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("left bundle branch block")]
+    assert row.split()[-6:] == ["87%", "80%", "to", "92%", "found", "CLBBB"]
+    (row,) = [line for line in text.splitlines() if line.startswith("premature atrial complexes [2]")]
+    assert "undecided" in row
+    assert "measured: heart rate 72 /min, QRS 148 ms" in text
     assert "report in the wording of AT-6 C 5.5: sinus rhythm." in text
     assert "  0.91  sinus rhythm [1]\n" in text
-    assert "  0.30  normal ecg  (unsure)\n" in text
-    assert "note: lead III is flat" in text
+    assert "  0.30  normal ecg  (unsure)  (measured 40/min)\n" in text
     assert "not a medical device" in " ".join(text.split())
-    untrained = reading | {"report": None, "sentences": [], "recorder": None}
-    assert "report: (none: stage 2 has not been trained)" in printed(print_reading, "record", untrained)
-    empty = reading | {"report": "", "sentences": [], "recorder": None}
-    assert "report: (empty)" in printed(print_reading, "record", empty)
+    untrained = printed(print_reading, reading(report=None, sentences=(), recorder=None, calibrated=False))
+    assert "report" not in untrained
+    assert "interval" not in untrained
+
+
+def test_a_refused_reading_says_why_and_nothing_else():
+    quality = Quality("refused", (Remark("no_ecg", "no ECG: no QRS complexes that repeat", ()),), ())
+    text = printed(
+        print_reading,
+        reading(windows=(Window(0.0, 10.0, quality),), shown=0, report=None, sentences=(), measurements=None),
+    )
+    assert "not a usable ECG\n  no ECG: no QRS complexes that repeat\n" in text
+    assert "--force" in text
+    assert "Findings" not in text
+    assert "not a medical device" in " ".join(text.split())
 
 
 def test_scores_of_texts_the_highest_first():
-    scores = {"a long text of your own " * 6: -1.5, "sinus rhythm": 2.25}
-    lines = printed(print_scores, scores, ["10 missing samples filled in lead V1"]).splitlines()
+    lines = printed(print_scores, {"a long text of your own " * 6: -1.5, "sinus rhythm": 2.25}).splitlines()
     assert lines[0] == "sinus rhythm 2.25"
-    assert "note: 10 missing samples filled in lead V1" in lines
     assert "not a medical device" in " ".join(lines)
+
+
+def test_formats_fit():
+    text = printed(print_formats, FORMATS)
+    assert ".hea" in text
+    assert "ecgot[formats]" in text
 
 
 def test_a_benchmark_says_what_was_refused_and_why():

@@ -13,13 +13,15 @@ from ecgot.errors import EcgotError
 from ecgot.eval.auroc import macro_auroc
 from ecgot.eval.evaluate import evaluate
 from ecgot.eval.report_metrics import another_patients
-from ecgot.inference.reader import load_pretrained
+from ecgot.inference.calibration import UNCALIBRATED
+from ecgot.inference.reader import EcgReader
 from ecgot.inference.zeroshot import class_scores, embed_prompts, read_prompts, select_prompts
 from ecgot.models.text_encoder import TextEncoder
 from ecgot.runs.checkpoints import load_alignment
 from ecgot.runs.config import resolve
 from ecgot.runs.records import waveforms
 from ecgot.runs.run import Run
+from ecgot.text.statements import sentences
 from ecgot.train.stages import train
 from tests.conftest import small_settings
 
@@ -181,14 +183,15 @@ def test_another_patients_records():
 
 def test_a_reading_is_what_the_evaluation_says(trained, evaluation, dataset, synthetic):
     data = dataset.folds(HELD_OUT)
-    reading = load_pretrained(trained).read(synthetic / data.table.record_paths[0])
-    assert reading.report == evaluation.examples[0].generated
-    assert ". ".join(text for text, _ in reading.sentences) == reading.report.rstrip(".")
-    scores = [score for _, score in reading.sentences]
-    assert scores == pytest.approx(evaluation.examples[0].scores, rel=0.05)
+    reading = EcgReader(trained)(synthetic / data.table.record_paths[0], measurements=False)
+    assert reading.written == evaluation.examples[0].generated
+    probabilities = dict(zip(sentences(reading.written), evaluation.examples[0].scores, strict=True))
+    for sentence in reading.sentences:
+        assert sentence.probability == pytest.approx(probabilities.get(sentence.text, 1.0), rel=0.05)
+    assert reading.report.startswith(reading.sentences[0].text)
     assert reading.scores.keys() == set(GROUPS)
-    assert reading.notes == ()
-    cosines = load_pretrained(trained, score="cosine").read(synthetic / data.table.record_paths[0]).scores
+    assert reading.notes == (UNCALIBRATED,)
+    cosines = EcgReader(trained, score="cosine")(synthetic / data.table.record_paths[0]).scores
     assert -1 <= min(cosines["superclass"].values()) < max(cosines["superclass"].values()) <= 1
     text = TextEncoder("minilm")
     model = load_alignment(trained, text)
@@ -200,9 +203,9 @@ def test_a_reading_is_what_the_evaluation_says(trained, evaluation, dataset, syn
 
 
 def test_a_reader_with_another_text_encoder_does_not_score_by_it(trained, few, monkeypatch, tiny_bert):
-    reader = load_pretrained(trained)
+    reader = EcgReader(trained)
     reader._text = None  # as of a run whose prompts are embedded
-    monkeypatch.setattr("ecgot.inference.reader.TextEncoder", lambda *_, **__: TextEncoder(str(tiny_bert)))
+    monkeypatch.setattr("ecgot.models.text_encoder.TextEncoder", lambda *_, **__: TextEncoder(str(tiny_bert)))
     record = next((few / "records100").rglob("*.hea")).with_suffix("")
     for _ in range(2):  # nor the second time
         with pytest.raises(EcgotError):
@@ -214,4 +217,4 @@ def test_stage_one_alone_reads_without_a_report(few, tiny_bert, tmp_path, cache_
     run = train(config, tmp_path / "run", stages=["align"], cache_dir=cache_dir)
     assert evaluate(run, few, cache_dir=cache_dir, resamples=10).reports == {}
     record = next((few / "records100").rglob("*.hea"))
-    assert load_pretrained(run).read(record).report is None
+    assert EcgReader(run)(record).report is None

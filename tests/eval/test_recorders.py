@@ -13,7 +13,7 @@ from ecgot.errors import EcgotError
 from ecgot.eval.evaluate import evaluate
 from ecgot.eval.report_metrics import shuffled
 from ecgot.inference.export import export
-from ecgot.inference.reader import Reader, load_pretrained
+from ecgot.inference.reader import EcgReader
 from ecgot.models.reporter import Reporter
 from ecgot.runs.config import resolve
 from ecgot.runs.run import Run
@@ -55,15 +55,15 @@ def test_reports_take_the_words_of_the_recorder(run, recorded, tmp_path):
     exported = tmp_path / "exported"
     export(run, exported)
     assert ": AT-6, CS-12)" in (exported / "README.md").read_text()
-    for reader in (load_pretrained(run), load_pretrained(exported), load_pretrained(str(exported))):
+    for reader in (EcgReader(run), *map(EcgReader.from_pretrained, (exported, str(exported)))):
         assert reader.recorders == ("AT-6", "CS-12")
-        assert reader.read(record).report  # of an unknown one
-        assert "confirmed" in (reader.read(record, recorder="AT-6").report or "")
-        assert "program" in (reader.read(record, recorder="CS-12 ").report or "")
+        assert reader(record).written  # of an unknown one
+        assert "confirmed" in (reader(record, recorder="AT-6").written or "")
+        assert "program" in (reader(record, recorder="CS-12 ").written or "")
         with pytest.raises(EcgotError, match=r"recorder: expected one of 'AT-6', 'CS-12', got 'rare'$"):
-            reader.read(record, recorder="rare")
-        assert reader.read(record, recorder="AT-6").to_dict()["recorder"] == "AT-6"
-        assert reader.read(record).recorder is None
+            reader(record, recorder="rare")
+        assert reader(record, recorder="AT-6").to_dict()["recorder"] == "AT-6"
+        assert reader(record).recorder is None
 
 
 def test_evaluation_tells_recorders_and_does_not(run, recorded, cache_dir):
@@ -92,7 +92,7 @@ def test_a_model_without_recorders_is_told_none(recorded, tiny_bert, cache_dir, 
     assert "recorders" not in found.dialect
     record = next((recorded / "records100").rglob("*.hea")).with_suffix("")
     with pytest.raises(EcgotError, match=r"recorder: expected none, .* got 'AT-6'"):
-        Reader(run).read(record, recorder="AT-6")
+        EcgReader(run)(record, recorder="AT-6")
 
 
 class Stopped(Exception):
@@ -133,7 +133,7 @@ def test_an_interrupted_stage_keeps_its_names_and_a_new_one_forgets_them(
     (folder / "report.safetensors").unlink()
     assert go_on("report.by_recorder=false").recorders == ()
     record = next((recorded / "records100").rglob("*.hea")).with_suffix("")
-    assert Reader(Run.open(folder)).read(record).report is not None
+    assert EcgReader(Run.open(folder))(record).report is not None
 
 
 def test_some_recorders_are_hidden_in_training(recorded, run, cache_dir, tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def test_damaged_names_are_one_line(run, tmp_path, text):
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder)
     (folder / "recorders.json").write_text(text)
-    for use in (Reader, lambda damaged: export(damaged, tmp_path / "exported")):
+    for use in (EcgReader, lambda damaged: export(damaged, tmp_path / "exported")):
         with pytest.raises(EcgotError, match=r"recorders\.json|recorder_embedding") as caught:
             use(Run.open(folder))
         assert "\n" not in str(caught.value)

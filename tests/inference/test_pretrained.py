@@ -22,7 +22,7 @@ def without_text_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_arguments: object, **_settings: object) -> None:
         raise AssertionError("a text encoder was loaded")
 
-    monkeypatch.setattr("ecgot.inference.reader.TextEncoder", absent)
+    monkeypatch.setattr("ecgot.models.text_encoder.TextEncoder", absent)
     monkeypatch.setattr("ecgot.eval.evaluate.TextEncoder", absent)
 
 
@@ -43,9 +43,9 @@ def test_it_is_small_and_says_what_it_is() -> None:
 
 
 def test_it_reads_a_record(few: Path, without_text_encoder: None) -> None:
-    reader = ecgot.load_pretrained()
+    reader = ecgot.EcgReader.from_pretrained()
     table = read_table(few)
-    reading = reader.read(few / table.record_paths[0])
+    reading = reader(few / table.record_paths[0])
     prompts = read_prompts()
     assert {group: set(scores) for group, scores in reading.scores.items()} == {
         group: set(prompts[group]) for group in GROUPS
@@ -63,9 +63,9 @@ def test_its_norms_are_fused_once_and_its_encoder_stays_as_trained(
         return fused[-1]
 
     monkeypatch.setattr("ecgot.inference.reader.fuse_norms", noting)
-    reader = ecgot.load_pretrained()
+    reader = ecgot.EcgReader.from_pretrained()
     for path in read_table(few).record_paths[:2]:
-        reader.read(few / path)
+        reader(few / path)
     (copy,) = fused
     waveform = torch.randn(1, 12, 1000, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -1,5 +1,6 @@
-"""Which encoder reads a record, and what is read of a short one."""
+"""Reading records of every kind with the packaged model: one, many, long, short, damaged, refused."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,42 +9,188 @@ import torch
 import wfdb
 
 import ecgot
+from ecgot.data.leads import STANDARD_LEADS
 from ecgot.data.ptbxl import read_table
 from ecgot.data.record import read_record
-from ecgot.inference.reader import Reader
+from ecgot.data.synth import simulate
+from ecgot.errors import EcgotError
+from ecgot.inference.reader import EcgReader
+from ecgot.inference.reading import Reading, ReadingError
 from ecgot.inference.zeroshot import class_scores
+
+FS_HZ = 100.0
 
 
 @pytest.fixture(scope="module")
-def reader() -> Reader:
-    return ecgot.load_pretrained(num_beams=1)
+def reader() -> EcgReader:
+    return EcgReader.from_pretrained(num_beams=1)
 
 
-def test_the_fused_copy_reads_and_not_the_model_s_encoder(reader, few: Path, monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def record(few: Path) -> Path:
+    return few / read_table(few).record_paths[0]
+
+
+def heart(seed: int = 0, seconds: float = 10.0) -> np.ndarray:
+    """[12, T] in mV at ``FS_HZ``: simulated hearts of 10 s, one after the other."""
+    parts = [simulate(np.random.default_rng([seed, k])).signal_mv for k in range(1 + int(seconds // 10))]
+    return np.concatenate(parts, 1)[:, : round(seconds * FS_HZ)]
+
+
+def test_the_fused_copy_reads_and_not_the_model_s_encoder(reader, record, monkeypatch) -> None:
     def refuse(*_arguments: object) -> None:
         raise AssertionError("the encoder whose norms are not fused was asked")
 
     monkeypatch.setattr(reader.model.encoder, "forward", refuse)
-    assert reader.read(few / read_table(few).record_paths[0]).report
+    assert reader(record).report
 
 
-def test_a_short_record_is_read_without_its_padding(reader, few: Path, tmp_path: Path) -> None:
-    signal = read_record(few / read_table(few).record_paths[0]).signal_mv[:, :600]
-    wfdb.wrsamp(
-        "short",
-        fs=100,
-        units=["mV"] * 12,
-        sig_name=list(reader.config.data.leads),
-        d_signal=np.rint(signal.T * 1000).astype(np.int64),
-        fmt=["16"] * 12,
-        adc_gain=[1000] * 12,
-        baseline=[0] * 12,
-        write_dir=str(tmp_path),
-    )
-    reading = reader.read(tmp_path / "short")
+def test_a_short_record_is_read_without_its_padding(reader, record) -> None:
+    signal = read_record(record).signal_mv[:, :600]
+    reading = reader(signal, fs_hz=FS_HZ, leads=STANDARD_LEADS)
     assert any("6 s, shorter than the 10 s" in note for note in reading.notes)
     with torch.no_grad():
-        alone = reader.model.embed_ecg(torch.from_numpy(read_record(tmp_path / "short").signal_mv)[None])
+        alone = reader.model.embed_ecg(torch.from_numpy(reading.signal.signal_mv)[None])
         expected = class_scores(alone, reader.prompts, score=reader.score)
+    assert reading.signal.signal_mv.shape == (12, 600)
     for group, scores in reading.scores.items():
         np.testing.assert_allclose(list(scores.values()), expected[group][0].numpy(), atol=1e-3)
+
+
+def test_paths_arrays_and_wfdb_records_read_the_same(reader, record) -> None:
+    array = read_record(record).signal_mv
+    readings = [
+        reader(record),
+        reader(str(record)),
+        reader(array, fs_hz=FS_HZ, leads=STANDARD_LEADS),
+        reader(array.T, fs_hz=FS_HZ, leads=STANDARD_LEADS),
+        reader(torch.from_numpy(array), fs_hz=FS_HZ, leads=STANDARD_LEADS),
+        reader(wfdb.rdrecord(str(record))),
+        *reader(array[None], fs_hz=FS_HZ, leads=STANDARD_LEADS),
+    ]
+    for reading in readings[1:]:
+        assert reading.report == readings[0].report
+        for group, scores in reading.scores.items():
+            assert scores == pytest.approx(readings[0].scores[group], abs=2e-2)
+
+
+def test_a_list_keeps_its_order_and_a_bad_record_is_an_item(reader, few, tmp_path) -> None:
+    paths = [few / path for path in read_table(few).record_paths[:3]]
+    (tmp_path / "broken.hea").write_text("broken 12 100\n")
+    found = reader([paths[0], tmp_path / "absent", paths[1], tmp_path / "broken", paths[2]], recorder=None)
+    assert [isinstance(each, Reading) for each in found] == [True, False, True, False, True]
+    assert [each.record for each in found if isinstance(each, Reading)] == list(map(str, paths))
+    assert "absent" in found[1].reason
+    for path, each in zip(paths, found[::2], strict=True):
+        alone = reader(path)
+        assert each.report == alone.report
+        for group, scores in alone.scores.items():
+            assert each.scores[group] == pytest.approx(scores, abs=1e-3)
+    with pytest.raises(EcgotError, match="absent"):
+        reader(tmp_path / "absent")
+    assert reader([]) == []
+
+
+def test_a_parser_that_fails_in_its_own_way_is_an_item_too(reader, record, monkeypatch) -> None:
+    def fail(*_arguments: object, **_settings: object) -> None:
+        raise KeyError("deep inside")
+
+    monkeypatch.setattr("ecgot.inference.reader.load", fail)
+    (found,) = reader([record])
+    assert isinstance(found, ReadingError)
+    assert "deep inside" in found.reason
+
+
+def test_of_a_long_record_the_strongest_window_is_shown(reader) -> None:
+    signal = heart(3, 30.0)
+    normal, block = signal[:, :1000], _with_codes("CLBBB")
+    reading = reader(np.concatenate([normal, block, normal], 1), fs_hz=FS_HZ, leads=STANDARD_LEADS)
+    assert [window.start_s for window in reading.windows] == [0.0, 10.0, 20.0]
+    weights = [window.weight for window in reading.windows]
+    assert reading.shown == weights.index(max(weights)) == 1
+    assert reading.signal.start_s == 10.0
+    alone = reader(block, fs_hz=FS_HZ, leads=STANDARD_LEADS)
+    assert alone.window.stated[0].code == reading.window.stated[0].code
+    part = reader(
+        np.concatenate([normal, block], 1), fs_hz=FS_HZ, leads=STANDARD_LEADS, start_s=10.0, window_s=10.0
+    )
+    assert [window.start_s for window in part.windows] == [10.0]
+    assert "at 10 s" in repr(reading)
+
+
+def _with_codes(code: str) -> np.ndarray:
+    for seed in range(200):
+        ecg = simulate(np.random.default_rng([7, seed]))
+        if code in ecg.codes:
+            return ecg.signal_mv
+    raise AssertionError(f"no simulated heart has {code}")
+
+
+def test_what_is_refused_says_nothing_unless_forced(reader) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.3, (12, 1000))
+    reading = reader(noise, fs_hz=FS_HZ, leads=STANDARD_LEADS)
+    assert reading.refused
+    assert reading.report is None
+    assert reading.findings == ()
+    assert reading.quality.verdict == "refused"
+    assert "not read" in repr(reading)
+    forced = reader(noise, fs_hz=FS_HZ, leads=STANDARD_LEADS, force=True)
+    assert forced.findings
+    assert forced.report is not None
+
+
+def test_nothing_is_said_of_leads_that_are_not_there(reader) -> None:
+    signal = _with_codes("CLBBB").copy()
+    assert reader(signal, fs_hz=FS_HZ, leads=STANDARD_LEADS).finding("CD").stated
+    signal[6:] = 0
+    reading = reader(signal, fs_hz=FS_HZ, leads=STANDARD_LEADS)
+    assert reading.finding("CD").stated is None
+    assert reading.finding("sinus rhythm").stated is not None
+    assert any("chest lead" in note for note in reading.notes)
+    assert "bundle" not in reading.report
+
+
+def test_evidence_is_of_the_window_that_is_shown(reader, record) -> None:
+    reading = reader(record)
+    finding = reading.window.stated[0]
+    found = reading.evidence(finding.name)
+    assert found.grid.shape == (12, len(found.by_time))
+    assert found.times_s[0] == 0
+    assert found.times_s[-1] == pytest.approx(10.0)
+    with pytest.raises(EcgotError, match="expected one of"):
+        reading.evidence("banana")
+
+
+def test_a_reading_is_plain_values_and_a_page(reader, record) -> None:
+    reading = reader(record)
+    values = json.loads(json.dumps(reading.to_dict()))
+    assert values["report"] == reading.report
+    assert len(values["findings"]) == len(reading.findings)
+    assert "not a medical device" in values["notice"]
+    assert reading.to_html().startswith("<!doctype html>")
+
+
+def test_embeddings_are_of_unit_length_and_those_of_one(reader, few) -> None:
+    paths = [few / path for path in read_table(few).record_paths[:2]]
+    both = reader.embed(paths)
+    torch.testing.assert_close(both.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(reader.embed(paths[1]), both[1], atol=1e-4, rtol=0)
+
+
+def test_saved_and_loaded_it_reads_the_same(reader, record, tmp_path) -> None:
+    reader.save_pretrained(tmp_path / "copy")
+    copy = EcgReader.from_pretrained(tmp_path / "copy", num_beams=1)
+    assert copy(record).to_dict() == reader(record).to_dict()
+    with pytest.raises(EcgotError, match="expected a new folder"):
+        reader.save_pretrained(tmp_path / "copy")
+
+
+def test_bad_requests(reader, record) -> None:
+    signal = heart()
+    with pytest.raises(EcgotError, match="expected fs_hz and leads"):
+        reader(signal)
+    with pytest.raises(EcgotError, match="start: expected"):
+        reader(record, start_s=11.0)
+    with pytest.raises(EcgotError, match="window: expected"):
+        reader(record, window_s=0.0)
+    assert ecgot.EcgReader is EcgReader
