@@ -277,15 +277,18 @@ def _plan(
 
 def _flat(leads: Sequence[str], signal: np.ndarray, valid: np.ndarray) -> tuple[str, ...]:
     """Leads that have samples, all of one value."""
-    highest = np.where(valid, signal, -np.inf).max(1)
-    lowest = np.where(valid, signal, np.inf).min(1)
+    if valid.all():
+        highest, lowest = signal.max(1), signal.min(1)
+    else:
+        highest = np.where(valid, signal, -np.inf).max(1)
+        lowest = np.where(valid, signal, np.inf).min(1)
     return tuple(lead for lead, top, low in zip(leads, highest, lowest, strict=True) if top == low)
 
 
 def _fill_gaps(signal: np.ndarray) -> None:
     """Fill NaN gaps of signal [L, T] by straight lines over time, lead by lead."""
+    valid = np.isfinite(signal)
     time = np.arange(signal.shape[1])
-    for row in signal:
-        gap = ~np.isfinite(row)
-        if gap.any():
-            row[gap] = np.interp(time[gap], time[~gap], row[~gap])
+    for row in np.flatnonzero(~valid.all(1)):
+        there = valid[row]
+        signal[row, ~there] = np.interp(time[~there], time[there], signal[row, there])

@@ -38,7 +38,8 @@ def open_array(path: Path, fs_hz: float | None, leads: Sequence[str] | None) -> 
     signal = next((keys[key] for key in ("signal_mv", "signal") if key in keys), None)
     if signal is None:
         raise EcgotError(f"record {path}: expected the key signal, got {', '.join(keys) or 'none'}")
-    rate = next((float(keys[key].item()) for key in ("fs_hz", "fs") if key in keys and keys[key].size == 1), None)
+    rates = (keys[key] for key in ("fs_hz", "fs") if key in keys)
+    rate = next((float(each.item()) for each in rates if each.size == 1), None)
     names = [str(lead) for lead in keys["leads"].ravel()] if "leads" in keys else None
     return ArraySource(signal, name=str(path), **_described(path, fs_hz or rate, leads or names))
 

@@ -113,7 +113,8 @@ class WfdbSource:
     def _physical(self, signal: WfdbSignal, values: np.ndarray, frames: int) -> np.ndarray:
         """mV of ``frames`` frames or more, moved by the skew."""
         missing = MISSING[signal.fmt]
-        physical = np.subtract(values, float(signal.baseline))
+        physical = values.astype(np.float64)
+        physical -= signal.baseline
         physical *= (mv_per_unit(signal.unit) or np.nan) / signal.gain
         if missing is not None:
             physical[values == missing] = np.nan
@@ -146,6 +147,8 @@ class WfdbSource:
             ) from error
         if fmt in OFFSETS:
             frames = frames.astype(np.int32) - OFFSETS[fmt]
+        if max(counts) == 1:
+            return list(np.ascontiguousarray(frames.T))  # signals in one piece are faster to work on
         ends = np.cumsum(counts)
         return [frames[:, end - count : end].reshape(-1) for end, count in zip(ends, counts, strict=True)]
 
