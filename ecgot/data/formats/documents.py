@@ -5,6 +5,7 @@ sums, aECG's origins and units - and says what it left out. Such files hold seco
 whole.
 """
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,14 @@ def open_document(path: Path) -> ArraySource:
         fs_hz=_exact_rate(record, highest),
         leads=[lead.label for lead in record.leads],
         name=str(path),
-        notes=[str(entry.message).splitlines()[0].replace(f"{path}", path.name) for entry in said],
+        notes=[_note(path, str(entry.message)) for entry in said],
+    )
+
+
+def _note(path: Path, warning: str) -> str:
+    """A warning of ecgdatakit without what only its users understand."""
+    return re.sub(r"[\s(;,]*see raw_metadata\S*\)?", "", warning.splitlines()[0]).replace(
+        str(path), path.name
     )
 
 

@@ -111,8 +111,21 @@ def test_csv_without_names_is_told_them_and_nonsense_is_named(tmp_path):
     refuses(path, "'mmHg'")
     path.write_text("time,I\n0,one\n0.002,2\n")
     refuses(path, "cannot be read")
+    path.write_text("time,PLETH (NU)\n0,1\n0.002,2\n")
+    refuses(path, "a column for each lead")
     path.write_text("")
     refuses(path)
+
+
+def test_columns_of_a_table_that_are_no_leads_are_left_out(tmp_path):
+    path = tmp_path / "ecg.csv"
+    table = pd.DataFrame(MV[:2].T, columns=["I", "Lead II"])
+    table["rhythm"], table["PLETH (NU)"] = "sinus", 1.0
+    table.to_csv(path)
+    source = open_record(path, fs_hz=500)
+    assert source.leads == ("I", "II")
+    np.testing.assert_allclose(source.read(0, 1000), MV[:2], atol=1e-12)
+    assert [note.rpartition(": ")[2] for note in source.notes] == ["rhythm", "PLETH (NU)"]
 
 
 # EDF and BDF
@@ -217,6 +230,19 @@ def test_dicom_with_sensitivity_correction_baseline_and_padding(tmp_path, name):
     expected[3, 7] = np.nan
     assert (source.fs_hz, source.leads) == (500.0, STANDARD_LEADS)
     np.testing.assert_allclose(source.read(0, 1000), expected, atol=1e-9)
+
+
+def test_a_carts_dicom_file_is_read_as_pydicom_reads_it():
+    pytest.importorskip("ecgdatakit")
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.data import get_testdata_file
+    from pydicom.waveforms.numpy_handler import multiplex_array
+
+    path = get_testdata_file("waveform_ecg.dcm", download=False)  # comes with pydicom
+    source = open_record(path)
+    expected = multiplex_array(pydicom.dcmread(path), 0, as_raw=False).T / 1000
+    assert (source.fs_hz, source.leads) == (1000.0, STANDARD_LEADS)
+    np.testing.assert_allclose(source.read(0, source.samples), expected, atol=1e-12)
 
 
 def test_dicom_without_a_unit_of_voltage_or_cut_short_is_refused(tmp_path):

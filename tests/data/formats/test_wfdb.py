@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ecgot.data.formats import open_record, record_files
 from ecgot.data.formats.wfdb_header import read_header
+from ecgot.data.formats.wfdb_record import from_wfdb
 from ecgot.data.leads import STANDARD_LEADS
 from ecgot.data.record import read_record
 from ecgot.errors import EcgotError
@@ -227,7 +228,11 @@ def test_segments_of_fixed_layout_and_gaps(tmp_path):
     segment(tmp_path, "b", STANDARD_LEADS, 250, 601)
     (tmp_path / "ecg.hea").write_text(f"ecg/3 12 {FS_HZ} 601\na 200\n~ 50\nb 351\n")
     source = open_record(tmp_path / "ecg")
-    assert (source.leads, source.samples, source.notes) == (STANDARD_LEADS, 601, ("1 gaps between segments",))
+    assert (source.leads, source.samples, source.notes) == (
+        STANDARD_LEADS,
+        601,
+        ("gaps between segments: 1",),
+    )
     expected = DIGITAL.T / 1000
     expected[:, 200:250] = np.nan
     np.testing.assert_allclose(source.read(0, 601), expected, atol=1e-12)
@@ -257,8 +262,34 @@ def test_broken_segments_are_named(tmp_path):
     refuses(tmp_path / "ecg", "expected 2 segments, got 1")
     (tmp_path / "ecg.hea").write_text(f"ecg/1 12 {FS_HZ} 601\na 200\n")
     refuses(tmp_path / "ecg", "expected 601 samples", "got 200")
+    (tmp_path / "ecg.hea").write_text(f"ecg/1 12 {FS_HZ} 300\na 300\n")
+    refuses(tmp_path / "ecg", "expected 300 samples at 100 Hz in segment a, got 200")
+    (tmp_path / "ecg.hea").write_text("ecg/1 12 50 200\na 200\n")
+    refuses(tmp_path / "ecg", "expected 200 samples at 50 Hz in segment a, got 200 at 100 Hz")
     (tmp_path / "ecg.hea").write_text(f"ecg/1 12 {FS_HZ} 601\necg 601\n")
     refuses(tmp_path / "ecg", "without segments")
+
+
+def test_a_damaged_segment_is_no_gap(tmp_path):
+    segment(tmp_path, "a", STANDARD_LEADS, 0, 200)
+    segment(tmp_path, "b", STANDARD_LEADS, 200, 601)
+    header = tmp_path / "b.hea"
+    header.write_text(header.read_text().replace("b.dat", "c.dat", 1))
+    (tmp_path / "ecg.hea").write_text(f"ecg/2 12 {FS_HZ} 601\na 200\nb 401\n")
+    refuses(tmp_path / "b", "there is no c.dat", opened=tmp_path / "ecg")
+
+
+def test_a_record_of_the_wfdb_library_is_a_source_too(tmp_path):
+    path = write(tmp_path)
+    record = wfdb.rdrecord(str(path))
+    source = from_wfdb(record)
+    np.testing.assert_allclose(source.read(0, 601), DIGITAL.T / 1000)
+    assert (source.name, source.fs_hz, source.leads) == ("ecg", 100.0, STANDARD_LEADS)
+    with pytest.raises(EcgotError, match="p_signal"):
+        from_wfdb(wfdb.rdheader(str(path)))
+    record.units = ["mmHg"] * 12
+    with pytest.raises(EcgotError, match="mmHg"):
+        from_wfdb(record)
 
 
 @settings(max_examples=60, deadline=None)
