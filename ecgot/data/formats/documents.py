@@ -29,6 +29,12 @@ def open_document(path: Path) -> ArraySource:
             record = parser.parse(path)
     except Exception as error:  # whatever a damaged file makes of it
         raise EcgotError(f"record {path}: it cannot be read ({first_line(error)})") from error
+    for entry in said:
+        # Of an SCP file's parts 2 to 6 the signal is made: a wrong bit there may spoil all that follows it.
+        if re.match(r"SCP-ECG CRC mismatch .*Section [2-6]\b", str(entry.message)):
+            raise EcgotError(
+                f"record {path}: expected the checksum in the file, got another ({entry.message})"
+            )
     if not record.leads:
         raise EcgotError(f"record {path}: expected a rhythm waveform, got none")
     highest = max(int(lead.sampling_rate) for lead in record.leads)

@@ -1,7 +1,6 @@
 """NumPy arrays and tables of text: formats that say little of themselves."""
 
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,12 +30,14 @@ def open_array(path: Path, fs_hz: float | None, leads: Sequence[str] | None) -> 
     """
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return ArraySource(content, name=str(path), **_described(path, fs_hz, leads))
-        with content as file:
-            keys = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        keys = None
+        if not isinstance(content, np.ndarray):
+            with content as file:
+                keys = {key: file[key] for key in file.files}
+    except Exception as error:  # whatever a damaged file makes of it
         raise EcgotError(f"record {path}: it cannot be read ({first_line(error)})") from error
+    if keys is None:
+        return ArraySource(content, name=str(path), **_described(path, fs_hz, leads))
     signal = next((keys[key] for key in ("signal_mv", "signal") if key in keys), None)
     if signal is None:
         raise EcgotError(f"record {path}: expected the key signal, got {', '.join(keys) or 'none'}")
@@ -132,6 +133,8 @@ def _number(cell: str, separator: str) -> float | None:
 
 def _rate(path: Path, name: str, times: np.ndarray) -> float:
     """The sampling rate of evenly spaced ``times``."""
+    if times.dtype.kind not in "fiu":
+        raise EcgotError(f"record {path}: expected numbers in column {name}, got text")
     match = _TIME.match(name)
     unit = ((match["unit"] if match else "") or "").lower()
     steps = np.diff(times)

@@ -346,6 +346,8 @@ def _file_fault(header: WfdbHeader, file: str) -> str:
     """What is wrong with a signal file; empty if nothing is seen."""
     signals = [signal for signal in header.signals if signal.file == file]
     fmt, path = signals[0].fmt, header.path.parent / file
+    if len({signal.fmt for signal in signals}) > 1:
+        return f"expected one format in {file}, got {', '.join(dict.fromkeys(s.fmt for s in signals))}"
     if fmt not in MISSING:
         return f"expected a known WFDB format, got {fmt!r}"
     if not path.is_file():

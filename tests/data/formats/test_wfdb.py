@@ -304,3 +304,25 @@ def test_no_header_makes_more_than_one_line(tmp_path_factory, text):
         except EcgotError as error:
             messages.append(str(error))
     assert not [message for message in messages if "\n" in message]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    edits=st.lists(
+        st.tuples(st.integers(0, 200), st.sampled_from("0123456789 x:+/()-~.e\nIV#")), min_size=1, max_size=4
+    )
+)
+def test_a_header_with_other_letters_is_read_or_refused_and_nothing_else(tmp_path_factory, edits):
+    folder = tmp_path_factory.mktemp("edited")
+    path = write(folder)
+    header = list((folder / "ecg.hea").read_text())
+    for place, letter in edits:
+        header[place] = letter
+    (folder / "ecg.hea").write_text("".join(header))
+    shape = (12, len(DIGITAL))
+    try:
+        shape = read_record(path, missing_leads="estimate").signal_mv.shape
+    except EcgotError as error:
+        shape = (12, 0) if "\n" in str(error) else shape
+    assert shape[0] == 12
+    assert shape[1] > 0
