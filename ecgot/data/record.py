@@ -117,8 +117,6 @@ def prepare(
     inside = signal[:, span.inside]
     valid = np.isfinite(inside)
     flat = _flat(source.leads, inside, valid)
-    if len(flat) == len(source.leads):
-        raise EcgotError(f"record {source.name}: expected a signal, got only flat leads")
     plan = _plan(source, valid.any(1), flat, leads, missing_leads)
     rows = [source.leads.index(lead) for lead in plan.used]
     gaps = {lead: int(count) for lead, count in zip(plan.used, (~valid[rows]).sum(1), strict=True) if count}
@@ -200,13 +198,13 @@ def _span(
         )
     if window_s is not None and not window_s * rate >= 0.5:
         raise EcgotError(f"window_s: expected a length above 0 s, got {window_s:g}")
-    last = total if window_s is None else min(total, first + round(min(window_s * rate, total)))
+    last = total if window_s is None else min(total, first + max(1, round(min(window_s * rate, total))))
     margin_s = GAP_MARGIN_S + (PADDED_CYCLES / highpass_hz if highpass_hz else 0.0)
     margin = int(margin_s * rate) + 10 * max(up, down) // down + 1
     # Samples of the result lie on those of the source once in every `up`: what is read begins at such a one.
     block = max(0, first - margin) // up
     read_to = min(source.samples, -(-(last + margin) * down // up))
-    inside = slice(-(-first * down // up) - block * down, -(-last * down // up) - block * down)
+    inside = slice(first * down // up - block * down, -(-last * down // up) - block * down)
     return _Span(block * down, read_to, inside, slice(first - block * up, last - block * up), first / rate)
 
 
@@ -257,6 +255,9 @@ def _plan(
             raise EcgotError(f"record {source.name}: expected valid samples in lead {lead}, got only NaN")
     # What is flat is no lead to estimate from, nor to show where an estimate is wanted.
     sound = [lead for lead in source.leads if lead not in empty and lead not in flat]
+    if not sound:
+        got = "only flat leads" if flat else "only missing samples"
+        raise EcgotError(f"record {source.name}: expected a signal, got {got}")
     kept = [lead for lead in source.leads if lead in wanted and lead not in empty]
     used = [lead for lead in kept if lead in sound or not (estimate and lead in STANDARD_LEADS)]
     missing = [lead for lead in wanted if lead not in used]
@@ -277,15 +278,18 @@ def _plan(
 
 def _flat(leads: Sequence[str], signal: np.ndarray, valid: np.ndarray) -> tuple[str, ...]:
     """Leads that have samples, all of one value."""
-    highest = np.where(valid, signal, -np.inf).max(1)
-    lowest = np.where(valid, signal, np.inf).min(1)
+    if valid.all():
+        highest, lowest = signal.max(1), signal.min(1)
+    else:
+        highest = np.where(valid, signal, -np.inf).max(1)
+        lowest = np.where(valid, signal, np.inf).min(1)
     return tuple(lead for lead, top, low in zip(leads, highest, lowest, strict=True) if top == low)
 
 
 def _fill_gaps(signal: np.ndarray) -> None:
     """Fill NaN gaps of signal [L, T] by straight lines over time, lead by lead."""
+    valid = np.isfinite(signal)
     time = np.arange(signal.shape[1])
-    for row in signal:
-        gap = ~np.isfinite(row)
-        if gap.any():
-            row[gap] = np.interp(time[gap], time[~gap], row[~gap])
+    for row in np.flatnonzero(~valid.all(1)):
+        there = valid[row]
+        signal[row, ~there] = np.interp(time[~there], time[there], signal[row, there])

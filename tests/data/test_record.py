@@ -188,8 +188,9 @@ def test_a_lead_without_a_valid_sample_is_named(tmp_path):
     expect_error(write(tmp_path, signal), "lead V3")
 
 
-def test_nothing_but_flat_leads_is_an_error(tmp_path):
-    expect_error(write(tmp_path, np.zeros((1000, 12))), "flat")
+@pytest.mark.parametrize("missing_leads", ["error", "estimate"])
+def test_nothing_but_flat_leads_is_an_error(tmp_path, missing_leads):
+    expect_error(write(tmp_path, np.zeros((1000, 12))), "flat", missing_leads=missing_leads)
 
 
 def test_an_unknown_unit_is_named(tmp_path):

@@ -5,6 +5,7 @@ sums, aECG's origins and units - and says what it left out. Such files hold seco
 whole.
 """
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ def open_document(path: Path) -> ArraySource:
             record = parser.parse(path)
     except Exception as error:  # whatever a damaged file makes of it
         raise EcgotError(f"record {path}: it cannot be read ({first_line(error)})") from error
+    for entry in said:
+        # Of an SCP file's parts 2 to 6 the signal is made: a wrong bit there may spoil all that follows it.
+        if re.match(r"SCP-ECG CRC mismatch .*Section [2-6]\b", str(entry.message)):
+            raise EcgotError(
+                f"record {path}: expected the checksum in the file, got another ({entry.message})"
+            )
     if not record.leads:
         raise EcgotError(f"record {path}: expected a rhythm waveform, got none")
     highest = max(int(lead.sampling_rate) for lead in record.leads)
@@ -40,7 +47,14 @@ def open_document(path: Path) -> ArraySource:
         fs_hz=_exact_rate(record, highest),
         leads=[lead.label for lead in record.leads],
         name=str(path),
-        notes=[str(entry.message).splitlines()[0].replace(f"{path}", path.name) for entry in said],
+        notes=[_note(path, str(entry.message)) for entry in said],
+    )
+
+
+def _note(path: Path, warning: str) -> str:
+    """A warning of ecgdatakit without what only its users understand."""
+    return re.sub(r"[\s(;,]*see raw_metadata\S*\)?", "", warning.splitlines()[0]).replace(
+        str(path), path.name
     )
 
 

@@ -40,6 +40,8 @@ class EdfSource:
                 warnings.simplefilter("always")
                 file: Any = read(path, header_encoding="latin-1")
                 continuous = file.is_continuous
+                # A range that is no number fails here: edfio would give the signal as it is stored.
+                calibrated = [_is_calibrated(signal) for signal in file.signals]
         except Exception as error:  # whatever a damaged header makes of it
             raise EcgotError(f"record {path}: it cannot be read ({first_line(error)})") from error
         # -1 records are what a recorder writes that was switched off before it counted them.
@@ -60,7 +62,9 @@ class EdfSource:
         self._duration = file.num_data_records
         self._record_s = float(file.data_record_duration)
         self._set_rate()
-        self.calibrated = all(_is_calibrated(signal) for signal in voltages.values())
+        self.calibrated = all(
+            calibrated[row] for lead, row in zip(leads, rows, strict=True) if lead in voltages
+        )
         left_out = [
             f"{lead} ({each.physical_dimension})" for lead, each in signals.items() if lead not in voltages
         ]

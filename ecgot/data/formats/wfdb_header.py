@@ -5,7 +5,9 @@ it misses files whose names have dots, spaces or umlauts, and refuses the ``NAME
 record lines. Hence this reader; the library unpacks the samples of formats that are not plain integers.
 """
 
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +98,8 @@ def read_header(record: Path) -> WfdbHeader:
         if len(segments) != line.segments:
             raise _broken(record, f"expected {line.segments} segments, got {len(segments)}")
         return WfdbHeader(record, fs_hz, frames or None, (), segments)
-    signals = tuple(_signal(record, each) for each in lines[1:])
+    is_file = functools.cache(lambda file: (record.parent / file).is_file())
+    signals = tuple(_signal(record, each, is_file) for each in lines[1:])
     if not signals or len(signals) != line.signals:
         raise EcgotError(
             f"record {record}: expected {path.name} to describe one or more signals, "
@@ -153,13 +156,13 @@ def _segment(record: Path, line: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
-def _signal(record: Path, line: str) -> WfdbSignal:
+def _signal(record: Path, line: str, is_file: Callable[[str], bool]) -> WfdbSignal:
     """A signal line: FILE FORMAT[xFRAME][:SKEW][+OFFSET] [GAIN[(BASELINE)][/UNIT] [five integers] [NAME]]."""
     matches = list(_FORMAT.finditer(line))
     if not matches:
         raise _broken(record, f"expected a file name and a format, got {line[:60]!r}")
     # A name may have spaces and numbers: the first reading whose file exists, else the first.
-    match = next((m for m in matches if (record.parent / line[: m.start()]).is_file()), matches[0])
+    match = next((match for match in matches if is_file(line[: match.start()].strip())), matches[0])
     words = line[match.end() :].split(maxsplit=1)
     gain = _GAIN.match(words[0] if words else "")
     if gain is None:

@@ -3,12 +3,20 @@
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ecgot.data.formats.source import at_rate, common_rate, mv_per_unit, standard_names, unit_error
+from ecgot.data.formats.source import (
+    ArraySource,
+    at_rate,
+    common_rate,
+    mv_per_unit,
+    standard_names,
+    unit_error,
+)
 from ecgot.data.formats.wfdb_header import WfdbHeader, WfdbSignal, read_header
-from ecgot.data.leads import STANDARD_LEADS
+from ecgot.data.leads import STANDARD_LEADS, lead_name
 from ecgot.errors import EcgotError, first_line
 
 NO_FILE = "~"
@@ -55,6 +63,28 @@ def wfdb_files(path: Path) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
+def from_wfdb(record: Any) -> ArraySource:
+    """A ``wfdb.Record`` that was read with physical signals, as by ``wfdb.rdrecord``.
+
+    Raises:
+        EcgotError: it has no physical signals, or a standard lead is in no unit of voltage.
+    """
+    name = str(getattr(record, "record_name", None) or "wfdb record")
+    if getattr(record, "p_signal", None) is None:
+        raise EcgotError(f"record {name}: expected p_signal, as of wfdb.rdrecord, got none")
+    scales = [mv_per_unit(unit) for unit in record.units]
+    for lead, unit, scale in zip(record.sig_name, record.units, scales, strict=True):
+        if scale is None and lead_name(lead) in STANDARD_LEADS:
+            raise unit_error(name, unit)
+    rows = [row for row, scale in enumerate(scales) if scale is not None]
+    return ArraySource(
+        record.p_signal[:, rows].T * np.array([scales[row] for row in rows], dtype=float)[:, None],
+        fs_hz=record.fs,
+        leads=[record.sig_name[row] for row in rows],
+        name=name,
+    )
+
+
 class WfdbSource:
     """A record of one segment; see :class:`ecgot.data.formats.source.RecordSource`.
 
@@ -67,13 +97,7 @@ class WfdbSource:
         """``rate`` in samples a frame; None takes the highest of the standard leads."""
         self.name = str(header.path)
         self._header = header
-        named = [signal for signal in header.signals if signal.name]
-        if not named:
-            raise EcgotError(
-                f"record {self.name}: expected {header.path.name}.hea to name its leads, got no name"
-            )
-        leads, rows = standard_names([signal.name for signal in named])
-        channels = {lead: named[row] for lead, row in zip(leads, rows, strict=True)}
+        channels = _channels(header)
         self._signals = _voltages(self.name, channels)
         self.damaged: Mapping[str, str] = self._damage()
         if len(self.damaged) == len(self._signals):
@@ -113,7 +137,8 @@ class WfdbSource:
     def _physical(self, signal: WfdbSignal, values: np.ndarray, frames: int) -> np.ndarray:
         """mV of ``frames`` frames or more, moved by the skew."""
         missing = MISSING[signal.fmt]
-        physical = np.subtract(values, float(signal.baseline))
+        physical = values.astype(np.float64)
+        physical -= signal.baseline
         physical *= (mv_per_unit(signal.unit) or np.nan) / signal.gain
         if missing is not None:
             physical[values == missing] = np.nan
@@ -140,12 +165,14 @@ class WfdbSource:
             offset = signals[0].byte_offset + start * sum(counts) * kind.itemsize
             flat = np.fromfile(path, kind, (stop - start) * sum(counts), offset=offset)
             frames = flat.reshape(stop - start, sum(counts))
-        except (ValueError, IndexError, TypeError, KeyError, OSError) as error:
+        except (ValueError, IndexError, TypeError, OSError, RuntimeError, ImportError) as error:
             raise EcgotError(
                 f"record {self.name}: its signals cannot be read ({first_line(error)})"
             ) from error
         if fmt in OFFSETS:
             frames = frames.astype(np.int32) - OFFSETS[fmt]
+        if max(counts) == 1:
+            return list(np.ascontiguousarray(frames.T))  # signals in one piece are faster to work on
         ends = np.cumsum(counts)
         return [frames[:, end - count : end].reshape(-1) for end, count in zip(ends, counts, strict=True)]
 
@@ -209,7 +236,8 @@ class WfdbSegments:
         self.name, self._header = str(header.path), header
         self._parts = [part for part in header.segments if part[1]]
         first = self._layout()
-        self.leads, self.rate, self.fs_hz = first.leads, first.rate, first.fs_hz
+        self.leads, self.rate = first.leads, first.rate
+        self.fs_hz = header.fs_hz * self.rate
         self.damaged: Mapping[str, str] = first.damaged
         self._starts = np.concatenate([[0], np.cumsum([frames for _, frames in self._parts])]) * self.rate
         self.samples = int(self._starts[-1])
@@ -222,7 +250,7 @@ class WfdbSegments:
         gaps = sum(name == NO_FILE for name, _ in self._parts)
         some = self._first_part()
         self.calibrated = some.calibrated
-        self.notes = (*some.notes, *([f"{gaps} gaps between segments"] if gaps else []))
+        self.notes = (*some.notes, *([f"gaps between segments: {gaps}"] if gaps else []))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """See :meth:`ecgot.data.formats.source.RecordSource.read`."""
@@ -234,10 +262,22 @@ class WfdbSegments:
             if name == NO_FILE or left >= right:
                 continue
             part = self._open(name)
+            self._check(part, name, self._parts[number][1])
             rows = [self.leads.index(lead) for lead in part.leads if lead in self.leads]
             taken = [row for row, lead in enumerate(part.leads) if lead in self.leads]
             signal_mv[rows, left - start : right - start] = part.read(left - begin, right - begin)[taken]
         return signal_mv
+
+    def _check(self, part: WfdbSource, name: str, frames: int) -> None:
+        """Whether a segment is what the record's header says."""
+        for lead, reason in part.damaged.items():
+            if lead in self.leads:
+                raise EcgotError(reason)
+        if part.samples != frames * self.rate or part.fs_hz != self.fs_hz:
+            raise EcgotError(
+                f"record {self.name}: expected {frames} samples at {self._header.fs_hz:g} Hz in segment "
+                f"{name}, got {part.samples // self.rate} at {part.fs_hz / self.rate:g} Hz"
+            )
 
     def _layout(self) -> "WfdbSource | _Layout":
         """What names the leads: a header of length 0 (variable layout) or the first segment (fixed)."""
@@ -266,14 +306,25 @@ class _Layout:
     """Leads and rate of a layout header, which has no samples."""
 
     def __init__(self, header: WfdbHeader) -> None:
-        leads, rows = standard_names([signal.name for signal in header.signals])
-        signals = _voltages(
-            str(header.path), dict(zip(leads, [header.signals[r] for r in rows], strict=True))
-        )
+        signals = _voltages(str(header.path), _channels(header))
         self.leads = tuple(signals)
         self.rate = common_rate([signal.per_frame for signal in signals.values()], self.leads)
-        self.fs_hz = header.fs_hz * self.rate
         self.damaged: Mapping[str, str] = {}
+
+
+def _channels(header: WfdbHeader) -> dict[str, WfdbSignal]:
+    """The signals of a header by their standard names.
+
+    Raises:
+        EcgotError: none has a name.
+    """
+    named = [signal for signal in header.signals if signal.name]
+    if not named:
+        raise EcgotError(
+            f"record {header.path}: expected {header.path.name}.hea to name its leads, got no name"
+        )
+    leads, rows = standard_names([signal.name for signal in named])
+    return {lead: named[row] for lead, row in zip(leads, rows, strict=True)}
 
 
 def _voltages(name: str, channels: Mapping[str, WfdbSignal]) -> dict[str, WfdbSignal]:
@@ -295,6 +346,8 @@ def _file_fault(header: WfdbHeader, file: str) -> str:
     """What is wrong with a signal file; empty if nothing is seen."""
     signals = [signal for signal in header.signals if signal.file == file]
     fmt, path = signals[0].fmt, header.path.parent / file
+    if len({signal.fmt for signal in signals}) > 1:
+        return f"expected one format in {file}, got {', '.join(dict.fromkeys(s.fmt for s in signals))}"
     if fmt not in MISSING:
         return f"expected a known WFDB format, got {fmt!r}"
     if not path.is_file():

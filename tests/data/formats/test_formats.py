@@ -107,12 +107,27 @@ def test_csv_without_names_is_told_them_and_nonsense_is_named(tmp_path):
     refuses(path, "expected leads", fs_hz=500)
     path.write_text("time,I\n0,1\n0.5,2\n7,3\n")
     refuses(path, "even steps in column time")
+    path.write_text("time,I\nnow,1\nthen,2\n")
+    refuses(path, "numbers in column time")
     path.write_text("time,I (mmHg)\n0,1\n0.002,2\n")
     refuses(path, "'mmHg'")
     path.write_text("time,I\n0,one\n0.002,2\n")
     refuses(path, "cannot be read")
+    path.write_text("time,PLETH (NU)\n0,1\n0.002,2\n")
+    refuses(path, "a column for each lead")
     path.write_text("")
     refuses(path)
+
+
+def test_columns_of_a_table_that_are_no_leads_are_left_out(tmp_path):
+    path = tmp_path / "ecg.csv"
+    table = pd.DataFrame(MV[:2].T, columns=["I", "Lead II"])
+    table["rhythm"], table["PLETH (NU)"] = "sinus", 1.0
+    table.to_csv(path)
+    source = open_record(path, fs_hz=500)
+    assert source.leads == ("I", "II")
+    np.testing.assert_allclose(source.read(0, 1000), MV[:2], atol=1e-12)
+    assert [note.rpartition(": ")[2] for note in source.notes] == ["rhythm", "PLETH (NU)"]
 
 
 # EDF and BDF
@@ -156,6 +171,10 @@ def test_edf_with_its_ranges_units_and_several_rates(tmp_path, kind):
     refuses(path, str(path))
     path.write_bytes(content[:300])
     refuses(path, "cannot be read")
+    path.write_bytes(content.replace(b"-2.5    ", b"-2-5    ", 1))
+    refuses(path, "cannot be read")
+    path.write_bytes(content.replace(b"5.0     ", b"-2.5    ", 1).replace(b"5       ", b"-2.5    ", 1))
+    assert not open_record(path).calibrated
 
 
 def test_an_edf_with_a_micro_sign_and_an_unknown_number_of_records(tmp_path):
@@ -217,6 +236,19 @@ def test_dicom_with_sensitivity_correction_baseline_and_padding(tmp_path, name):
     expected[3, 7] = np.nan
     assert (source.fs_hz, source.leads) == (500.0, STANDARD_LEADS)
     np.testing.assert_allclose(source.read(0, 1000), expected, atol=1e-9)
+
+
+def test_a_carts_dicom_file_is_read_as_pydicom_reads_it():
+    pytest.importorskip("ecgdatakit")
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.data import get_testdata_file
+    from pydicom.waveforms.numpy_handler import multiplex_array
+
+    path = get_testdata_file("waveform_ecg.dcm", download=False)  # comes with pydicom
+    source = open_record(path)
+    expected = multiplex_array(pydicom.dcmread(path), 0, as_raw=False).T / 1000
+    assert (source.fs_hz, source.leads) == (1000.0, STANDARD_LEADS)
+    np.testing.assert_allclose(source.read(0, source.samples), expected, atol=1e-12)
 
 
 def test_dicom_without_a_unit_of_voltage_or_cut_short_is_refused(tmp_path):
@@ -418,9 +450,11 @@ def test_damaged_scp_is_named_or_noted(tmp_path):
     pytest.importorskip("ecgdatakit")
     path = scp(tmp_path / "ecg.scp")
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert open_record(path).notes == ("SCP-ECG CRC mismatch in: record",)  # no sample is touched
+    content[-100] ^= 1
     path.write_bytes(content)
-    assert "CRC" in open_record(path).notes[0]
+    refuses(path, "checksum", "Section 6")
     path.write_bytes(content[:-500])
     refuses(path, "cannot be read")
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ecgot.data.formats import open_record, record_files
 from ecgot.data.formats.wfdb_header import read_header
+from ecgot.data.formats.wfdb_record import from_wfdb
 from ecgot.data.leads import STANDARD_LEADS
 from ecgot.data.record import read_record
 from ecgot.errors import EcgotError
@@ -227,7 +228,11 @@ def test_segments_of_fixed_layout_and_gaps(tmp_path):
     segment(tmp_path, "b", STANDARD_LEADS, 250, 601)
     (tmp_path / "ecg.hea").write_text(f"ecg/3 12 {FS_HZ} 601\na 200\n~ 50\nb 351\n")
     source = open_record(tmp_path / "ecg")
-    assert (source.leads, source.samples, source.notes) == (STANDARD_LEADS, 601, ("1 gaps between segments",))
+    assert (source.leads, source.samples, source.notes) == (
+        STANDARD_LEADS,
+        601,
+        ("gaps between segments: 1",),
+    )
     expected = DIGITAL.T / 1000
     expected[:, 200:250] = np.nan
     np.testing.assert_allclose(source.read(0, 601), expected, atol=1e-12)
@@ -257,8 +262,34 @@ def test_broken_segments_are_named(tmp_path):
     refuses(tmp_path / "ecg", "expected 2 segments, got 1")
     (tmp_path / "ecg.hea").write_text(f"ecg/1 12 {FS_HZ} 601\na 200\n")
     refuses(tmp_path / "ecg", "expected 601 samples", "got 200")
+    (tmp_path / "ecg.hea").write_text(f"ecg/1 12 {FS_HZ} 300\na 300\n")
+    refuses(tmp_path / "ecg", "expected 300 samples at 100 Hz in segment a, got 200")
+    (tmp_path / "ecg.hea").write_text("ecg/1 12 50 200\na 200\n")
+    refuses(tmp_path / "ecg", "expected 200 samples at 50 Hz in segment a, got 200 at 100 Hz")
     (tmp_path / "ecg.hea").write_text(f"ecg/1 12 {FS_HZ} 601\necg 601\n")
     refuses(tmp_path / "ecg", "without segments")
+
+
+def test_a_damaged_segment_is_no_gap(tmp_path):
+    segment(tmp_path, "a", STANDARD_LEADS, 0, 200)
+    segment(tmp_path, "b", STANDARD_LEADS, 200, 601)
+    header = tmp_path / "b.hea"
+    header.write_text(header.read_text().replace("b.dat", "c.dat", 1))
+    (tmp_path / "ecg.hea").write_text(f"ecg/2 12 {FS_HZ} 601\na 200\nb 401\n")
+    refuses(tmp_path / "b", "there is no c.dat", opened=tmp_path / "ecg")
+
+
+def test_a_record_of_the_wfdb_library_is_a_source_too(tmp_path):
+    path = write(tmp_path)
+    record = wfdb.rdrecord(str(path))
+    source = from_wfdb(record)
+    np.testing.assert_allclose(source.read(0, 601), DIGITAL.T / 1000)
+    assert (source.name, source.fs_hz, source.leads) == ("ecg", 100.0, STANDARD_LEADS)
+    with pytest.raises(EcgotError, match="p_signal"):
+        from_wfdb(wfdb.rdheader(str(path)))
+    record.units = ["mmHg"] * 12
+    with pytest.raises(EcgotError, match="mmHg"):
+        from_wfdb(record)
 
 
 @settings(max_examples=60, deadline=None)
@@ -273,3 +304,25 @@ def test_no_header_makes_more_than_one_line(tmp_path_factory, text):
         except EcgotError as error:
             messages.append(str(error))
     assert not [message for message in messages if "\n" in message]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    edits=st.lists(
+        st.tuples(st.integers(0, 200), st.sampled_from("0123456789 x:+/()-~.e\nIV#")), min_size=1, max_size=4
+    )
+)
+def test_a_header_with_other_letters_is_read_or_refused_and_nothing_else(tmp_path_factory, edits):
+    folder = tmp_path_factory.mktemp("edited")
+    path = write(folder)
+    header = list((folder / "ecg.hea").read_text())
+    for place, letter in edits:
+        header[place] = letter
+    (folder / "ecg.hea").write_text("".join(header))
+    shape = (12, len(DIGITAL))
+    try:
+        shape = read_record(path, missing_leads="estimate").signal_mv.shape
+    except EcgotError as error:
+        shape = (12, 0) if "\n" in str(error) else shape
+    assert shape[0] == 12
+    assert shape[1] > 0
