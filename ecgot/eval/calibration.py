@@ -25,21 +25,12 @@ from torch import Tensor
 from ecgot.data.dataset import EcgDataset
 from ecgot.errors import EcgotError
 from ecgot.eval.auroc import weighted_auroc
+from ecgot.eval.inputs import model_and_prompts
 from ecgot.files import default_cache_dir
 from ecgot.inference.calibration import FILE, Calibration, ClassCalibration, curve_features, sigmoid
-from ecgot.inference.zeroshot import (
-    EmbeddedPrompts,
-    check_score,
-    class_scores,
-    embed_prompts,
-    load_prompts,
-    read_prompts,
-    scores_fingerprint,
-)
+from ecgot.inference.zeroshot import EmbeddedPrompts, check_score, class_scores, scores_fingerprint
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import EncoderOutput, masked_mean
-from ecgot.models.text_encoder import TextEncoder
-from ecgot.runs.checkpoints import load_alignment
 from ecgot.runs.progress import Progress
 from ecgot.runs.records import BATCH, encode, load_folds
 from ecgot.runs.run import PRETRAINED, Run
@@ -311,22 +302,11 @@ def _run_scores(
     config, progress = run.config(), progress or Progress()
     if check_score(None, config.align) != "phrase":
         raise EcgotError("run: expected one that learned phrases, got one with align.phrase_weight=0")
-    model, prompts = _model_and_prompts(run)
+    model, prompts = model_and_prompts(run)
     data = load_folds(config, folds, cache_dir or default_cache_dir(), progress, root=data_root)
     encoded = encode(model, data, progress=progress, cuda_graph=config.cuda_graph)
     scores = phrase_scores(model, prompts, *encoded)
     return scores, data, scores_fingerprint(model, prompts)
-
-
-def _model_and_prompts(run: Run) -> tuple[AlignmentModel, EmbeddedPrompts]:
-    """The model, and the built-in prompts as the run keeps them or as its text encoder embeds them."""
-    config = run.config()
-    if run.prompts.exists():
-        model = load_alignment(run, None)
-        return model, load_prompts(run.prompts, next(model.parameters()).device)
-    text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
-    model = load_alignment(run, text)
-    return model, embed_prompts(model, text, read_prompts())
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def explain(
     Raises:
         EcgotError: the prompts lack the finding's class.
     """
-    rows = torch.tensor(_rows(prompts, finding))
+    rows = class_rows(prompts, finding.group, finding.code)
     count, samples = waveform.shape
     batch = waveform.expand(count + 1, -1, -1).clone()
     batch[torch.arange(1, count + 1), torch.arange(count)] = 0.0  # the whole record, then without each lead
@@ -117,6 +117,17 @@ def phrase_shares(ecg: Embedding, prompts: EmbeddedPrompts, rows: Tensor) -> Ten
     phrases = prompts.embedding.pooled[rows.to(ecg.tokens.device)]
     shares = torch.einsum("bne,ke->bkn", ecg.tokens, phrases) * prompts.phrase_scale
     return (shares / size[:, None, None]).masked_fill(~ecg.mask[:, None, :], 0.0)
+
+
+def class_shares(ecg: Embedding, prompts: EmbeddedPrompts, group: str, code: str) -> Tensor:
+    """Shares [B, N] of the scores of a class, see this module.
+
+    Raises:
+        EcgotError: the prompts lack the class.
+    """
+    rows = class_rows(prompts, group, code)
+    weights = phrase_weights(ecg, prompts, rows)
+    return (phrase_shares(ecg, prompts, rows) * weights[:, :, None]).sum(1)
 
 
 def phrase_weights(ecg: Embedding, prompts: EmbeddedPrompts, rows: Tensor) -> Tensor:
@@ -188,9 +199,13 @@ def statement_assignment(ecg: Embedding, words: Embedding, transport: Transport)
     return summed.double().cpu().numpy()
 
 
-def _rows(prompts: EmbeddedPrompts, finding: Finding) -> list[int]:
-    """Indices of the prompts of a finding's class."""
-    rows = prompts.rows.get(finding.group, {}).get(finding.code)
+def class_rows(prompts: EmbeddedPrompts, group: str, code: str) -> Tensor:
+    """Indices [K] of the prompts of a class.
+
+    Raises:
+        EcgotError: there are none.
+    """
+    rows = prompts.rows.get(group, {}).get(code)
     if rows is None:
-        raise EcgotError(f"finding: expected a class with prompts, got {finding.group} {finding.code!r}")
-    return rows
+        raise EcgotError(f"finding: expected a class with prompts, got {group} {code!r}")
+    return torch.tensor(rows)
