@@ -94,7 +94,9 @@ class Writer(nn.Module):
             if len(names) != len(tokens):
                 raise ValueError(f"recorders: expected {len(tokens)}, one for each ECG, got {len(names)}")
             rows = [row_of.get(name, 0) for name in names]
-            token = self.recorder_embedding(torch.tensor(rows, device=tokens.device))[:, None]
+            token = self.recorder_embedding(torch.tensor(rows, dtype=torch.long, device=tokens.device))[
+                :, None
+            ]
             # In front: after the ECG it would follow padding, which relative positions count.
             prefix = torch.cat([token.to(prefix.dtype), prefix], 1)
             mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
