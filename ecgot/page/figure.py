@@ -74,7 +74,7 @@ def _draw_piece(axes: Any, piece: Piece, signal_mv: np.ndarray, fs_hz: float, mm
     axes.plot(x, piece.y - mm_per_mv * part, dashes, color=color, lw=0.8, solid_joinstyle="round")
     if piece.x > PULSE_MM:
         axes.vlines(piece.x, piece.y - 3, piece.y + 3, color=INK, lw=0.6)
-    name = f"{piece.lead} {piece.state}".strip()
+    name = f"{piece.lead} {piece.remark}".strip()
     left = piece.x + 1.2 if piece.height > 12 else 0.8
     axes.text(
         left, piece.top + 3, name, size=9 if piece.height > 12 else 7, weight="bold", color=color, va="center"

@@ -163,14 +163,15 @@ def test_windows_that_say_the_same_are_told_together() -> None:
 
 
 def test_leads_that_were_not_recorded_are_named_and_drawn_differently() -> None:
-    record = made.record(derived_leads=("III", "aVR"), estimated_leads=("V3",), flat_leads=("V6",))
+    record = made.record(derived_leads=("III", "aVR"), estimated_leads=("V2", "V3"), flat_leads=("V2", "V6"))
     window = made.window()
     window.quality.unusable_leads = ("V1",)
     text = Text(page(made.reading(signal=record, windows=(window,)))).text
-    for part in ("III derived", "aVR derived", "V3 estimated", "V6 flat", "V1 unusable"):
+    for part in ("III derived", "aVR derived", "V3 estimated", "V2 flat, estimated", "V6 flat", "V1 unusable"):
         assert part in text
     states = {piece.lead: piece.state for piece in lay_out(record, ("V1",)).sheets[0].pieces}
     assert states["III"] == "derived"
+    assert states["V2"] == "estimated"  # what is drawn is not flat
     assert states["II"] == ""
 
 
