@@ -12,7 +12,7 @@ from ecgot.version import __version__
 if TYPE_CHECKING:
     from ecgot.data.dataset import load_dataset
     from ecgot.data.record import read_record
-    from ecgot.inference.reader import load_pretrained
+    from ecgot.inference.reader import EcgReader
     from ecgot.kernels.ot.convergence import SinkhornWarning
     from ecgot.kernels.ot.divergence import sinkhorn_divergence
     from ecgot.kernels.ot.loss import SinkhornLoss
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ecgot.models.encoders import encoder
 
 __all__ = [
+    "EcgReader",
     "EcgotError",
     "SinkhornLoss",
     "SinkhornOutput",
@@ -30,7 +31,6 @@ __all__ = [
     "__version__",
     "encoder",
     "load_dataset",
-    "load_pretrained",
     "read_record",
     "sinkhorn",
     "sinkhorn_divergence",
@@ -45,7 +45,7 @@ _HOME = {
     "encoder": "ecgot.models.encoders",
     "kernels": "ecgot.kernels",
     "load_dataset": "ecgot.data.dataset",
-    "load_pretrained": "ecgot.inference.reader",
+    "EcgReader": "ecgot.inference.reader",
     "read_record": "ecgot.data.record",
     "sinkhorn": "ecgot.kernels",
     "sinkhorn_divergence": "ecgot.kernels",

@@ -1,9 +1,10 @@
-"""The command line: synth, train, supervise, evaluate, report, classify, export, bench.
+"""The command line: synth, train, supervise, evaluate, calibrate, report, classify, formats, export, bench.
 
 Commands import what they run when they run it, so that ``ecgot --help`` does not wait for torch.
 """
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from ecgot.choices import (
 from ecgot.cli.tables import (
     print_benchmark,
     print_evaluation,
+    print_formats,
     print_reading,
     print_scores,
     print_supervised,
 )
 from ecgot.cli.terminal import progress, run_command
 from ecgot.errors import EcgotError
+from ecgot.files import write_text
 from ecgot.inference.display import NOTICE
 from ecgot.version import __version__
 
@@ -67,6 +70,13 @@ resamples_option = click.option(
     show_default=True,
     help="Bootstrap resamples of patients.",
 )
+start_option = click.option(
+    "--start", "start_s", type=click.FloatRange(min=0), default=0.0, help="Read from this second on."
+)
+window_option = click.option(
+    "--window", "window_s", type=float, help="Read this many seconds (default: all)."
+)
+force_option = click.option("--force", is_flag=True, help="Say something even of what is no usable ECG.")
 intervals_option = click.option("--intervals", is_flag=True, help="Print 95 % intervals too.")
 
 
@@ -76,8 +86,8 @@ def cli() -> None:
     """Teach language models to read electrocardiograms, aligned by optimal transport.
 
     synth makes a data set, train trains on one, supervise trains a baseline on its labels, evaluate
-    measures a trained run, report and classify read one record, export makes a run portable, bench times the
-    transport solver.
+    measures a trained run, calibrate gives it probabilities, report and classify read ECGs, formats lists the
+    files that can be read, export makes a run portable, bench times the transport solver.
     """
 
 
@@ -334,11 +344,21 @@ def evaluate(
 
 
 @cli.command()
-@click.argument("paths", type=PATH, nargs=-1, metavar="[RUN] RECORD")
+@click.argument("paths", type=PATH, nargs=-1, metavar="[RUN] RECORD|FOLDER")
 @num_beams_option
 @score_option
 @prompts_option
 @click.option("--recorder", metavar="NAME", help="Write the report in the wording of this ECG recorder.")
+@start_option
+@window_option
+@force_option
+@click.option("--html", type=PATH, help="Write a page with the trace and what is said of it.")
+@click.option("--pdf", type=PATH, help="The page as PDF; needs Chromium.")
+@click.option("--png", type=PATH, help="The page as picture; needs Chromium.")
+@click.option("--out", type=PATH, help="With a FOLDER: FILE.csv, FILE.jsonl or a folder for pages.")
+@click.option("--resume", is_flag=True, help="With a FOLDER: go on where an earlier call ended.")
+@click.option("--no-report", is_flag=True, help="Findings and measurements alone: faster.")
+@click.option("--no-measurements", is_flag=True, help="No rate, intervals and axis: faster.")
 @json_option
 def report(
     paths: tuple[Path, ...],
@@ -346,43 +366,155 @@ def report(
     score: str | None,
     prompts: Path | None,
     recorder: str | None,
+    start_s: float,
+    window_s: float | None,
+    force: bool,
+    html: Path | None,
+    pdf: Path | None,
+    png: Path | None,
+    out: Path | None,
+    resume: bool,
+    no_report: bool,
+    no_measurements: bool,
     as_json: bool,
 ) -> None:
-    """Read one WFDB RECORD: class scores and a written report.
+    """Read one ECG, or a FOLDER of them: findings, a written report, measurements, quality.
 
-    The model is that of RUN, or the one that comes with the package.
+    The model is that of RUN, or the one that comes with the package. Files of any length and format that
+    ``ecgot formats`` lists; of a long record the strongest window is shown.
     """
-    from ecgot.inference.reader import load_pretrained
+    from ecgot.inference.reader import EcgReader
     from ecgot.inference.zeroshot import BUILT_IN
 
     run, record = _run_and_record(paths)
-    reader = load_pretrained(run, prompts=prompts or BUILT_IN, score=score, num_beams=num_beams)
-    reading = reader.read(record, recorder=recorder).to_dict()
+    pages = {"html": html, "pdf": pdf, "png": png}
+    if record.is_dir() != (out is not None):
+        raise EcgotError(f"out: expected --out with a folder and with nothing else, got {record}")
+    if out is not None and (any(pages.values()) or as_json):
+        raise EcgotError("out: expected no --html, --pdf, --png or --json with a folder, got one")
+    reader = EcgReader.from_pretrained(run, prompts=prompts or BUILT_IN, score=score, num_beams=num_beams)
+    settings: dict[str, Any] = {
+        "report": not no_report,
+        "measurements": not no_measurements,
+        "force": force,
+        "start_s": start_s,
+        "window_s": window_s,
+    }
+    if out is not None:
+        _report_folder(reader, record, out, resume, recorder, settings)
+        return
+    reading = reader(record, recorder=recorder, **settings)
+    _write_pages(reading, pages)
     if as_json:
-        _print_json(reading | {"notice": NOTICE})
+        _print_json(reading.to_dict())
     else:
-        print_reading(Console(), record, reading)
+        print_reading(Console(), reading)
+
+
+def _report_folder(
+    reader: Any, folder: Path, out: Path, resume: bool, recorder: str | None, settings: dict[str, Any]
+) -> None:
+    from ecgot.inference.folder import read_folder
+
+    asked = reader.asked(recorder=recorder, **settings)
+    with progress(quiet=False) as shown:
+        count, failed = read_folder(
+            reader,
+            folder,
+            out,
+            asked,
+            resume=resume,
+            progress=lambda done, total: shown.bar("report", done, total),
+            on_error=lambda reason: shown.note(f"not read: {reason}"),
+        )
+    click.echo(f"{count} records read into {out}, of which {failed} could not be")
+    click.echo(NOTICE)
+
+
+def _write_pages(reading: Any, pages: dict[str, Path | None]) -> None:
+    """The reading as a page in the asked formats."""
+    if not any(pages.values()):
+        return
+    from ecgot.page.chromium import write_pdf, write_png
+
+    text = reading.to_html()
+    if pages["html"] is not None:
+        write_text(pages["html"], text)
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "page.html"
+        page.write_text(text, encoding="utf-8")
+        if pages["pdf"] is not None:
+            write_pdf(page, pages["pdf"])
+        if pages["png"] is not None:
+            write_png(page, pages["png"])
+
+
+@cli.command()
+@json_option
+def formats(as_json: bool) -> None:
+    """List the file formats that can be read, and what each needs."""
+    from ecgot.data.formats import FORMATS
+
+    if as_json:
+        keys = ("name", "suffixes", "library", "installed")
+        _print_json({"formats": [{key: getattr(each, key) for key in keys} for each in FORMATS]})
+    else:
+        print_formats(Console(), FORMATS)
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.option("--data", type=PATH, required=True, help="Data set in PTB-XL's layout.")
+@click.option("--folds", required=True, help="Folds to calibrate on, which the run has not trained on: 8.")
+@cache_option
+@json_option
+def calibrate(run: Path, data: Path, folds: str, cache: Path | None, as_json: bool) -> None:
+    """Fit probabilities, thresholds and abstention of RUN on held-out folds, into its calibration.json."""
+    from ecgot.eval.calibration import calibrate as calibrate_run
+    from ecgot.runs.config import parse_folds
+    from ecgot.runs.run import Run
+
+    with progress(quiet=as_json) as shown:
+        summary = calibrate_run(
+            Run.open(run), data, folds=parse_folds(folds), cache_dir=cache, progress=shown
+        )
+    if as_json:
+        _print_json(summary)
+    else:
+        click.echo(f"calibrated {run} on {summary['records']} records")
 
 
 @cli.command()
 @click.argument("paths", type=PATH, nargs=-1, metavar="[RUN] RECORD")
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Text, such as a report's phrase.")
 @score_option
+@start_option
+@window_option
+@force_option
 @json_option
-def classify(paths: tuple[Path, ...], prompts: tuple[str, ...], score: str | None, as_json: bool) -> None:
-    """Score one WFDB RECORD by texts of your own; needs the text encoder.
+def classify(
+    paths: tuple[Path, ...],
+    prompts: tuple[str, ...],
+    score: str | None,
+    start_s: float,
+    window_s: float | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Score one ECG by texts of your own; needs the text encoder.
 
     Scores compare records by one text: by default log-odds that a report would say it.
     """
-    from ecgot.inference.reader import load_pretrained
+    from ecgot.inference.reader import EcgReader
 
     run, record = _run_and_record(paths)
-    reading = load_pretrained(run, score=score).classify(record, prompts)
-    scores = reading.scores["prompts"]
+    scores = EcgReader.from_pretrained(run, score=score).classify(
+        record, prompts, start_s=start_s, window_s=window_s, force=force
+    )
     if as_json:
-        _print_json({"record": str(record), "scores": scores, "notes": reading.notes, "notice": NOTICE})
+        _print_json({"record": str(record), "scores": scores, "notice": NOTICE})
     else:
-        print_scores(Console(), scores, reading.notes)
+        print_scores(Console(), scores)
 
 
 def _run_and_record(paths: tuple[Path, ...]) -> tuple[Path | None, Path]:

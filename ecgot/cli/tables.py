@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -12,6 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ecgot.inference.display import NOTICE, SURE, auroc_text, metric_text
+
+if TYPE_CHECKING:
+    from ecgot.inference.reading import Reading
 
 BEST_CLASSES = 5  # of each group, that a reading lists
 
@@ -156,42 +158,107 @@ def _brackets(intervals: bool) -> str:
     return " [95 % interval]" if intervals else ""
 
 
-def print_reading(console: Console, record: Path, reading: Mapping[str, Any]) -> None:
-    """A record's best classes and report; ``reading`` as :meth:`ecgot.inference.reader.Reading.to_dict`."""
-    columns = [
-        Column(group, [f"{name} {score:.2f}" for name, score in _ranked(scores)[:BEST_CLASSES]], right=False)
-        for group, scores in reading["scores"].items()
-    ]
-    _print_tables(console, f"{record}: score of each class, highest first", None, columns)
-    console.print()
-    _print_notes(console, reading["notes"])
-    console.print("Scores compare records by one class; classes differ in how often they are named.")
-    text = "(none: stage 2 has not been trained)" if reading["report"] is None else reading["report"]
-    wording = f" in the wording of {reading['recorder']}" if reading["recorder"] else ""
-    _print(console, f"report{wording}: {text or '(empty)'}")
-    if reading["sentences"]:
-        console.print("Probability that the model gives to each of its sentences:")
-    for sentence, probability in reading["sentences"]:
-        unsure = "" if probability >= SURE else "  (unsure)"
-        _print(console, f"  {probability:.2f}  {sentence}{unsure}")
-    console.print(NOTICE)
-
-
-def print_scores(console: Console, scores: Mapping[str, float], notes: Sequence[str]) -> None:
-    """A record's score of each text, the highest first."""
-    for text, score in _ranked(scores):
-        _print(console, f"{text} {score:.2f}")
-    _print_notes(console, notes)
-    console.print(NOTICE)
-
-
-def _ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:
-    return sorted(scores.items(), key=lambda item: -item[1])
-
-
-def _print_notes(console: Console, notes: Sequence[str]) -> None:
-    for note in notes:
+def print_reading(console: Console, reading: "Reading") -> None:
+    """What is said of a record, for a person to read."""
+    window = reading.window
+    _print(console, f"{reading.record}: {_VERDICTS[window.quality.verdict]}")
+    for remark in window.quality.remarks:
+        _print(console, f"  {remark.text}")
+    for note in reading.notes:
         _print(console, f"note: {note}")
+    if len(reading.windows) > 1:
+        _print_windows(console, reading)
+    if reading.refused:
+        _print(console, "Nothing is said of it; --force says what the model makes of it all the same.")
+        console.print(NOTICE)
+        return
+    console.print()
+    _print_findings(console, reading)
+    _print_measurements(console, reading)
+    _print_report(console, reading)
+    console.print(NOTICE)
+
+
+_VERDICTS = {"good": "an ECG", "doubtful": "an ECG, with reservations", "refused": "not a usable ECG"}
+
+
+def _print_windows(console: Console, reading: "Reading") -> None:
+    _print(
+        console,
+        f"{len(reading.windows)} windows in {reading.duration_s:g} s; shown is the strongest, from "
+        f"{reading.window.start_s:g} to {reading.window.stop_s:g} s. What was found where:",
+    )
+    for window in reading.windows:
+        refused = window.quality.verdict == "refused"
+        found = ", ".join(each.name for each in window.stated[:BEST_CLASSES]) or "nothing"
+        _print(console, f"  {window.start_s:8.1f} s  {'not a usable ECG' if refused else found}")
+
+
+def _print_findings(console: Console, reading: "Reading") -> None:
+    """What is found, what is undecided, and the most likely of the rest."""
+    stated = reading.window.stated
+    undecided = [each for each in reading.findings if each.stated is None]
+    undecided.sort(key=lambda each: -each.probability)
+    shown = [*stated, *undecided[:BEST_CLASSES]]
+    columns = [
+        Column("probability", [f"{each.probability:.0%}" for each in shown]),
+        Column("interval", [f"{each.low:.0%} to {each.high:.0%}" for each in shown]),
+        Column("", ["found" if each.stated else "undecided" for each in shown], right=False),
+        Column("code", [each.code for each in shown], right=False),
+    ]
+    title = "Findings" if shown else "Findings: none"
+    _print_tables(console, title, Column("finding", [each.name for each in shown], right=False), columns)
+    if not reading.calibrated:
+        console.print("The probabilities of this model are not calibrated.")
+    console.print()
+
+
+def _print_measurements(console: Console, reading: "Reading") -> None:
+    measured = reading.measurements
+    if measured is None:
+        return
+    shown = [
+        f"{name} {value:.0f} {unit}"
+        for name, value, unit in (
+            ("heart rate", measured.heart_rate_bpm, "/min"),
+            ("PR", measured.pr_ms, "ms"),
+            ("QRS", measured.qrs_ms, "ms"),
+            ("QT", measured.qt_ms, "ms"),
+            ("QTc", measured.qtc_ms, "ms"),
+            ("axis", measured.axis_deg, "degrees"),
+        )
+        if value is not None
+    ]
+    _print(console, f"measured: {', '.join(shown) or 'nothing could be measured'}")
+
+
+def _print_report(console: Console, reading: "Reading") -> None:
+    if reading.report is None:
+        return
+    wording = f" in the wording of {reading.recorder}" if reading.recorder else ""
+    _print(console, f"report{wording}: {reading.report or '(nothing that agrees with the findings)'}")
+    for sentence in reading.sentences:
+        unsure = "" if sentence.probability >= SURE else "  (unsure)"
+        remark = f"  ({sentence.remark})" if sentence.remark else ""
+        _print(console, f"  {sentence.probability:.2f}  {sentence.text}{unsure}{remark}")
+
+
+def print_scores(console: Console, scores: Mapping[str, float]) -> None:
+    """A record's score of each text, the highest first."""
+    for text, score in sorted(scores.items(), key=lambda item: -item[1]):
+        _print(console, f"{text} {score:.2f}")
+    console.print(NOTICE)
+
+
+def print_formats(console: Console, formats: Sequence[Any]) -> None:
+    """The formats that can be read, see :data:`ecgot.data.formats.FORMATS`."""
+    columns = [
+        Column("files", [", ".join(each.suffixes) for each in formats], right=False),
+        Column("read by", [each.library for each in formats], right=False),
+        Column("", ["installed" if each.installed else "not installed" for each in formats], right=False),
+    ]
+    labels = Column("format", [each.name for each in formats], right=False)
+    _print_tables(console, "Formats; pip install 'ecgot[formats]' installs what is missing", labels, columns)
 
 
 def _print_tables(console: Console, title: str, labels: Column | None, columns: Sequence[Column]) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ecgot.data.formats import record_files
 from ecgot.data.ptbxl import PtbXlTable
 from ecgot.data.record import fit_length, read_record
 from ecgot.errors import EcgotError
 from ecgot.files import atomic_folder
 
-FORMAT = 2  # raise it when the cache's contents change for the same files
+FORMAT = 3  # raise it when the cache's contents change for the same files
 UV_PER_MV = 1000.0
 INT16 = np.iinfo(np.int16)
 
@@ -51,19 +52,13 @@ class SignalFormat:
 
 
 def content_key(root: Path, table: PtbXlTable, form: SignalFormat) -> str:
-    """Hash of every record's header and signal files below ``root``, and of the target format."""
+    """Hash of every record's files below ``root``, and of the target format."""
 
     def digest(path: str) -> bytes:
-        header = root / f"{path}.hea"
         content = hashlib.blake2b(path.encode(), digest_size=16)
-        try:
-            text = header.read_bytes()
-        except OSError:
-            return content.digest()
-        content.update(text)
-        for name in _signal_files(text.decode("utf-8", errors="replace")):
+        for file in record_files(root / path):
             try:
-                content.update((header.parent / name).read_bytes())
+                content.update(file.read_bytes())
             except (OSError, ValueError):
                 content.update(b"missing")
         return content.digest()
@@ -76,12 +71,6 @@ def content_key(root: Path, table: PtbXlTable, form: SignalFormat) -> str:
         for part in pool.map(digest, table.record_paths):
             key.update(part)
     return key.hexdigest()
-
-
-def _signal_files(header: str) -> list[str]:
-    """The files that a WFDB header names: the first word of every line after the first."""
-    lines = [line for line in header.splitlines() if line.strip() and not line.startswith("#")]
-    return list(dict.fromkeys(line.split()[0] for line in lines[1:]))
 
 
 def read_meta(folder: Path) -> dict | None:
@@ -130,7 +119,11 @@ def _fill(
     for row, path in enumerate(table.record_paths):
         try:
             record = read_record(
-                root / path, leads=form.leads, fs_hz=form.fs_hz, highpass_hz=form.highpass_hz
+                root / path,
+                leads=form.leads,
+                fs_hz=form.fs_hz,
+                highpass_hz=form.highpass_hz,
+                missing_leads="estimate",
             )
         except EcgotError as error:
             skipped.append(SkippedRecord(path, str(error)))

@@ -56,6 +56,7 @@ class Heart:
     breathing: float = 0.02  # relative swing of RR with respiration
     fibrillates: bool = False
     ectopic_share: float = 0.0  # share of beats followed by a premature ventricular one
+    ectopic_by_s: float = 3.0  # if there are any, the first comes before the first beat after this
 
     def scaled(self, part: str, factors: Vector) -> "Heart":
         """The heart with the dipoles of one part scaled by axis."""
@@ -73,6 +74,15 @@ class Heart:
         return replace(self, **{part: getattr(self, part) + waves})
 
 
+@dataclass(frozen=True)
+class Beat:
+    """When a beat's R peak comes, how long after the last, and whether it is a premature ventricular one."""
+
+    peak_s: float
+    rr_s: float
+    premature: bool
+
+
 def draw_orientation(rng: np.random.Generator) -> np.ndarray:
     """A patient's heart orientation [3, 3]: rotated by some degrees about each axis, and slightly scaled."""
     matrix = np.eye(3) * np.exp(rng.normal(0.0, 0.12))
@@ -85,45 +95,47 @@ def draw_orientation(rng: np.random.Generator) -> np.ndarray:
     return matrix
 
 
-def moving_dipole(heart: Heart, rng: np.random.Generator, fs_hz: float) -> np.ndarray:
-    """The heart's dipole [T, 3] in mV over SECONDS."""
+def moving_dipole(
+    heart: Heart, rng: np.random.Generator, fs_hz: float
+) -> tuple[np.ndarray, tuple[Beat, ...]]:
+    """The heart's dipole [T, 3] in mV over SECONDS, and its beats from before 0 s to after SECONDS."""
     time = np.arange(round(SECONDS * fs_hz)) / fs_hz
     ectopic_waves = _ectopic_waves(rng)
+    beats = _beats(heart, rng)
     centers, widths, dipoles = [], [], []
-    for peak, rr, ectopic in _beats(heart, rng):
+    for beat in beats:
         # QT follows the square root of RR (Bazett); P and QRS keep their timing.
-        stretch = np.sqrt(rr)
+        stretch = np.sqrt(beat.rr_s)
         gain = np.exp(rng.normal(0.0, 0.03))
-        early = ectopic_waves if ectopic else heart.p + heart.qrs
-        late = () if ectopic else heart.st + heart.t
+        early = ectopic_waves if beat.premature else heart.p + heart.qrs
+        late = () if beat.premature else heart.st + heart.t
         for wave, factor in [(w, 1.0) for w in early] + [(w, stretch) for w in late]:
-            centers.append(peak + wave.time_s * factor)
+            centers.append(beat.peak_s + wave.time_s * factor)
             widths.append(wave.width_s * factor)
             dipoles.append(times(wave.dipole, gain))
     offsets = (time[:, None] - np.array(centers)) / np.array(widths)
-    return np.exp(-0.5 * offsets**2) @ np.array(dipoles) + _flutter(heart, rng, time)
+    return np.exp(-0.5 * offsets**2) @ np.array(dipoles) + _flutter(heart, rng, time), beats
 
 
-def _beats(heart: Heart, rng: np.random.Generator) -> list[tuple[float, float, bool]]:
-    """Beats as (R peak in s, preceding RR in s, premature ventricular?), from before 0 s to after SECONDS."""
+def _beats(heart: Heart, rng: np.random.Generator) -> tuple[Beat, ...]:
     mean = 60.0 / heart.rate_bpm
     breath_hz, phase = rng.uniform(0.2, 0.3), rng.uniform(0, 2 * np.pi)
     peak = -rng.uniform(0.2, 1.0) * mean - 0.5
-    beats: list[tuple[float, float, bool]] = []
+    beats: list[Beat] = []
     # If the report mentions extra beats, the ECG shows at least one.
     due = heart.ectopic_share > 0
     while peak < SECONDS + 0.5:
         swing = 1 + heart.breathing * np.sin(2 * np.pi * breath_hz * peak + phase)
         rr = max(0.3, mean * swing * (1 + rng.normal(0.0, heart.irregularity)))
         peak += rr
-        beats.append((peak, rr, False))
-        sure = due and peak > 3.0
+        beats.append(Beat(peak, rr, premature=False))
+        sure = due and peak > heart.ectopic_by_s
         if heart.ectopic_share and 0.3 < peak < SECONDS - 1 and (sure or rng.random() < heart.ectopic_share):
             due = False
             early = rng.uniform(0.55, 0.7) * rr
-            beats.append((peak + early, early, True))
+            beats.append(Beat(peak + early, early, premature=True))
             peak += rr  # the sinus beat under the extra one is blocked: a full compensatory pause
-    return beats
+    return tuple(beats)
 
 
 def _ectopic_waves(rng: np.random.Generator) -> tuple[Wave, ...]:

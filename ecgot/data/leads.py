@@ -24,6 +24,7 @@ NOISE = 1e-9  # relative to the covariance: what is linear in the leads that are
 _LIMB_FROM_I_II = np.array([[1, 0], [0, 1], [-1, 1], [-0.5, -0.5], [1, -0.5], [-0.5, 1]])
 
 _PREFIXES = ("", "MDC_ECG_LEAD_", "MDC_ECG_", "ECG_LEAD_", "ECG_", "EKG_", "LEAD_", "ECG", "EKG", "LEAD")
+_REVERSED = re.compile(r"^[-−–]|[-−–]$")  # "-aVR" has the other sign
 
 
 @functools.cache
@@ -37,6 +38,7 @@ def _spellings() -> dict[str, str]:
     return known
 
 
+@functools.lru_cache(maxsize=4096)
 def lead_name(name: str) -> str:
     """The standard name of a lead, or ``name`` itself where it is none of the twelve.
 
@@ -45,8 +47,12 @@ def lead_name(name: str) -> str:
     """
     plain = re.sub(r"[^A-Z0-9]+", "_", name.upper()).strip("_")
     known = _spellings()
-    rest = [plain[len(prefix) :].replace("_", "") for prefix in _PREFIXES if plain.startswith(prefix)]
-    return next((known[each] for each in rest if each in known), name.strip())
+    if _REVERSED.search(name.strip()):
+        return name.strip()
+    rest = [plain[len(prefix) :] for prefix in _PREFIXES if plain.startswith(prefix)]
+    # "V_1" is V1, but "I_II" is not III.
+    whole = [each.replace("_", "") for each in rest if not re.match("I+_I", each)]
+    return next((known[each] for each in whole if each in known), name.strip())
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,22 @@
-"""One WFDB record as a checked array in mV: leads by name, gaps repaired, resampled."""
+"""A record, or a window of it, as a checked array in mV: leads by name, gaps filled, resampled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import wfdb
-from scipy.signal import resample_poly
+from scipy.signal import firwin, resample_poly
 
-from ecgot.data.baseline import remove_baseline
-from ecgot.data.leads import STANDARD_LEADS
-from ecgot.errors import EcgotError, first_line
+from ecgot.data.baseline import PADDED_CYCLES, remove_baseline
+from ecgot.data.formats import RecordSource, open_record
+from ecgot.data.leads import LIMB_LEADS, STANDARD_LEADS, complete, lead_name
+from ecgot.errors import EcgotError
+
+MissingLeads = Literal["error", "estimate"]
+GAP_MARGIN_S = 1.0  # read on either side of a window, to bridge a gap that its edge cuts
 
 
 def fit_length(signal_mv: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
@@ -22,22 +27,22 @@ def fit_length(signal_mv: np.ndarray, samples: int) -> tuple[np.ndarray, int]:
     return fitted, valid
 
 
-MV_PER_UNIT = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "nv": 1e-6}
-BYTES_PER_SAMPLE = {"8": 1.0, "80": 1.0, "212": 1.5, "16": 2.0, "61": 2.0, "24": 3.0, "32": 4.0}
-KNOWN_FORMATS = {*BYTES_PER_SAMPLE, "310", "311", "160", "508", "516", "524"}  # all that wfdb reads
-
-
 @dataclass(frozen=True)
 class Record:
-    """One ECG.
+    """One ECG, or a window of it.
 
     Attributes:
-        name: path without suffix, as requested.
+        name: as its source calls it.
         signal_mv: [L, T] float32, in mV, without NaN.
         fs_hz: sampling rate of ``signal_mv``.
         leads: L names, as requested.
         repaired_samples: number of filled NaN samples by lead, before resampling; empty if there are none.
-        flat_leads: leads whose signal is constant.
+        flat_leads: leads of the record whose signal is constant, or was while any was valid.
+        derived_leads: leads that follow exactly from others, as aVF from I and II.
+        estimated_leads: leads that are a guess from others.
+        start_s: where the window begins in the record.
+        source_leads: leads of the record, by their standard names.
+        notes: what a person should know of how it was read.
     """
 
     name: str
@@ -46,6 +51,11 @@ class Record:
     leads: tuple[str, ...]
     repaired_samples: dict[str, int]
     flat_leads: tuple[str, ...]
+    derived_leads: tuple[str, ...] = ()
+    estimated_leads: tuple[str, ...] = ()
+    start_s: float = 0.0
+    source_leads: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def read_record(
@@ -54,33 +64,86 @@ def read_record(
     leads: Sequence[str] = STANDARD_LEADS,
     fs_hz: float | None = None,
     highpass_hz: float | None = None,
+    start_s: float = 0.0,
+    window_s: float | None = None,
+    missing_leads: MissingLeads = "error",
 ) -> Record:
-    """Read one WFDB record.
+    """Read a record of any format of :mod:`ecgot.data.formats`, or a window of it.
 
     Args:
-        path: the record, with or without ``.hea`` or ``.dat``.
-        leads: leads to return, in this order; matched by name, ignoring case and the file's order.
+        path: the record; of a WFDB record with or without the suffix.
+        leads: leads to return, in this order, in any spelling.
         fs_hz: resample to this rate (polyphase, with anti-aliasing); ``None`` keeps the record's.
         highpass_hz: remove offset and wander, see :func:`ecgot.data.baseline.remove_baseline`.
+        start_s: where the window begins.
+        window_s: how long it is, less where the record ends; ``None`` takes all that follows. What is read,
+            and the memory it takes, grows with the window, not with the record.
+        missing_leads: ``"error"``, or ``"estimate"`` for leads that are missing, flat or without a valid
+            sample and do not follow from the others. Leads that follow exactly are derived either way.
 
     Raises:
         EcgotError: a missing or damaged file, a header that disagrees with its signal file, a lead that is
-            missing or all NaN, an unknown unit, or only flat leads.
+            missing or all NaN, an unknown unit, only flat leads, or a window outside the record.
     """
-    name = _without_suffix(Path(path))
-    digital = _read_digital(name)
-    rows = _lead_rows(name, digital.sig_name, leads)
-    signal = digital.dac()[:, rows].T * _mv_per_unit(name, digital.units, rows)[:, None]
-    signal, repaired = _fill_gaps(name, signal, leads)
-    flat = tuple(lead for lead, row in zip(leads, signal, strict=True) if np.ptp(row) == 0)
-    if len(flat) == len(leads):
-        raise EcgotError(f"record {name}: expected a signal, got only flat leads")
-    if fs_hz is not None and fs_hz != digital.fs:
-        signal = resample(signal, float(digital.fs), fs_hz)
-    rate = float(digital.fs) if fs_hz is None else float(fs_hz)
-    if highpass_hz is not None:
+    return prepare(
+        open_record(path),
+        start_s,
+        window_s,
+        leads=leads,
+        fs_hz=fs_hz,
+        highpass_hz=highpass_hz,
+        missing_leads=missing_leads,
+    )
+
+
+def prepare(
+    source: RecordSource,
+    start_s: float = 0.0,
+    window_s: float | None = None,
+    *,
+    leads: Sequence[str] = STANDARD_LEADS,
+    fs_hz: float | None = None,
+    highpass_hz: float | None = None,
+    missing_leads: MissingLeads = "error",
+) -> Record:
+    """The record from an opened source; arguments and errors as of :func:`read_record`.
+
+    A window is what one cuts out of the whole record's result: what the filters need is read on either side.
+    Their tails beyond that are below 1e-5 of the signal.
+    """
+    rate = source.fs_hz if fs_hz is None else float(fs_hz)
+    span = _span(source, rate, start_s, window_s, highpass_hz)
+    signal = source.read(span.read_from, span.read_to)
+    inside = signal[:, span.inside]
+    valid = np.isfinite(inside)
+    flat = _flat(source.leads, inside, valid)
+    if len(flat) == len(source.leads):
+        raise EcgotError(f"record {source.name}: expected a signal, got only flat leads")
+    plan = _plan(source, valid.any(1), flat, leads, missing_leads)
+    rows = [source.leads.index(lead) for lead in plan.used]
+    gaps = {lead: int(count) for lead, count in zip(plan.used, (~valid[rows]).sum(1), strict=True) if count}
+    signal = signal[rows]
+    _fill_gaps(signal)
+    if rate != source.fs_hz:
+        signal = resample(signal, source.fs_hz, rate)
+    if highpass_hz:
         signal = remove_baseline(signal, rate, highpass_hz)
-    return Record(str(name), signal.astype(np.float32), rate, tuple(leads), repaired, flat)
+    signal = signal[:, span.cut]
+    if highpass_hz == 0:
+        signal = remove_baseline(signal, rate, 0)
+    return Record(
+        source.name,
+        plan.arrange(signal).astype(np.float32),
+        rate,
+        tuple(leads),
+        gaps,
+        flat,
+        plan.derived,
+        plan.estimated,
+        span.start_s,
+        source.leads,
+        source.notes,
+    )
 
 
 def resample(signal: np.ndarray, from_hz: float, to_hz: float) -> np.ndarray:
@@ -88,93 +151,141 @@ def resample(signal: np.ndarray, from_hz: float, to_hz: float) -> np.ndarray:
 
     The ends are padded with their edge values, as an ECG does not start and end at 0 mV.
     """
+    up, down = _ratio(from_hz, to_hz)
+    taps: Any = _taps(up, down)  # scipy's stubs know no array here
+    return resample_poly(signal, up, down, axis=1, window=taps, padtype="edge")
+
+
+def _ratio(from_hz: float, to_hz: float) -> tuple[int, int]:
     ratio = Fraction(to_hz / from_hz).limit_denominator(1000)
-    return resample_poly(signal, ratio.numerator, ratio.denominator, axis=1, padtype="edge")
+    return ratio.numerator, ratio.denominator
 
 
-def _without_suffix(path: Path) -> Path:
-    return path.with_suffix("") if path.suffix in (".hea", ".dat", ".mat") else path
+@lru_cache(maxsize=64)
+def _taps(up: int, down: int) -> np.ndarray:
+    """scipy's own filter for this ratio, which it would design anew for every record."""
+    highest = max(up, down)
+    return firwin(20 * highest + 1, 1.0 / highest, window=("kaiser", 5.0))
 
 
-def _read_digital(name: Path) -> wfdb.Record:
-    """The record in ADC units, checked against its header."""
-    if not name.with_name(name.name + ".hea").is_file():
-        raise EcgotError(f"record {name}: there is no {name.name}.hea")
-    try:
-        header = wfdb.rdheader(str(name))
-    except (ValueError, IndexError, TypeError, KeyError, OSError, wfdb.io.header.HeaderSyntaxError) as error:
-        raise EcgotError(f"record {name}: {name.name}.hea cannot be parsed ({first_line(error)})") from error
-    if not isinstance(header, wfdb.Record):
-        raise EcgotError(f"record {name}: expected one segment, got several")
-    if not header.n_sig or header.sig_name is None or len(header.sig_name) != header.n_sig:
+@dataclass(frozen=True)
+class _Span:
+    """What to read of a source for a window, in its samples, and what to keep of the result, in its own.
+
+    Attributes:
+        read_from, read_to: samples of the source, with a margin.
+        inside: the window within what is read.
+        cut: the window within what was read and resampled.
+        start_s: where the window begins.
+    """
+
+    read_from: int
+    read_to: int
+    inside: slice
+    cut: slice
+    start_s: float
+
+
+def _span(
+    source: RecordSource, rate: float, start_s: float, window_s: float | None, highpass_hz: float | None
+) -> _Span:
+    """Raises EcgotError where the window is not in the record."""
+    up, down = _ratio(source.fs_hz, rate)
+    total = -(-source.samples * up // down)
+    first = round(start_s * rate) if np.isfinite(start_s) else -1
+    if not 0 <= first < total:
         raise EcgotError(
-            f"record {name}: expected {name.name}.hea to describe its {header.n_sig} signals, got fewer"
+            f"start_s: expected 0 to less than {source.samples / source.fs_hz:g} s, the length of record "
+            f"{source.name}, got {start_s:g}"
         )
-    if not (header.fs and np.isfinite(header.fs) and 1 <= header.fs <= 100_000):
-        raise EcgotError(f"record {name}: expected a sampling rate of 1 to 100000 Hz, got {header.fs} Hz")
-    unknown = [fmt for fmt in header.fmt if fmt not in KNOWN_FORMATS]
-    if unknown:
-        raise EcgotError(f"record {name}: expected a known WFDB format, got {unknown[0]!r}")
-    _check_sizes(name, header)
-    try:
-        record = wfdb.rdrecord(str(name), physical=False)
-    except (ValueError, IndexError, TypeError, KeyError, OSError) as error:
-        raise EcgotError(f"record {name}: its signals cannot be read ({first_line(error)})") from error
-    expected, actual = header.checksum, record.calc_checksum()
-    for lead, left, right in zip(record.sig_name, expected or [], actual, strict=False):
-        # A checksum is 16 bits, written signed or unsigned by different tools.
-        if left is not None and (left - right) % 65536:
-            raise EcgotError(
-                f"record {name}: expected checksum {left} of lead {lead}, as its header says, got {right}"
-            )
-    return record
+    if window_s is not None and not window_s * rate >= 0.5:
+        raise EcgotError(f"window_s: expected a length above 0 s, got {window_s:g}")
+    last = total if window_s is None else min(total, first + round(min(window_s * rate, total)))
+    margin_s = GAP_MARGIN_S + (PADDED_CYCLES / highpass_hz if highpass_hz else 0.0)
+    margin = int(margin_s * rate) + 10 * max(up, down) // down + 1
+    # Samples of the result lie on those of the source once in every `up`: what is read begins at such a one.
+    block = max(0, first - margin) // up
+    read_to = min(source.samples, -(-(last + margin) * down // up))
+    inside = slice(-(-first * down // up) - block * down, -(-last * down // up) - block * down)
+    return _Span(block * down, read_to, inside, slice(first - block * up, last - block * up), first / rate)
 
 
-def _check_sizes(name: Path, header: wfdb.Record) -> None:
-    """Check that every signal file exists with the size that the header implies."""
-    signals = list(zip(header.file_name, header.fmt, header.samps_per_frame, strict=True))
-    for file in dict.fromkeys(header.file_name):
-        path = name.parent / file
-        if not path.is_file():
-            raise EcgotError(f"record {name}: there is no {file}")
-        sizes = [BYTES_PER_SAMPLE.get(fmt, np.nan) * (spf or 1) for f, fmt, spf in signals if f == file]
-        offset = header.byte_offset[header.file_name.index(file)] or 0
-        if not header.sig_len or np.isnan(sum(sizes)):
-            continue  # open-ended header or compressed format: wfdb checks it on reading
-        expected, actual = offset + int(np.ceil(sum(sizes) * header.sig_len)), path.stat().st_size
-        # Format 212 packs two samples into three bytes and may end with padding.
-        if actual < expected or actual > expected + 3:
-            raise EcgotError(f"record {name}: expected {expected} bytes in {file}, got {actual}")
+@dataclass(frozen=True)
+class _Plan:
+    """From which leads of a source the wanted ones come.
+
+    Attributes:
+        used: leads to process.
+        wanted: leads to return, by their standard names.
+        derived, estimated: those of ``wanted`` that are not in ``used``.
+    """
+
+    used: tuple[str, ...]
+    wanted: tuple[str, ...]
+    derived: tuple[str, ...]
+    estimated: tuple[str, ...]
+
+    def arrange(self, signal: np.ndarray) -> np.ndarray:
+        """signal [U, T] of ``used`` as [L, T] of ``wanted``."""
+        if not (self.derived or self.estimated):
+            return signal[[self.used.index(lead) for lead in self.wanted]]
+        present = [row for row, lead in enumerate(self.used) if lead in STANDARD_LEADS]
+        twelve, _ = complete(signal[present], [self.used[row] for row in present])
+        rows = [
+            signal[self.used.index(lead)] if lead in self.used else twelve[STANDARD_LEADS.index(lead)]
+            for lead in self.wanted
+        ]
+        return np.stack(rows)
 
 
-def _lead_rows(name: Path, available: Sequence[str], leads: Sequence[str]) -> list[int]:
-    position = {lead.strip().lower(): row for row, lead in reversed(list(enumerate(available)))}
-    missing = [lead for lead in leads if lead.lower() not in position]
+def _plan(
+    source: RecordSource,
+    valid: np.ndarray,
+    flat: Sequence[str],
+    leads: Sequence[str],
+    missing_leads: MissingLeads,
+) -> _Plan:
+    """Raises EcgotError for a wanted lead that is damaged, or missing where it must not be."""
+    by_name = {lead.casefold(): lead for lead in source.leads}
+    wanted = tuple(by_name.get(lead.casefold(), lead_name(lead)) for lead in leads)
+    estimate = missing_leads == "estimate"
+    empty = [lead for lead, some in zip(source.leads, valid, strict=True) if not some]
+    for lead in wanted:
+        if lead in source.damaged:
+            raise EcgotError(source.damaged[lead])
+        if lead in empty and not (estimate and lead in STANDARD_LEADS):
+            raise EcgotError(f"record {source.name}: expected valid samples in lead {lead}, got only NaN")
+    # What is flat is no lead to estimate from, nor to show where an estimate is wanted.
+    sound = [lead for lead in source.leads if lead not in empty and lead not in flat]
+    kept = [lead for lead in source.leads if lead in wanted and lead not in empty]
+    used = [lead for lead in kept if lead in sound or not (estimate and lead in STANDARD_LEADS)]
+    missing = [lead for lead in wanted if lead not in used]
+    limbs = [lead for lead in sound if lead in LIMB_LEADS]
+    derived = tuple(lead for lead in missing if lead in LIMB_LEADS and len(limbs) >= 2)
+    others = [lead for lead in missing if lead not in derived]
+    standard = [lead for lead in sound if lead in STANDARD_LEADS]
+    hopeless = others and (not estimate or not standard or any(lead not in STANDARD_LEADS for lead in others))
+    if hopeless:
+        raise EcgotError(
+            f"record {source.name}: expected leads {', '.join(leads)}, got {', '.join(source.leads)}, "
+            f"without {', '.join(others)}"
+        )
     if missing:
-        raise EcgotError(
-            f"record {name}: expected leads {', '.join(leads)}, got "
-            f"{', '.join(map(str, available))}, without {', '.join(missing)}"
-        )
-    return [position[lead.lower()] for lead in leads]
+        used += [lead for lead in (standard if others else limbs) if lead not in used]
+    return _Plan(tuple(used), wanted, derived, tuple(others))
 
 
-def _mv_per_unit(name: Path, units: Sequence[str], rows: Sequence[int]) -> np.ndarray:
-    unknown = [units[row] for row in rows if str(units[row]).strip().lower() not in MV_PER_UNIT]
-    if unknown:
-        raise EcgotError(f"record {name}: expected units V, mV, uV or nV, got {unknown[0]!r}")
-    return np.array([MV_PER_UNIT[units[row].strip().lower()] for row in rows])
+def _flat(leads: Sequence[str], signal: np.ndarray, valid: np.ndarray) -> tuple[str, ...]:
+    """Leads that have samples, all of one value."""
+    highest = np.where(valid, signal, -np.inf).max(1)
+    lowest = np.where(valid, signal, np.inf).min(1)
+    return tuple(lead for lead, top, low in zip(leads, highest, lowest, strict=True) if top == low)
 
 
-def _fill_gaps(name: Path, signal: np.ndarray, leads: Sequence[str]) -> tuple[np.ndarray, dict[str, int]]:
-    """Fill NaN gaps of signal [L, T] by linear interpolation over time, lead by lead."""
-    repaired: dict[str, int] = {}
+def _fill_gaps(signal: np.ndarray) -> None:
+    """Fill NaN gaps of signal [L, T] by straight lines over time, lead by lead."""
     time = np.arange(signal.shape[1])
-    for lead, row in zip(leads, signal, strict=True):
+    for row in signal:
         gap = ~np.isfinite(row)
-        if not gap.any():
-            continue
-        if gap.all():
-            raise EcgotError(f"record {name}: expected valid samples in lead {lead}, got only NaN")
-        row[gap] = np.interp(time[gap], time[~gap], row[~gap])
-        repaired[lead] = int(gap.sum())
-    return signal, repaired
+        if gap.any():
+            row[gap] = np.interp(time[gap], time[~gap], row[~gap])

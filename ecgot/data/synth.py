@@ -13,7 +13,7 @@ import pandas as pd
 import wfdb
 
 from ecgot.data.findings import DIAGNOSTIC, STATEMENTS, draw_findings, write_report
-from ecgot.data.heart import Heart, draw_orientation, leads_mv, moving_dipole, noise_mv
+from ecgot.data.heart import Beat, Heart, draw_orientation, leads_mv, moving_dipole, noise_mv
 from ecgot.data.leads import STANDARD_LEADS
 from ecgot.errors import EcgotError
 from ecgot.files import atomic_folder
@@ -23,12 +23,13 @@ ADC_PER_MV = 1000.0
 
 @dataclass(frozen=True)
 class SyntheticEcg:
-    """signal_mv [12, T] with leads in the order of STANDARD_LEADS, and its SCP codes and report."""
+    """signal_mv [12, T] with leads in the order of STANDARD_LEADS, its SCP codes, report and beats."""
 
     signal_mv: np.ndarray
     fs_hz: float
     codes: tuple[str, ...]
     report: str
+    beats: tuple[Beat, ...]
 
 
 def simulate(
@@ -46,12 +47,20 @@ def simulate(
         heart = finding.change(heart, rng)
     if orientation is None:
         orientation = draw_orientation(rng)
-    dipole = moving_dipole(heart, rng, fs_hz) @ orientation.T
-    signal = leads_mv(dipole) + noise_mv(rng, dipole.shape[0], fs_hz)
+    signal, beats = signal_of(heart, rng, fs_hz, orientation)
     codes = tuple(dict.fromkeys(code for finding in findings for code in finding.codes))
     if not any(code in DIAGNOSTIC for code in codes):
         codes = ("NORM", *codes)
-    return SyntheticEcg(signal.astype(np.float32), fs_hz, codes, write_report(findings, codes, rng))
+    return SyntheticEcg(signal, fs_hz, codes, write_report(findings, codes, rng), beats)
+
+
+def signal_of(
+    heart: Heart, rng: np.random.Generator, fs_hz: float, orientation: np.ndarray
+) -> tuple[np.ndarray, tuple[Beat, ...]]:
+    """The signal [12, T] float32 in mV of a heart in a chest, with noise, and the heart's beats."""
+    dipole, beats = moving_dipole(heart, rng, fs_hz)
+    signal = leads_mv(dipole @ orientation.T) + noise_mv(rng, len(dipole), fs_hz)
+    return signal.astype(np.float32), beats
 
 
 def write_dataset(

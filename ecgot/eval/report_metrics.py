@@ -15,7 +15,7 @@ from ecgot.eval.report_baselines import Baselines
 from ecgot.eval.text_metrics import report_statistics
 from ecgot.files import write_text
 from ecgot.inference.display import NOTICE, SURE
-from ecgot.models.reporter import Reporter, WrittenReport
+from ecgot.models.writer import Writer, WrittenReport
 from ecgot.runs.progress import Progress
 from ecgot.runs.records import BATCH
 from ecgot.text.glossary import plain_english
@@ -35,7 +35,7 @@ class Example:
 
 
 def write_reports(
-    reporter: Reporter,
+    reporter: Writer,
     tokens: Tensor,
     mask: Tensor,
     recorders: Sequence[str],

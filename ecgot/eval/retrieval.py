@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ecgot.choices import TOKEN_SIMILARITIES
 from ecgot.models.alignment import Embedding, rank_of_match
-from ecgot.models.losses import Transport, token_similarity
+from ecgot.models.scores import Transport, token_similarity
 from ecgot.runs.records import BATCH
 
 DEPTHS = (1, 5, 10)

@@ -1,5 +1,6 @@
 """Zero-shot detection: score each class by prompts, texts that a report of that class would contain."""
 
+import functools
 import json
 import tomllib
 from collections.abc import Callable, Mapping
@@ -16,12 +17,12 @@ from ecgot.choices import GROUPS, SCORES, TOKEN_SIMILARITIES
 from ecgot.errors import EcgotError, first_line
 from ecgot.files import save_tensors
 from ecgot.models.alignment import AlignmentModel, Embedding
-from ecgot.models.losses import Transport, phrase_logits, token_similarity
+from ecgot.models.hugging_face import fingerprint
+from ecgot.models.scores import Transport, phrase_logits, token_similarity
 from ecgot.models.text_encoder import TextEncoder
 from ecgot.runs.config import AlignConfig
 
 BUILT_IN = Path(__file__).with_name("prompts.toml")
-SOFTNESS = 2.0  # temperature of the soft maximum over a class's prompts, in log-odds
 
 _Value = TypeVar("_Value")
 Prompts = Mapping[str, Mapping[str, tuple[str, ...]]]  # group -> class -> texts
@@ -34,11 +35,13 @@ class EmbeddedPrompts:
     Attributes:
         embedding: of K prompts, [K, ...].
         rows: group -> class -> indices of its prompts.
-        phrase_scale: the model's, [], see :func:`ecgot.models.losses.phrase_logits`.
+        texts: the K prompts.
+        phrase_scale: the model's, [], see :func:`ecgot.models.scores.phrase_logits`.
     """
 
     embedding: Embedding
     rows: dict[str, dict[str, list[int]]]
+    texts: tuple[str, ...]
     phrase_scale: Tensor
 
     def select(self, classes: Mapping[str, tuple[str, ...]]) -> "EmbeddedPrompts":
@@ -112,7 +115,7 @@ def embed_prompts(
         for group, classes in prompts.items()
     }
     embedded = model.embed_text(text.eval()(texts))
-    return EmbeddedPrompts(embedded, rows, model.phrase_scale)
+    return EmbeddedPrompts(embedded, rows, tuple(texts), model.phrase_scale)
 
 
 def save_prompts(prompts: EmbeddedPrompts, path: Path) -> None:
@@ -126,9 +129,8 @@ def save_prompts(prompts: EmbeddedPrompts, path: Path) -> None:
         "prior": embedding.prior,
         "phrase_scale": prompts.phrase_scale,
     }
-    save_tensors(
-        {name: tensor.cpu() for name, tensor in tensors.items()}, path, {"rows": json.dumps(prompts.rows)}
-    )
+    metadata = {"rows": json.dumps(prompts.rows), "texts": json.dumps(prompts.texts)}
+    save_tensors({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata)
 
 
 def load_prompts(path: Path, device: torch.device) -> EmbeddedPrompts:
@@ -139,10 +141,12 @@ def load_prompts(path: Path, device: torch.device) -> EmbeddedPrompts:
     """
     try:
         with safe_open(path, "pt") as file:
-            rows = json.loads((file.metadata() or {})["rows"])
+            metadata = file.metadata() or {}
+        rows, texts = json.loads(metadata["rows"]), tuple(json.loads(metadata["texts"]))
         tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
         parts = (tensors[name] for name in ("mask", "pooled", "prior"))
-        return EmbeddedPrompts(Embedding(tensors["tokens"].float(), *parts), rows, tensors["phrase_scale"])
+        embedding = Embedding(tensors["tokens"].float(), *parts)
+        return EmbeddedPrompts(embedding, rows, texts, tensors["phrase_scale"])
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise EcgotError(f"prompts: {path} is damaged ({first_line(error)})") from error
 
@@ -163,6 +167,27 @@ def check_score(score: str | None, settings: AlignConfig) -> str:
     return score
 
 
+def noisy_or(log_odds: Tensor) -> Tensor:
+    """Log-odds [...] that at least one of K independent events happens, of their log-odds [..., K], K >= 1.
+
+    log(expm1(sum softplus(l))), in a form that neither overflows nor cancels: the odds o of either of two
+    events are a + b + a b.
+
+    >>> noisy_or(torch.tensor([[0.0, 0.0], [-300.0, -300.0], [300.0, -300.0]]))  # the first: 3 to 1
+    tensor([   1.0986, -299.3069,  300.0000])
+    """
+    return functools.reduce(
+        lambda one, other: torch.logaddexp(torch.logaddexp(one, other), one + other), log_odds.unbind(-1)
+    )
+
+
+def scores_fingerprint(model: AlignmentModel, prompts: EmbeddedPrompts) -> str:
+    """Hash of all that class scores depend on: a model's weights, and the prompts of each class."""
+    rows = prompts.rows.items()
+    texts = {g: {name: [prompts.texts[k] for k in each] for name, each in c.items()} for g, c in rows}
+    return fingerprint(model, json.dumps(texts, sort_keys=True))
+
+
 @torch.no_grad()
 def class_scores(
     ecg: Embedding, prompts: EmbeddedPrompts, *, score: str = "phrase", transport: Transport | None = None
@@ -172,9 +197,9 @@ def class_scores(
     Args:
         ecg: B embedded ECGs. Each is scored on its own; nothing is normalised over the batch.
         prompts: of the classes.
-        score: "phrase": log-odds that a report would contain one of the class's prompts (a soft maximum over
-            them). "cosine": similarity of the pooled embeddings, the mean over the prompts. "ot" (slower),
-            "best_match", "mean_match": the same with a similarity of tokens, see
+        score: "phrase": log-odds that a report would contain at least one of the class's prompts, see
+            :func:`noisy_or`. "cosine": similarity of the pooled embeddings, the mean over the prompts. "ot"
+            (slower), "best_match", "mean_match": the same with a similarity of tokens, see
             :data:`ecgot.choices.TOKEN_SIMILARITIES`.
         transport: settings of "ot"; the defaults if omitted.
     """
@@ -182,7 +207,7 @@ def class_scores(
         texts = prompts.embedding
         assert texts.prior is not None
         logits = phrase_logits(ecg.pooled, texts.pooled, texts.prior, prompts.phrase_scale)
-        return _by_class(prompts, lambda rows: SOFTNESS * torch.logsumexp(logits[:, rows] / SOFTNESS, 1), ecg)
+        return _by_class(prompts, lambda rows: noisy_or(logits[:, rows]), ecg)
     if score == "cosine":
         similarity = ecg.pooled @ prompts.embedding.pooled.T
     elif score in TOKEN_SIMILARITIES:

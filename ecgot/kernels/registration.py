@@ -88,7 +88,20 @@ class Caller:
                     for each, dim in zip(found, dims, strict=True)
                 ), dims
 
-        self._op, self._function, self._has_backward = op, Function, backward is not None
+        class Plain(torch.autograd.Function):
+            """The same without transforms: torch binds a signature at each call of the other's kind."""
+
+            @staticmethod
+            def forward(ctx: Any, *flat: Any) -> Any:
+                found = op.kernel(*flat)
+                if setup_context is not None:
+                    setup_context(ctx, flat, found)
+                return found
+
+            backward = Function.backward
+
+        self._op, self._function = op, Function
+        self._differentiable = Plain.apply if backward is not None else op
 
     def __call__(self, *flat: Any) -> Any:
         """The operator's results."""
@@ -98,7 +111,7 @@ class Caller:
         if not _is_unobserved(tensors):
             return self._op(*flat)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
-            return self._function.apply(*flat) if self._has_backward else self._op(*flat)
+            return self._differentiable(*flat)
         return self._op.kernel(*flat)
 
 

@@ -78,7 +78,7 @@ class AlignmentModel(nn.Module):
 
     @property
     def phrase_scale(self) -> Tensor:
-        """The scale of :func:`ecgot.models.losses.phrase_logits`."""
+        """The scale of :func:`ecgot.models.scores.phrase_logits`."""
         return self.log_phrase_scale.exp()
 
     @property

@@ -4,7 +4,6 @@ import hashlib
 
 import torch
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 
 def fingerprint(model: nn.Module, settings: str = "") -> str:
@@ -19,11 +18,16 @@ def fingerprint(model: nn.Module, settings: str = "") -> str:
 class quiet_transformers:
     """Context manager that silences transformers' progress bars and loading messages."""
 
+    def __init__(self) -> None:
+        from transformers.utils import logging  # here, as reading an ECG needs none of it
+
+        self._logging = logging
+
     def __enter__(self) -> None:
-        self._verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        self._verbosity = self._logging.get_verbosity()
+        self._logging.set_verbosity_error()
+        self._logging.disable_progress_bar()
 
     def __exit__(self, *_exception: object) -> None:
-        transformers_logging.set_verbosity(self._verbosity)
-        transformers_logging.enable_progress_bar()
+        self._logging.set_verbosity(self._verbosity)
+        self._logging.enable_progress_bar()

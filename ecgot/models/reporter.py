@@ -4,40 +4,25 @@ Any Hugging Face causal language model or encoder-decoder works. A causal model 
 as a prefix of input embeddings, an encoder-decoder as its encoder's input. During training the report is
 never part of that condition.
 
-Report wording depends on the ECG device ("recorder") and its readers. A known recorder adds a token in front
-of the ECG's; "" is the unknown recorder, which also occurs in training.
-
 A pretrained model is either trained whole, or frozen and trained with low-rank adapters (LoRA).
 """
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 
 from ecgot.choices import BEAMS
 from ecgot.errors import EcgotError
-from ecgot.text.statements import sentence_spans
+from ecgot.models.writer import Writer, WrittenReport, with_sentences
 
 IGNORED = -100  # label that Hugging Face losses ignore
 
 
-@dataclass(frozen=True)
-class WrittenReport:
-    """A generated report and its sentences with their probabilities.
-
-    A sentence's probability is the product over its tokens, given the ECG and the preceding text.
-    """
-
-    text: str
-    sentences: tuple[tuple[str, float], ...]
-
-
-class Reporter(nn.Module):
+class Reporter(Writer):
     """A language model that writes a report from ECG tokens.
 
     Args:
@@ -60,7 +45,8 @@ class Reporter(nn.Module):
         max_tokens: int = 96,
         recorders: Sequence[str] = (),
     ) -> None:
-        super().__init__()
+        width = language_model.get_input_embeddings().embedding_dim
+        super().__init__(ecg_width, width, recorders)
         self.language_model, self.tokenizer, self.max_tokens = language_model, tokenizer, max_tokens
         self.is_encoder_decoder: bool = language_model.config.is_encoder_decoder
         eos_id = self.eos_id = end_of_text(tokenizer)
@@ -71,15 +57,6 @@ class Reporter(nn.Module):
         )
         # Drop a published model's generation settings, such as a minimum length, which suit other texts.
         language_model.generation_config = GenerationConfig()
-        width = language_model.get_input_embeddings().embedding_dim
-        self.projector = nn.Sequential(
-            nn.LayerNorm(ecg_width), nn.Linear(ecg_width, width), nn.GELU(), nn.Linear(width, width)
-        )
-        self.recorders = tuple(recorders)
-        self.recorder_embedding: nn.Embedding | None = None
-        if self.recorders:
-            self.recorder_embedding = nn.Embedding(1 + len(self.recorders), width)  # row 0: unknown
-            nn.init.normal_(self.recorder_embedding.weight, std=0.02)  # usual for language models
         # Arguments differ between models. "logits_to_keep" avoids computing logits at the ECG's positions.
         self._takes = frozenset(inspect.signature(language_model.forward).parameters)
 
@@ -125,7 +102,7 @@ class Reporter(nn.Module):
         recorders: Sequence[str] | None = None,
         num_beams: int = BEAMS,
     ) -> list[WrittenReport]:
-        """Like :meth:`generate`, but with the probability of each sentence."""
+        """See :meth:`Writer.write`."""
         prefix, attention = self._condition(tokens, mask, recorders)
         reports = self.search(prefix, attention, num_beams)
         labels = self._labels(reports, whole=True).to(tokens.device)
@@ -136,19 +113,9 @@ class Reporter(nn.Module):
         chosen = labels.clamp_min(0)[:, :, None]
         log_probability = logits.float().log_softmax(-1).gather(2, chosen).squeeze(2).cpu()
         return [
-            self._with_sentences(report, row) for report, row in zip(reports, log_probability, strict=True)
+            with_sentences(report, self._token_spans(report), row)
+            for report, row in zip(reports, log_probability, strict=True)
         ]
-
-    def _with_sentences(self, report: str, log_probability: Tensor) -> WrittenReport:
-        spans = torch.tensor(self._token_spans(report)).view(-1, 2)
-        found = []
-        for start, stop in sentence_spans(report):
-            # One token may hold both the sentence's last letters and its full stop.
-            inside = (spans[:, 0] < stop) & (spans[:, 1] > start)
-            found.append(
-                (report[start:stop], log_probability[: len(spans)][inside].double().sum().exp().item())
-            )
-        return WrittenReport(report, tuple(found))
 
     def _token_spans(self, text: str) -> list[tuple[int, int]]:
         """Start and end of each token in the text, in characters."""
@@ -198,18 +165,8 @@ class Reporter(nn.Module):
     def _condition(
         self, tokens: Tensor, mask: Tensor, recorders: Sequence[str] | None
     ) -> tuple[Tensor, Tensor]:
-        """The prefix [B, P, W] that a report is conditioned on, and its mask [B, P] of 0 and 1."""
-        prefix, mask = self.projector(tokens), mask.long()
-        if self.recorder_embedding is not None:
-            row_of = {name: row for row, name in enumerate(self.recorders, start=1)}
-            names = [""] * len(tokens) if recorders is None else recorders
-            if len(names) != len(tokens):
-                raise ValueError(f"recorders: expected {len(tokens)}, one for each ECG, got {len(names)}")
-            rows = [row_of.get(name, 0) for name in names]
-            token = self.recorder_embedding(torch.tensor(rows, device=tokens.device))[:, None]
-            # In front: after the ECG it would follow padding, which relative positions count.
-            prefix = torch.cat([token.to(prefix.dtype), prefix], 1)
-            mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
+        """As :meth:`condition`, in the language model's dtype."""
+        prefix, mask = self.condition(tokens, mask, recorders)
         return prefix.to(self.language_model.get_input_embeddings().weight.dtype), mask
 
     def _tokenized(self, text: str) -> list[int]:

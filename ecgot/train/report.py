@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ecgot.choices import SCRATCH
 from ecgot.data.dataset import EcgDataset
 from ecgot.models.alignment import AlignmentModel
-from ecgot.models.language_models import SCRATCH, save_language_model_shape
+from ecgot.models.language_models import save_language_model_shape
 from ecgot.models.reporter import Reporter
 from ecgot.runs.checkpoints import new_reporter
 from ecgot.runs.config import ReportConfig

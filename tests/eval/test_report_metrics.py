@@ -9,7 +9,7 @@ from ecgot.data.ptbxl import read_table
 from ecgot.eval.report_baselines import BaselineInputs, baseline_reports
 from ecgot.eval.report_metrics import measure_reports, sentence_confidence
 from ecgot.eval.text_metrics import label_f1, report_statistics
-from ecgot.models.reporter import WrittenReport
+from ecgot.models.writer import WrittenReport
 from ecgot.text.labels import label_groups, stated_labels
 from ecgot.text.statements import sentences
 

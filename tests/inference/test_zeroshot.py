@@ -1,5 +1,6 @@
 """Prompts and class scores."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +19,16 @@ from ecgot.inference.zeroshot import (
     class_scores,
     embed_prompts,
     load_prompts,
+    noisy_or,
     read_prompts,
     save_prompts,
+    scores_fingerprint,
     select_prompts,
 )
 from ecgot.kernels.ot import reference
 from ecgot.models.alignment import AlignmentModel, Embedding
 from ecgot.models.encoders import encoder
-from ecgot.models.losses import Transport
+from ecgot.models.scores import Transport
 from ecgot.models.text_encoder import TextEncoder
 from ecgot.runs.config import AlignConfig
 
@@ -37,7 +40,7 @@ def prompts() -> EmbeddedPrompts:
     mask = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
     embedding = Embedding(tokens, mask, F.normalize(torch.randn(3, 8), dim=1), torch.randn(3))
     rows = {"superclass": {"NORM": [0], "MI": [1, 2]}, "rhythm": {"SR": [2]}}
-    return EmbeddedPrompts(embedding, rows, torch.tensor(7.0))
+    return EmbeddedPrompts(embedding, rows, ("normal", "infarct", "sinus rhythm"), torch.tensor(7.0))
 
 
 def ecgs(count: int) -> Embedding:
@@ -83,15 +86,47 @@ def test_cosine_scores_are_means_over_a_class_s_prompts(prompts):
     torch.testing.assert_close(scores["rhythm"], similarity[:, 2:])
 
 
-def test_phrase_scores_are_soft_maxima_of_log_odds(prompts):
+def test_phrase_scores_are_log_odds_of_any_prompt(prompts):
     ecg, text = ecgs(4), prompts.embedding
     scores = class_scores(ecg, prompts)
-    logits = 7.0 * (ecg.pooled @ text.pooled.T) + text.prior
-    torch.testing.assert_close(scores["rhythm"], logits[:, 2:])
-    torch.testing.assert_close(scores["superclass"][:, 0], logits[:, 0])
-    expected = 2 * (logits[:, 1:] / 2).exp().sum(1).log()
-    torch.testing.assert_close(scores["superclass"][:, 1], expected)
-    assert (scores["superclass"][:, 1] > logits[:, 1:].amax(1)).all()
+    logits = (7.0 * (ecg.pooled @ text.pooled.T) + text.prior).double()
+    torch.testing.assert_close(scores["rhythm"], logits[:, 2:].float())
+    torch.testing.assert_close(scores["superclass"][:, 0], logits[:, 0].float())
+    none = torch.sigmoid(-logits[:, 1]) * torch.sigmoid(-logits[:, 2])
+    torch.testing.assert_close(torch.sigmoid(scores["superclass"][:, 1]).double(), 1 - none)
+
+
+def test_noisy_or_is_right_where_fp32_ends():
+    torch.manual_seed(0)
+    log_odds = 12 * torch.randn(500, 6)
+    wide = log_odds.double()
+    expected = torch.log(torch.expm1(F.softplus(wide).sum(1)))
+    torch.testing.assert_close(noisy_or(log_odds).double(), expected, atol=1e-5, rtol=2e-6)
+    rare = torch.full((4,), -200.0)  # a probability that fp32 does not hold
+    torch.testing.assert_close(noisy_or(rare), torch.tensor(-200.0 + math.log(4)))
+    sure = torch.tensor([1e4, 1e4])
+    assert noisy_or(sure) == 2e4
+    torch.testing.assert_close(noisy_or(torch.tensor([[-3.5], [80.0]])), torch.tensor([-3.5, 80.0]))
+
+
+def test_noisy_or_s_gradient_is_a_phrase_s_share_of_the_probability():
+    """By the closed form sigmoid(l_k) / sigmoid(score)."""
+    log_odds = torch.tensor([0.3, -2.0, 4.0], dtype=torch.float64, requires_grad=True)
+    score = noisy_or(log_odds)
+    (gradient,) = torch.autograd.grad(score, log_odds)
+    torch.testing.assert_close(gradient, torch.sigmoid(log_odds.detach()) / torch.sigmoid(score.detach()))
+
+
+def test_a_fingerprint_changes_with_the_weights_and_the_prompts_alone(prompts):
+    torch.manual_seed(0)
+    model = AlignmentModel(encoder("resnet1d_tiny"), 24, 8)
+    first = scores_fingerprint(model, prompts)
+    assert scores_fingerprint(model, prompts) == first
+    assert scores_fingerprint(model, replace(prompts, texts=("normal", "infarct", "sinus"))) != first
+    assert scores_fingerprint(model, replace(prompts, rows=prompts.rows | {"form": {}})) != first
+    with torch.no_grad():
+        model.project_ecg.bias[0] += 1e-3
+    assert scores_fingerprint(model, prompts) != first
 
 
 def test_a_run_without_phrases_has_no_phrase_score():
@@ -185,10 +220,10 @@ def test_a_group_without_classes_has_no_scores(prompts, score):
 def test_damaged_embedded_prompts_are_named(prompts, tmp_path):
     path = tmp_path / "prompts.safetensors"
     save_prompts(prompts, path)
-    load_prompts(path, torch.device("cpu"))
+    assert load_prompts(path, torch.device("cpu")).texts == prompts.texts
     save_tensors({"tokens": torch.zeros(1)}, path)  # no rows
     with pytest.raises(EcgotError, match="damaged"):
-        load_prompts(path, torch.device("cpu"))
+        assert load_prompts(path, torch.device("cpu")).texts == prompts.texts
     save_tensors({"tokens": torch.zeros(1)}, path, {"rows": "{"})
     with pytest.raises(EcgotError, match="damaged"):
         load_prompts(path, torch.device("cpu"))

@@ -7,21 +7,18 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch.nn import functional as F
 
-from ecgot.choices import TOKEN_SIMILARITIES
+from ecgot.choices import TOKEN_LOSSES, TOKEN_SIMILARITIES
 from ecgot.kernels.ot import reference
 from ecgot.models.alignment import AlignmentModel, Embedding
 from ecgot.models.encoders import encoder
 from ecgot.models.losses import (
-    TOKEN_LOSSES,
     AlignmentLoss,
     SaidPhrases,
-    Transport,
     contrastive_loss,
-    phrase_logits,
     phrase_loss,
-    token_similarity,
     wasserstein_1d,
 )
+from ecgot.models.scores import Transport, phrase_logits, token_similarity
 from ecgot.models.text_encoder import TextTokens
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ecgot.errors import EcgotError
-from ecgot.models.losses import phrase_logits, phrase_loss
+from ecgot.models.losses import phrase_loss
+from ecgot.models.scores import phrase_logits
 from ecgot.text.phrases import find_phrases
 from ecgot.train.align import PhraseSource
 

@@ -37,6 +37,14 @@ def centred(problem: Problem) -> Problem:
     return replace(problem, x_centre=x_mean, y_centre=y_mean)
 
 
+def without_zero_centres(problem: Problem) -> Problem:
+    """Centres that are 0 stand for none, as an operator's results must be: moving points costs time."""
+    x_centre, y_centre = problem.x_centre, problem.y_centre
+    if x_centre is None or y_centre is None or not can_read_values(x_centre):
+        return problem
+    return problem if x_centre.any() or y_centre.any() else replace(problem, x_centre=None, y_centre=None)
+
+
 def _common_middle(x_mean: Tensor, y_mean: Tensor) -> tuple[Tensor, Tensor]:
     """The centres [B, D] and [K, D] of all pairs, given the clouds' means: one point, repeated."""
     middle = (_finite_mean(x_mean) + _finite_mean(y_mean)) / 2

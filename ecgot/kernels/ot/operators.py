@@ -16,13 +16,19 @@ import torch
 from torch import Tensor
 
 from ecgot.kernels.ot import backends
-from ecgot.kernels.ot.centring import step_gradients, weight_terms, whole_potentials
+from ecgot.kernels.ot.centring import (
+    step_gradients,
+    weight_terms,
+    whole_potentials,
+    without_zero_centres,
+)
 from ecgot.kernels.ot.checks import CENTRED_COSTS
-from ecgot.kernels.ot.problem import PlanWeights, Problem, Solution, SolverSettings, can_read_values
+from ecgot.kernels.ot.problem import PlanWeights, Problem, Solution, SolverSettings, without_autocast
 from ecgot.kernels.ot.torch_solver import eps_vjp
 from ecgot.kernels.registration import LIBRARY, Caller, pulled_back, register
 
 TENSORS, VALUES = 9, 3  # how many arguments a problem is
+CENTRES = slice(4, 6)  # which of its tensors they are
 TENSOR_SCHEMA = (
     "Tensor x, Tensor? y, Tensor a, Tensor b, Tensor? x_centre, Tensor? y_centre, Tensor eps, "
     "Tensor? rho_x, Tensor? rho_y"
@@ -44,9 +50,10 @@ def solve(problem: Problem, init: Tensor | None, settings: SolverSettings) -> tu
     outputs = _solve(x, y, a, b, *scales, init, *values, *stopping, keep_costs)
     value, f, g, whole_f, whole_g, error, iterations, converged, x_centre, y_centre, _ = outputs
     if x_centre.numel():
-        problem = replace(problem, x_centre=x_centre.detach(), y_centre=y_centre.detach())
-    solution = Solution(f, g, error.detach(), iterations, value, converged=converged)
-    return problem, solution if problem.pairs else replace(solution, whole_f=whole_f, whole_g=whole_g)
+        problem = replace(problem, x_centre=x_centre, y_centre=y_centre)
+    if problem.pairs:
+        whole_f = whole_g = None
+    return problem, Solution(f, g, error, iterations, value, whole_f, whole_g, converged)
 
 
 def _split(
@@ -61,14 +68,6 @@ def _unpacked(flat: Sequence[Any], own: int) -> tuple[Problem, Sequence[Any], Se
     """An operator's arguments: the problem, ``own`` further tensors, the rest."""
     tensors, others, values, rest = _split(flat, own)
     return Problem.unflatten(tensors, values), others, rest
-
-
-def _without_zero_centres(problem: Problem) -> Problem:
-    """Centres that are 0 stand for none, see :func:`_centres_or_zeros`: moving points by them costs time."""
-    x_centre, y_centre = problem.x_centre, problem.y_centre
-    if x_centre is None or y_centre is None or not can_read_values(x_centre):
-        return problem
-    return problem if x_centre.any() or y_centre.any() else replace(problem, x_centre=None, y_centre=None)
 
 
 # --- solve --------------------------------------------------------------------------------------------------
@@ -87,7 +86,7 @@ def sinkhorn_op(*flat: Any) -> tuple[Tensor, ...]:
     are not, are empty.
     """
     problem, init, (*settings, keep_costs) = _uncentred(flat)
-    with torch.autocast(problem.x.device.type, enabled=False):  # products stay in the solver's precision
+    with without_autocast(problem.x.device):  # products stay in the solver's precision
         found, cache = backends.solve(problem, init, SolverSettings(*settings))
     cache = cache if keep_costs else cache.new_empty(0)
     centres = _centres_or_zeros(problem, found)
@@ -141,20 +140,20 @@ def _(*flat):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    problem, _, _ = _uncentred(inputs)
-    _, f, g, _, _, _, _, converged, x_centre, y_centre, cache = output
-    tensors, ctx.values = replace(problem, x_centre=x_centre, y_centre=y_centre).flatten()
-    ctx.save_for_backward(*tensors, f, g, cache)
-    ctx.mark_non_differentiable(converged)
+    x, y, a, b, *scales = inputs[:7]
+    ctx.values = inputs[8 : 8 + VALUES]
+    _, f, g, _, _, *others = output
+    x_centre, y_centre, cache = others[-3:]
+    ctx.save_for_backward(x, y, a, b, x_centre, y_centre, *scales, f, g, cache)
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_value, grad_f, grad_g, grad_whole_f, grad_whole_g, *_):  # type: ignore[no-untyped-def]
     *tensors, f, g, cache = ctx.saved_tensors
+    if not any(each.numel() for each in tensors[CENTRES]):
+        tensors[CENTRES] = None, None
     problem = Problem.unflatten(tensors, ctx.values)
-    if problem.x_centre is not None and not problem.x_centre.numel():
-        problem = replace(problem, x_centre=None, y_centre=None)
-    tensors, _ = problem.flatten()
     grads: list[Any] = [None] * 4
     if grad_whole_f is not None or grad_whole_g is not None:
         grad_f, grad_g, *grads = _whole_gradients(
@@ -186,7 +185,7 @@ def _backward(ctx, grad_value, grad_f, grad_g, grad_whole_f, grad_whole_g, *_): 
     if needs_eps:
         if torch.is_grad_enabled():
             raise RuntimeError("sinkhorn: expected first derivatives in eps, got a second derivative")
-        with torch.autocast(f.device.type, enabled=False):
+        with without_autocast(f.device):
             grad_eps = eps_vjp(problem, PlanWeights(f, g, grad_value, left, right))
     return *total, grad_eps, *(None,) * 10
 
@@ -211,7 +210,7 @@ def _whole_gradients(problem, potentials, incoming, raw_incoming):  # type: igno
         return tuple(each for each, is_wanted in zip(moved, wanted, strict=True) if is_wanted)
 
     known = [each for each in given if each is not None]
-    with torch.autocast(potentials[0].device.type, enabled=False):
+    with without_autocast(potentials[0].device):
         found = iter(pulled_back(whole, known, [grad for grad in incoming if grad is not None]))
     grads = [None if each is None else next(found) for each in given]
     grad_f, grad_g = (_sum(*both) for both in zip(grads[4:], raw_incoming, strict=True))
@@ -249,9 +248,8 @@ torch.library.register_autograd("ecgot::sinkhorn", _backward, setup_context=_set
 def cost_vjp_op(*flat: Any) -> tuple[Tensor, Tensor]:
     """Gradients in x and y (empty with cost "given"), see :func:`ecgot.kernels.ot.backends.cost_vjp`."""
     problem, (f, g, scale, left, right, cache), _ = _unpacked(flat, 6)
-    problem = _without_zero_centres(problem)
     given = PlanWeights(f, g, scale.to(problem.dtype), left, right)
-    with torch.autocast(f.device.type, enabled=False):
+    with without_autocast(f.device):
         grad_x, grad_y = backends.cost_vjp(problem, given, cache)
     return grad_x, problem.x.new_empty(0) if grad_y is None else grad_y
 
@@ -281,7 +279,7 @@ def _cost_vjp_backward(ctx, grad_x, grad_y):  # type: ignore[no-untyped-def]
         for t in (problem.x, problem.y, problem.a, problem.b, f, g, scale)
     ]
     known = [leaf for leaf in leaves if leaf is not None]
-    with torch.enable_grad(), torch.autocast(f.device.type, enabled=False):
+    with torch.enable_grad(), without_autocast(f.device):
         x, y, a, b, f, g, scale = leaves
         problem = replace(problem, x=x, y=y, a=a, b=b)
         weights = PlanWeights(f, g, scale.to(problem.dtype)).weights(problem)
@@ -318,8 +316,8 @@ torch.library.register_autograd(
 def implicit_op(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the gradients of f and g add to :class:`PlanWeights` (left, right) and to those of a and b."""
     problem, potentials, _ = _unpacked(flat, 4)
-    problem = _without_zero_centres(problem)
-    with torch.autocast(problem.x.device.type, enabled=False):
+    problem = without_zero_centres(problem)
+    with without_autocast(problem.x.device):
         return backends.implicit(problem, *potentials)
 
 

@@ -360,7 +360,9 @@ def prepared(points: Tensor, weights: Tensor, centre: Tensor | None, cost: str, 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Products stay in their operands' precision; on the meta device there is no autocast to switch off."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def can_read_values(tensor: Tensor) -> bool:

@@ -429,6 +429,37 @@ def test_beyond_the_dtype_no_solution_is_called_converged(path, scaling):
     assert sinkhorn_from_cost(cost.double(), eps=1e-3).backend == FP64
 
 
+def far_dots(*counts: int) -> list[Tensor]:
+    """Points whose costs are their products, of about 6,000 eps, and differ little."""
+    points = [rand(count, k, 3, seed=count) for count, k in zip(counts, (20, 24), strict=True)]
+    for each, far in zip(points, (25.0, -24.0), strict=True):
+        each[:, :, 2] = far
+    return [each.float() for each in points]
+
+
+@pytest.mark.skipif(SLOW or DEVICE == "cuda", reason="looks at values, which on a GPU is to wait")
+@on_points
+def test_iterations_leave_room_for_rounding(path):
+    """Stopped at the tolerance, most would be above it by what rounding adds to the error."""
+    x, y = far_dots(32, 32)
+    out = sinkhorn(x, y, eps=0.1, cost="dot", tol=1e-4)
+    largest = (out.f.abs().amax(1) + out.g.abs().amax(1)) / 0.1
+    assert (largest > 5000).all()
+    assert out.converged.all()
+    off = (out.plan().double().sum(2) - 1 / 20).abs().sum(1)
+    assert (off <= 1e-3).all()  # a plan formed anew is off by a unit in the last place
+    assert (out.iterations < 100).all()
+    assert not sinkhorn(x, y, eps=0.1, cost="dot", tol=2e-5).converged.any()  # less than the rounding
+
+
+@pytest.mark.skipif(SLOW or DEVICE == "cuda", reason="looks at values, which on a GPU is to wait")
+@on_costs
+def test_iterations_of_pairs_leave_room_for_rounding(path):
+    x, y = far_dots(5, 7)
+    out = sinkhorn_pairwise(x, y, eps=0.1, cost="dot", tol=1e-4, full_output=True)
+    assert out.converged.all()
+
+
 @on_points
 def test_a_problem_that_keeps_its_marginals_has_their_gauge_beside_others(path):
     tensors = problem((2, 6, 5, 3), weighted=True)

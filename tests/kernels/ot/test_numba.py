@@ -1,5 +1,6 @@
 """Compiled loops: what they leave behind in a process, what serves where they cannot, and streamed costs."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ecgot.kernels import sinkhorn
-from ecgot.kernels.ot import torch_solver
+from ecgot.kernels import sinkhorn, sinkhorn_from_cost
+from ecgot.kernels.ot import reference, torch_solver
 from tests.kernels.ot.problems import BACKEND, COSTS, MARGINALS, TOLERANCE, close, oracle, problem
 
 pytest.importorskip("numba")
@@ -205,6 +206,118 @@ def test_small_problems_give_the_value_and_gradient_of_the_oracle(cost, apart, s
         a, b = torch.full((3, 9), 1 / 9, dtype=dtype), tensors["b"]
         torch.testing.assert_close((a * out.f).sum(1), (b * out.g).sum(1), atol=1e-4, rtol=1e-4)
     assert small == [True] * 4
+
+
+@pytest.fixture
+def small_only(small, monkeypatch):
+    """The other solver fails."""
+    from ecgot.kernels.ot import numba_solver
+
+    def fail(*_):
+        raise AssertionError("expected the small path to serve")
+
+    for name in ("solve", "cost_vjp"):
+        monkeypatch.setattr(numba_solver, name, fail)
+    return small
+
+
+def weighted_problem(dtype, mass=1.0):
+    """Three problems of points that all weigh, the second far from the origin."""
+    tensors = problem((3, 9, 7, 5), dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    for name, count, total in (("a", 9, mass), ("b", 7, 1 / mass)):
+        weights = (torch.rand(3, count, generator=generator) + 0.1).to(dtype)
+        tensors[name] = weights * total / weights.sum(1, keepdim=True)
+    for name in "xy":
+        tensors[name][1] += 4
+    return tensors
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rho", [{}, *MARGINALS], ids=str)
+@pytest.mark.parametrize("cost", COSTS)
+def test_small_problems_of_every_cost_and_penalty_agree_with_the_oracle(cost, rho, dtype, small_only):
+    if cost == "dot" and rho:
+        rho = dict.fromkeys(rho, 5.0)  # costs are as negative as -16, which makes mass of nothing
+    tensors = weighted_problem(dtype, mass=1.5 if rho else 1.0)
+    if cost == "dot":
+        tensors["x"][1] -= 4
+    value, grads, solutions = oracle(tensors, eps=0.4, cost=cost, **rho)
+    leaves = [tensors[name].requires_grad_() for name in "xy"]
+    tol = 1e-10 if dtype == torch.float64 else 1e-6
+    out = sinkhorn(**tensors, eps=0.4, cost=cost, tol=tol, max_iter=3000, **rho)
+    assert out.converged.all()
+    close(out.value, value, TOLERANCE[dtype][0])
+    for found, expected in zip(torch.autograd.grad(out.value.sum(), leaves), grads, strict=True):
+        close(found, expected, TOLERANCE[dtype][1])
+    for index, solution in enumerate(solutions):
+        close(out.plan()[index], solution.plan.detach(), TOLERANCE[dtype][1])
+        if rho:  # then the potentials are determined
+            close(out.f[index], solution.f.detach(), 3 * TOLERANCE[dtype][1])
+            close(out.g[index], solution.g.detach(), 3 * TOLERANCE[dtype][1])
+    if not rho:
+        sides = [(tensors[w] * p).sum(1) for w, p in (("a", out.f), ("b", out.g))]
+        close(sides[0], sides[1].detach().double(), TOLERANCE[dtype][1])
+    assert small_only == [True] * 2
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rho", [{}, *MARGINALS], ids=str)
+def test_small_problems_of_a_given_cost_with_forbidden_pairs(rho, dtype, small_only):
+    tensors = weighted_problem(dtype, mass=1.5 if rho else 1.0)
+    a, b = tensors["a"], tensors["b"]
+    cost = 3 * torch.rand(3, 9, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    far = (torch.arange(9)[:, None] * 7 / 9 - torch.arange(7)).abs() > 5
+    cost = cost.masked_fill(far, math.inf).requires_grad_()
+    expected = [
+        reference.solve(*(t.detach().double() for t in one), 0.4, **rho, max_iter=5000, tol=1e-12)
+        for one in zip(cost, a, b, strict=True)
+    ]
+    out = sinkhorn_from_cost(cost, eps=0.4, a=a, b=b, tol=1e-6, max_iter=3000, **rho)
+    assert out.converged.all()
+    close(out.value, torch.stack([each.value for each in expected]), 2e-5)
+    (grad,) = torch.autograd.grad(out.value.sum(), cost)
+    close(grad, torch.stack([each.plan for each in expected]), 1e-5)
+    assert (grad[:, far] <= 1e-30).all()
+    assert small_only == [True] * 2
+
+
+@needs_numba
+def test_a_small_batch_may_keep_the_marginals_of_some_problems(small_only):
+    tensors = weighted_problem(torch.float64)
+    rho = torch.tensor([0.5, math.inf, 2.0])
+    out = sinkhorn(**tensors, eps=0.4, rho_x=rho, tol=1e-10, max_iter=3000)
+    for index, each in enumerate(rho.tolist()):
+        alone = {name: t[index : index + 1] for name, t in tensors.items()}
+        value, _, (solution,) = oracle(alone, eps=0.4, cost="sqeuclidean", rho_x=each)
+        close(out.value[index : index + 1], value, 1e-9)
+        close(out.plan()[index], solution.plan.detach(), 1e-8)
+    weighed = [(tensors[w][1] * p[1]).sum() for w, p in (("a", out.f), ("b", out.g))]
+    close(weighed[0], weighed[1], 1e-9)
+    assert small_only == [True]
+
+
+@needs_numba
+def test_points_that_coincide_have_no_gradient_of_their_distance(small_only):
+    x = problem((1, 6, 6, 3), dtype=torch.float64)["x"].requires_grad_()
+    sinkhorn(x, x.detach().clone(), eps=0.05, cost="euclidean", tol=1e-9).value.sum().backward()
+    assert x.grad.isfinite().all()
+    assert small_only == [True] * 2
+
+
+@needs_numba
+def test_given_costs_that_are_not_usual_take_the_other_way(small):
+    for at, bad in (((0, 1, 2), math.nan), ((0, 1, 2), -math.inf), ((0, 1), math.inf)):
+        cost = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(3))
+        cost[at] = bad
+        cost.requires_grad_()
+        value = sinkhorn_from_cost(cost, eps=0.3, max_iter=50, tol=0).value
+        assert value.isfinite().tolist() == [False, True]
+        (grad,) = torch.autograd.grad(value[1], cost)
+        assert grad.isfinite().all()
+    assert not any(small[::2])
 
 
 @needs_numba

@@ -1,0 +1,86 @@
+"""What may be said: nothing of leads that are not there, and sentences that agree with what was measured."""
+
+import functools
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ecgot.data.leads import LIMB_LEADS, STANDARD_LEADS
+from ecgot.data.measurements import Measurements
+from ecgot.data.quality import Quality
+from ecgot.data.record import Record
+from ecgot.inference.calibration import Finding
+from ecgot.inference.reading import Sentence, Window
+from ecgot.inference.verify import resolve
+from ecgot.text.labels import stated_labels
+
+NEEDED = Path(__file__).with_name("needed_leads.toml")
+CHEST_LEADS = STANDARD_LEADS[6:]
+
+
+@functools.cache
+def _needed() -> dict[str, frozenset[str]]:
+    """Classes that cannot be judged without chest leads ("chest"), and without two limb leads ("limb")."""
+    tables = tomllib.loads(NEEDED.read_text(encoding="utf-8"))
+    return {name: frozenset(codes) for name, codes in tables.items()}
+
+
+def lacking(record: Record, quality: Quality) -> frozenset[str]:
+    """ "chest" if no chest lead was recorded, "limb" if fewer than two limb leads were."""
+    gone = {*record.estimated_leads, *record.derived_leads, *record.flat_leads, *quality.unusable_leads}
+    recorded = [lead for lead in STANDARD_LEADS if lead not in gone]
+    chest = any(lead in CHEST_LEADS for lead in recorded)
+    limbs = sum(lead in LIMB_LEADS for lead in recorded)
+    return frozenset(name for name, is_there in (("chest", chest), ("limb", limbs >= 2)) if not is_there)
+
+
+def without(findings: Sequence[Finding], lacks: frozenset[str]) -> tuple[Finding, ...]:
+    """The findings, undecided where a class needs leads that were not recorded."""
+    unknown = {code for name in lacks for code in _needed()[name]}
+    return tuple(replace(each, stated=None) if each.code in unknown else each for each in findings)
+
+
+def agreed(
+    written: Sequence[tuple[str, float]],
+    window: Window,
+    measurements: Measurements | None,
+    lacks: frozenset[str],
+) -> tuple[Sentence, ...]:
+    """The sentences that may be said of a window, with remarks where something speaks against one.
+
+    Left out are sentences that name a finding for which leads are lacking.
+    """
+    kept = [(text, probability) for text, probability in written if not (lacks and _needs_leads(text))]
+    probabilities: dict[str, dict[str, float]] = {}
+    for finding in window.findings:
+        probabilities.setdefault(finding.group, {})[finding.code] = finding.probability
+    return resolve(kept, measurements, probabilities)
+
+
+def _needs_leads(sentence: str) -> bool:
+    return bool(stated_labels([sentence], "superclass").any())
+
+
+def notes_on(record: Record, window: Window, lacks: frozenset[str], seconds: float) -> tuple[str, ...]:
+    """What was done to a window's signal, and what is not judged, for a person to read."""
+    notes = [
+        f"{count} missing samples filled in lead {lead}" for lead, count in record.repaired_samples.items()
+    ]
+    for verb, leads in (
+        ("derived from other leads", record.derived_leads),
+        ("estimated from other leads", record.estimated_leads),
+    ):
+        if leads:
+            notes.append(f"{_listed(leads)} {verb}")
+    if lacks:
+        names = {"chest": "a chest lead", "limb": "two limb leads"}
+        what = " and ".join(names[name] for name in sorted(lacks))
+        notes.append(f"not judged without {what}: what shows there")
+    if window.stop_s - window.start_s < seconds - 1 / record.fs_hz:
+        notes.append(f"{window.stop_s - window.start_s:g} s, shorter than the {seconds:g} s of training")
+    return tuple(notes)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)
