@@ -137,7 +137,7 @@ def grid_path(width: float, height: float, step: float) -> str:
 
 
 def _states(lead: str, record: Any, unusable: Collection[str]) -> tuple[str, ...]:
-    """What a reader should know of a lead; last is what its drawing shows, as a flat lead may be estimated."""
+    """What to know of a lead. The last is what its drawing shows: a flat lead may be estimated."""
     known = (
         ("flat", record.flat_leads),
         ("unusable", () if lead in record.flat_leads else unusable),

@@ -167,7 +167,14 @@ def test_leads_that_were_not_recorded_are_named_and_drawn_differently() -> None:
     window = made.window()
     window.quality.unusable_leads = ("V1",)
     text = Text(page(made.reading(signal=record, windows=(window,)))).text
-    for part in ("III derived", "aVR derived", "V3 estimated", "V2 flat, estimated", "V6 flat", "V1 unusable"):
+    for part in (
+        "III derived",
+        "aVR derived",
+        "V3 estimated",
+        "V2 flat, estimated",
+        "V6 flat",
+        "V1 unusable",
+    ):
         assert part in text
     states = {piece.lead: piece.state for piece in lay_out(record, ("V1",)).sheets[0].pieces}
     assert states["III"] == "derived"
