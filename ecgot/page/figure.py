@@ -6,12 +6,12 @@ import numpy as np
 
 from ecgot.errors import EcgotError
 from ecgot.inference.display import NOTICE
-from ecgot.page.page import facts, percent
+from ecgot.page.page import facts, once, percent
 from ecgot.page.trace import MM_PER_S, PULSE_MM, Piece, Sheet, lay_out
 
 MM_PER_INCH, DPI = 25.4, 150
-MARGIN_MM, TITLE_MM, TEXT_MM, LINE_MM = 6.0, 11.0, 46.0, 5.2
-LONGEST = 60  # characters of a record's name
+MARGIN_MM, TITLE_MM, TEXT_MM, LINE_MM = 6.0, 14.0, 46.0, 5.2
+LONGEST = 110  # characters of a record's name
 LINES = 6  # of findings, and of the report; what is more is counted
 PAPER, FINE, COARSE, INK, MUTED, MARKED = "#fffdfb", "#f8dcd8", "#eeb4ae", "#141922", "#59616e", "#9c1f24"
 COLORS = {"derived": "#1f5f99", "estimated": "#6b3fa0", "flat": MUTED, "unusable": MUTED}
@@ -45,7 +45,7 @@ def figure(reading: Any) -> Any:
     centred = record.signal_mv - np.median(record.signal_mv, axis=1, keepdims=True)
     for piece in sheet.pieces:
         _draw_piece(axes, piece, centred[piece.row], record.fs_hz, trace.mm_per_mv)
-    _draw_title(axes, reading, sheet.width)
+    _draw_title(axes, reading)
     _draw_findings(axes, reading, 0.0, sheet.height + 6.0)
     _draw_report(axes, reading, 0.53 * sheet.width, sheet.height + 6.0)
     axes.text(0, sheet.height + TEXT_MM + 2.0, NOTICE, size=9, color=MARKED, va="center")
@@ -74,18 +74,18 @@ def _draw_piece(axes: Any, piece: Piece, signal_mv: np.ndarray, fs_hz: float, mm
     axes.plot(x, piece.y - mm_per_mv * part, dashes, color=color, lw=0.8, solid_joinstyle="round")
     if piece.x > PULSE_MM:
         axes.vlines(piece.x, piece.y - 3, piece.y + 3, color=INK, lw=0.6)
-    name = f"{piece.lead} {piece.state}".strip()
+    name = f"{piece.lead} {piece.remark}".strip()
     left = piece.x + 1.2 if piece.height > 12 else 0.8
     axes.text(
         left, piece.top + 3, name, size=9 if piece.height > 12 else 7, weight="bold", color=color, va="center"
     )
 
 
-def _draw_title(axes: Any, reading: Any, width: float) -> None:
+def _draw_title(axes: Any, reading: Any) -> None:
     name = reading.record if len(reading.record) <= LONGEST else "…" + reading.record[-LONGEST:]
-    axes.text(0, -6.0, name, size=11, weight="bold", color=INK, va="center", clip_on=True)
+    axes.text(0, -8.5, name, size=11, weight="bold", color=INK, va="center", clip_on=True)
     measured = [f"{fact.name} {fact.value} {fact.unit}" for fact in facts(reading.measurements) if fact.value]
-    axes.text(width, -6.0, "   ".join(measured), size=9, color=MUTED, va="center", ha="right")
+    axes.text(0, -3.0, "   ".join(measured), size=9, color=MUTED, va="center")
 
 
 def _draw_findings(axes: Any, reading: Any, x: float, top: float) -> None:
@@ -95,7 +95,7 @@ def _draw_findings(axes: Any, reading: Any, x: float, top: float) -> None:
         for row, text in enumerate(["Nothing is said about this record:", *said][: LINES + 1]):
             axes.text(x, top + LINE_MM * (row + 1.3), text, size=10, color=MARKED, va="center")
         return
-    stated = reading.window.stated
+    stated = once(reading.window.stated)
     for row, finding in enumerate(stated[:LINES]):
         y = top + LINE_MM * (row + 1.3)
         axes.text(x + 10, y, percent(finding.probability), size=10, color=INK, va="center", ha="right")

@@ -16,7 +16,7 @@ def named_findings(sentence: str, findings: Sequence[Any]) -> tuple[Any, ...]:
     """The findings that a sentence names, the one with the longest words first.
 
     A finding is named by its name or by a phrase by which its class is scored. Among equals the first is
-    what is stated, then what is more probable.
+    the one with this very name, then what is more special than a superclass, stated, and more probable.
 
     Args:
         findings: each an :class:`ecgot.inference.calibration.Finding`.
@@ -27,8 +27,10 @@ def named_findings(sentence: str, findings: Sequence[Any]) -> tuple[Any, ...]:
         words = [finding.name, *_phrases().get(finding.group, {}).get(finding.code, ())]
         longest = max((len(each) for each in map(_plain, words) if _says(said, each)), default=0)
         if longest:
-            found.append((longest, finding.stated is True, finding.probability, finding))
-    return tuple(each[-1] for each in sorted(found, key=lambda each: each[:-1], reverse=True))
+            special, stated = finding.group != "superclass", finding.stated is True
+            rank = (longest, _says(said, _plain(finding.name)), special, stated, finding.probability)
+            found.append((rank, finding))
+    return tuple(finding for _, finding in sorted(found, key=lambda each: each[0], reverse=True))
 
 
 def _says(sentence: str, phrase: str) -> bool:

@@ -147,20 +147,20 @@
     application.addEventListener("pointermove", (event) => { if (event.pointerType !== "touch") point(found(event)); });
     application.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") point(null); });
     application.addEventListener("click", (event) => { cursor = found(event); point(cursor); });
-    application.addEventListener("focus", () => {
-      if (!cells || !application.matches(":focus-visible")) return;
+    const begin = () => {
       const sheet = visible()[0];
-      cursor = cursor && !cursor.sheet.svg.hasAttribute("hidden") ? cursor : { sheet, piece: sheet.pieces[0], cell: cellAt(sheet.start) };
+      cursor = cursor || { sheet, piece: sheet.pieces[0], cell: cellAt(sheet.start) };
       point(cursor);
-    });
+    };
+    application.addEventListener("focus", () => { if (cells && application.matches(":focus-visible")) begin(); });
     application.addEventListener("blur", () => point(null));
     application.addEventListener("keydown", (event) => {
-      if (!cursor) return;
+      if (!cells) return;
       if (event.key.startsWith("Arrow")) {
         event.preventDefault();
-        cursor = moved(event.key);
-        point(cursor);
-      } else if (event.key === "Enter") {
+        if (cursor) cursor = moved(event.key);
+        begin();
+      } else if (event.key === "Enter" && cursor) {
         const strongest = drawn(cursor.piece[0], cursor.cell)[0];
         if (strongest) pin(strongest[0]);
       }

@@ -1,7 +1,8 @@
 """A reading as one self-contained HTML page: no network, no fonts or scripts from elsewhere.
 
-A finding lights up its evidence on the trace, and a stretch of the trace the findings that draw on it. The page is written by Jinja, which escapes whatever comes from a file; its content security policy lets
-the page's own script run, known by its hash, and nothing else, and lets nothing be fetched.
+A finding lights up its evidence on the trace, and a stretch of the trace the findings that draw on it. Jinja
+writes the page and escapes whatever comes from a file. The page's content security policy lets its own script
+run, known by its hash, and nothing else, and lets nothing be fetched.
 """
 
 import base64
@@ -205,6 +206,7 @@ def environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
     made.filters |= {"percent": percent, "clock": clock, "key": key}
     return made
 

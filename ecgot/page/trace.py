@@ -26,7 +26,8 @@ class Piece:
     Attributes:
         lead: its name.
         row: of the record's signal.
-        state: "", "derived", "estimated", "flat" or "unusable".
+        state: how it is drawn: "", "derived", "estimated", "flat" or "unusable".
+        remark: what stands beside its name, such as "flat, estimated".
         x, y: its left end, and its line of 0 mV.
         top, height: of the band that belongs to it.
         start_s, stop_s: in the window.
@@ -35,6 +36,7 @@ class Piece:
     lead: str
     row: int
     state: str
+    remark: str
     x: float
     y: float
     top: float
@@ -103,7 +105,7 @@ def lay_out(record: Any, unusable: Collection[str] = ()) -> Trace:
     centred = record.signal_mv - np.median(record.signal_mv, axis=1, keepdims=True)
     reach = np.quantile(np.abs(centred), 0.999, axis=1).max()
     scale = next((each for each in SMALLER if reach * each <= 1.4 * ROW_MM), SMALLER[-1])
-    states = [_state(lead, record, unusable) for lead in record.leads]
+    states = [_states(lead, record, unusable) for lead in record.leads]
     sheets = tuple(
         sheet
         for view in (_paper, _leads)
@@ -134,16 +136,20 @@ def grid_path(width: float, height: float, step: float) -> str:
     return across + "".join(f"M0 {y:g}H{width:g}" for y in np.arange(0, height + 1e-6, step))
 
 
-def _state(lead: str, record: Any, unusable: Collection[str]) -> str:
-    for state, leads in (
+def _states(lead: str, record: Any, unusable: Collection[str]) -> tuple[str, ...]:
+    """What to know of a lead. The last is what its drawing shows: a flat lead may be estimated."""
+    known = (
         ("flat", record.flat_leads),
-        ("unusable", unusable),
+        ("unusable", () if lead in record.flat_leads else unusable),
         ("estimated", record.estimated_leads),
         ("derived", record.derived_leads),
-    ):
-        if lead in leads:
-            return state
-    return ""
+    )
+    return tuple(state for state, leads in known if lead in leads)
+
+
+def _drawn(states: tuple[str, ...]) -> tuple[str, str]:
+    """State and remark of a piece."""
+    return (states[-1] if states else ""), ", ".join(states)
 
 
 def _parts(duration_s: float) -> Iterator[tuple[float, float]]:
@@ -153,7 +159,9 @@ def _parts(duration_s: float) -> Iterator[tuple[float, float]]:
         yield number * duration_s / count, (number + 1) * duration_s / count
 
 
-def _paper(leads: Sequence[str], states: Sequence[str], start_s: float, stop_s: float) -> Sheet | None:
+def _paper(
+    leads: Sequence[str], states: Sequence[tuple[str, ...]], start_s: float, stop_s: float
+) -> Sheet | None:
     """Three rows of four leads, a quarter of the time each, and a rhythm strip; None without such leads."""
     if not any(lead in column for column in COLUMNS for lead in leads):
         return None
@@ -162,7 +170,7 @@ def _paper(leads: Sequence[str], states: Sequence[str], start_s: float, stop_s: 
     def piece(lead: str, line: int, from_s: float, to_s: float) -> Piece:
         row = leads.index(lead)
         top, x = ROW_MM * line, PULSE_MM + MM_PER_S * (from_s - start_s)
-        return Piece(lead, row, states[row], x, top + 0.56 * ROW_MM, top, ROW_MM, from_s, to_s)
+        return Piece(lead, row, *_drawn(states[row]), x, top + 0.56 * ROW_MM, top, ROW_MM, from_s, to_s)
 
     pieces = [
         piece(column[line], line, start_s + number * quarter_s, start_s + (number + 1) * quarter_s)
@@ -175,13 +183,13 @@ def _paper(leads: Sequence[str], states: Sequence[str], start_s: float, stop_s: 
     return _sheet("paper", pieces, ROW_MM * (len(COLUMNS[0]) + 1), start_s, stop_s)
 
 
-def _leads(leads: Sequence[str], states: Sequence[str], start_s: float, stop_s: float) -> Sheet:
+def _leads(leads: Sequence[str], states: Sequence[tuple[str, ...]], start_s: float, stop_s: float) -> Sheet:
     """Every lead over the whole time."""
     pieces = [
         Piece(
             lead,
             row,
-            states[row],
+            *_drawn(states[row]),
             PULSE_MM,
             LEAD_ROW_MM * (row + 0.56) + 3.0,
             LEAD_ROW_MM * row + 3.0,
