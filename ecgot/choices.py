@@ -8,6 +8,9 @@ STAGES = ("align", "report")
 
 GROUPS = ("superclass", "subclass", "form", "rhythm")  # of PTB-XL's labels
 ALL = "all"  # in place of one group
+OWN_LABELS = "labels"  # the group of one's own yes/no labels
+
+PACKAGED = "packaged"  # in place of a run's folder: the model that comes with the package
 
 # Similarities of each ECG to each text by their tokens: "ot" is minus the transport cost, "best_match" the
 # mean of each token's best cosine on the other side (FILIP, Yao et al. 2022), "mean_match" of all cosines.

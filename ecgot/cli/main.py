@@ -18,6 +18,7 @@ from ecgot.choices import (
     FINE_TUNED_EPOCHS,
     FINE_TUNED_GROUP,
     GROUPS,
+    PACKAGED,
     RESAMPLES,
     SCORES,
     STAGES,
@@ -151,6 +152,12 @@ def synth(out: Path, records: int, seed: int, as_json: bool) -> None:
     "data.plain_english=false, for all.",
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
+@click.option(
+    "--from",
+    "start",
+    metavar="RUN",
+    help=f"Go on from the weights of this run, or of the model that comes with the package ({PACKAGED!r}).",
+)
 @click.option("--config", type=PATH, help="TOML or JSON file with settings, as config.json of a run.")
 @click.option(
     "--stage",
@@ -167,6 +174,7 @@ def train(
     data: Path | None,
     reports: Path | None,
     out: Path,
+    start: str | None,
     config: Path | None,
     stage: str,
     resume: bool,
@@ -177,10 +185,11 @@ def train(
     """Train a run: align ECGs with reports (stage 1), then learn to write reports (stage 2).
 
     KEY=VALUE overrides a setting, such as align.epochs=3 or encoder.name=resnet1d. The resolved
-    configuration, metrics.jsonl and safetensors checkpoints go to the run's folder. With --resume or
+    configuration, metrics.jsonl and safetensors checkpoints go to the run's folder. With --from, both stages
+    fine-tune another run in its own settings, with fewer epochs and smaller learning rates. With --resume or
     --stage report, what is not given here is as in the run.
     """
-    from ecgot.runs.config import resolve
+    from ecgot.runs.config import fine_tuning, resolve
     from ecgot.runs.run import Run
     from ecgot.train.stages import train as train_stages
 
@@ -189,6 +198,10 @@ def train(
     paths += [f"data.reports_csv={reports.resolve()}"] if reports else []
     begun = (resume or stage == "report") and (out / "config.json").is_file()
     base = Run.open(out).config() if begun else None
+    if start is not None:
+        origin = Run.named(start)
+        paths += [f"start={origin.name}"]
+        base = base or fine_tuning(origin.config(), origin.name)
     resolved = resolve(config, (*paths, *settings), base=base)
     if not resolved.data.root:
         raise EcgotError("data: expected the data set's folder by --data, got none")
@@ -211,16 +224,29 @@ def train(
 @click.option("--data", type=PATH, required=True, help="Data set in PTB-XL's layout.")
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.option("--encoder", help=f"Encoder to train from scratch (default: {SUPERVISED_ENCODER}).")
-@click.option("--from", "start", type=PATH, metavar="RUN", help="Fine-tune the aligned encoder of this run.")
+@click.option(
+    "--from",
+    "start",
+    metavar="RUN",
+    help="Fine-tune the aligned encoder of this run, or of the model that comes with the package "
+    f"({PACKAGED!r}).",
+)
 @click.option(
     "--group",
     type=click.Choice([*GROUPS, ALL]),
     help=f"Label group, or all (default: {SUPERVISED_GROUP}; with --from {FINE_TUNED_GROUP}).",
 )
 @click.option(
+    "--labels",
+    "labels_csv",
+    type=PATH,
+    help="CSV of yes/no labels to learn in place of a group: ecg_id (or record, a path), and per label a "
+    "column of 1, 0, or nothing where it is unknown.",
+)
+@click.option(
     "--epochs",
     type=click.IntRange(min=1),
-    help=f"Default: {SUPERVISED_EPOCHS}; with --from {FINE_TUNED_EPOCHS}.",
+    help=f"Default: {SUPERVISED_EPOCHS}; with --from {FINE_TUNED_EPOCHS}, or more where records are few.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Default: 0.")
 @folds_option
@@ -237,8 +263,9 @@ def supervise(
     data: Path,
     out: Path,
     encoder: str | None,
-    start: Path | None,
+    start: str | None,
     group: str | None,
+    labels_csv: Path | None,
     epochs: int | None,
     seed: int | None,
     folds: str,
@@ -248,10 +275,11 @@ def supervise(
     cache: Path | None,
     as_json: bool,
 ) -> None:
-    """Train an encoder on the labels, as a baseline for zero-shot scores, and measure it.
+    """Train an encoder on labels, PTB-XL's or your own, and measure it.
 
     From scratch by the protocol of the PTB-XL benchmark, or from the aligned encoder of a run. The weights
-    of the last epoch are measured; evaluation.json goes to the run's folder.
+    of the last epoch are measured; evaluation.json goes to the run's folder. Of your own --labels every 1
+    and 0 counts; of PTB-XL's, as in the benchmark, only records with a label in the group.
     """
     from ecgot.eval.supervise import supervise as train_supervised
     from ecgot.runs.config import parse_folds
@@ -262,8 +290,9 @@ def supervise(
             data,
             out,
             encoder_name=encoder,
-            start=None if start is None else Run.open(start),
+            start=None if start is None else Run.named(start),
             group=group,
+            labels_csv=labels_csv,
             epochs=epochs,
             seed=seed,
             folds=parse_folds(folds),

@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from ecgot.choices import OWN_LABELS
 from ecgot.inference.display import NOTICE, SURE, auroc_text, metric_text
 
 if TYPE_CHECKING:
@@ -102,7 +103,33 @@ def print_supervised(console: Console, result: Mapping[str, Any], *, intervals: 
     """A supervised evaluation as a dict, see :meth:`ecgot.eval.supervise.SupervisedEvaluation.to_dict`."""
     scored = {f"supervised ({result['encoder']})": result["ranking"]}
     _print_aurocs(console, result, scored, intervals=intervals)
+    if result["ranking"].get(OWN_LABELS, {}).get("auroc"):
+        _print_labels(console, result["ranking"][OWN_LABELS], intervals=intervals)
     console.print(f"\n{NOTICE}")
+
+
+def _print_labels(console: Console, found: Mapping[str, Any], *, intervals: bool) -> None:
+    """AUROC of each of one's own labels."""
+    shown = [
+        {
+            "macro": found["auroc"][name],
+            "low": found["intervals"][name][0],
+            "high": found["intervals"][name][1],
+        }
+        for name in found["auroc"]
+    ]
+    columns = [
+        Column("yes", [str(found["positives"][name]) for name in found["auroc"]]),
+        Column("no", [str(found["negatives"][name]) for name in found["auroc"]]),
+        Column("AUROC", [auroc_text(each, interval=intervals) for each in shown]),
+    ]
+    console.print()
+    _print_tables(
+        console,
+        "AUROC of each label that has both",
+        Column("label", list(found["auroc"]), right=False),
+        columns,
+    )
 
 
 def _print_aurocs(

@@ -4,9 +4,11 @@ Source: Wagner et al. 2020, "PTB-XL, a large publicly available electrocardiogra
 """
 
 import ast
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,8 @@ from ecgot.errors import EcgotError
 from ecgot.text.cleaning import clean_report
 
 SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")
+NO_CODES = "{}"
+FOLDS = 10
 STATEMENT_COLUMNS = ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
 
 
@@ -40,6 +44,7 @@ class PtbXlTable:
         record_paths: n paths relative to the data set's folder, without suffix.
         class_of: for each group, the class of each SCP code.
         classes: for each group, its classes in order.
+        lacking: the columns that the file lacks and that were made up, see :func:`read_table`.
     """
 
     ecg_id: np.ndarray
@@ -52,6 +57,7 @@ class PtbXlTable:
     record_paths: tuple[str, ...]
     class_of: dict[str, dict[str, str]]
     classes: dict[str, tuple[str, ...]]
+    lacking: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.ecg_id)
@@ -94,6 +100,10 @@ def read_table(
 ) -> PtbXlTable:
     """Read ``ptbxl_database.csv`` and ``scp_statements.csv`` of ``root``.
 
+    Of the columns only ``ecg_id`` and a file name are needed. Without ``patient_id`` every record is a
+    patient's own, without ``strat_fold`` patients are dealt to ten folds, see :func:`fold_of`, and without
+    ``scp_codes`` there are no labels, nor need there be ``scp_statements.csv``.
+
     Args:
         reports_csv: a CSV ``ecg_id,report[,source]`` that replaces the report column; records without a row
             in it have no report. With neither CSV nor column, no record has one.
@@ -106,17 +116,21 @@ def read_table(
     """
     root = Path(root)
     database = root / "ptbxl_database.csv"
-    table = _read_csv(database, ("ecg_id", "patient_id", "strat_fold", "scp_codes"))
+    table = read_csv(database, ("ecg_id",))
     if table["ecg_id"].duplicated().any():
         raise EcgotError(
             f"{database}: expected each ecg_id once, got "
             f"{table['ecg_id'][table['ecg_id'].duplicated()].iloc[0]} twice"
         )
+    lacking = frozenset({"patient_id", "strat_fold", "scp_codes"} - set(table.columns))
+    table = _completed(table, database)
     if folds is not None:
         table = _in_folds(table, database, tuple(folds))
     if not len(table):
         raise EcgotError(f"{database}: expected records, got none")
-    class_of, classes = _read_statements(root / "scp_statements.csv")
+    statements = root / "scp_statements.csv"
+    labelled = (table["scp_codes"] != NO_CODES).any() or statements.exists()
+    class_of, classes = _read_statements(statements) if labelled else _no_statements()
     return PtbXlTable(
         ecg_id=_integers(table, "ecg_id", database),
         patient_id=_integers(table, "patient_id", database),
@@ -133,13 +147,22 @@ def read_table(
         record_paths=_record_paths(table, database, root, fs_hz),
         class_of=class_of,
         classes=classes,
+        lacking=lacking,
     )
+
+
+def fold_of(patient_id: int) -> int:
+    """The fold, 1 to 10, of a patient of a data set without folds: by a hash, so that new records of other
+    patients move nobody."""
+    digest = hashlib.blake2b(str(patient_id).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % FOLDS + 1
 
 
 def available_folds(root: str | Path) -> tuple[int, ...]:
     """The folds that ``ptbxl_database.csv`` of ``root`` lists, in order."""
     database = Path(root) / "ptbxl_database.csv"
-    return tuple(np.unique(_integers(_read_csv(database, ("strat_fold",)), "strat_fold", database)).tolist())
+    table = _completed(read_csv(database, ("ecg_id",)), database)
+    return tuple(np.unique(_integers(table, "strat_fold", database)).tolist())
 
 
 def check_patient_split(first: PtbXlTable, second: PtbXlTable) -> None:
@@ -151,7 +174,12 @@ def check_patient_split(first: PtbXlTable, second: PtbXlTable) -> None:
         )
 
 
-def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A CSV whose cells are all text.
+
+    Raises:
+        EcgotError: it cannot be read, or a column is missing.
+    """
     try:
         table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False)
     except FileNotFoundError as error:
@@ -164,6 +192,19 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             f"{path}: expected column {', '.join(missing)}, got {', '.join(map(str, table.columns))}"
         )
     return table
+
+
+def _completed(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The table with the columns that it may lack."""
+    made: dict[str, Any] = {}
+    if "patient_id" not in table.columns:
+        made["patient_id"] = table["ecg_id"]
+    if "strat_fold" not in table.columns:
+        patients = _integers(table.assign(**made), "patient_id", path)
+        made["strat_fold"] = [str(fold_of(patient)) for patient in patients.tolist()]
+    if "scp_codes" not in table.columns:
+        made["scp_codes"] = NO_CODES
+    return table.assign(**made)
 
 
 def _in_folds(table: pd.DataFrame, path: Path, folds: tuple[int, ...]) -> pd.DataFrame:
@@ -200,7 +241,7 @@ def _codes(text: str, ecg_id: str, path: Path) -> frozenset[str]:
 def _reports(table: pd.DataFrame, database: Path, reports_csv: str | Path | None) -> tuple[str, ...]:
     if reports_csv:
         path = Path(reports_csv)
-        rows = _read_csv(path, ("ecg_id", "report"))
+        rows = read_csv(path, ("ecg_id", "report"))
         ids = _integers(rows, "ecg_id", path)
         if len(np.unique(ids)) < len(ids):
             values, counts = np.unique(ids, return_counts=True)
@@ -231,9 +272,15 @@ def _record_paths(table: pd.DataFrame, path: Path, root: Path, fs_hz: float) -> 
     return tuple(paths)
 
 
+def _no_statements() -> tuple[dict[str, dict[str, str]], dict[str, tuple[str, ...]]]:
+    """The groups of a data set without SCP codes."""
+    classes: dict[str, tuple[str, ...]] = dict.fromkeys(GROUPS, ())
+    return {group: {} for group in GROUPS}, classes | {"superclass": SUPERCLASSES}
+
+
 def _read_statements(path: Path) -> tuple[dict[str, dict[str, str]], dict[str, tuple[str, ...]]]:
     """For each group, the class of each SCP code, and the classes in order of first appearance."""
-    table = _read_csv(path, STATEMENT_COLUMNS)
+    table = read_csv(path, STATEMENT_COLUMNS)
     table.index = table.iloc[:, 0]  # the first column is the code; PTB-XL gives it no name
     class_of: dict[str, dict[str, str]] = {group: {} for group in GROUPS}
     for code, row in table.iterrows():

@@ -5,6 +5,7 @@ PTB-XL": only records with at least one label in the group count, and the result
 Classes without positives or without negatives are left out.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ class AurocResult:
     Attributes:
         macro, low, high: the mean over classes and its 95 % interval; NaN if no class can be scored.
         records: how many records count.
-        positives, auroc: by class, for classes with both positives and negatives.
+        positives, negatives, auroc, intervals: by class, for classes with both positives and negatives.
     """
 
     macro: float
@@ -28,11 +29,19 @@ class AurocResult:
     high: float
     records: int
     positives: dict[str, int]
+    negatives: dict[str, int]
     auroc: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
 
 
 def macro_auroc(
-    scores: np.ndarray, labels: Labels, patients: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
+    scores: np.ndarray,
+    labels: Labels,
+    patients: np.ndarray,
+    *,
+    known: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> AurocResult:
     """Macro AUROC of a label group, with a percentile bootstrap interval.
 
@@ -40,28 +49,60 @@ def macro_auroc(
         scores: [n, C], larger where a class is more likely; only compared within a class.
         labels: the group's classes and matrix [n, C].
         patients: [n], ids. The bootstrap draws patients, since records of one patient resemble each other.
+        known: [n, C] bool, the labels that count, negatives as much as positives. None: those of all records
+            with a label in the group, which is the protocol.
         resamples: of the bootstrap; 0: no interval.
         seed: of the bootstrap.
     """
-    counted = labels.matrix.any(1)
-    scores, truth, patients = scores[counted], labels.matrix[counted], patients[counted]
-    scored = [c for c in range(len(labels.classes)) if truth[:, c].any() and not truth[:, c].all()]
+    if known is None:
+        known = np.broadcast_to(labels.matrix.any(1, keepdims=True), labels.matrix.shape)
+    counted = known.any(1)
+    scores, truth, known, patients = (
+        scores[counted],
+        labels.matrix[counted],
+        known[counted],
+        patients[counted],
+    )
+    positives, negatives = (truth & known).sum(0), (~truth & known).sum(0)
+    scored = np.flatnonzero((positives > 0) & (negatives > 0)).tolist()
     if not scored:
-        return AurocResult(float("nan"), float("nan"), float("nan"), int(counted.sum()), {}, {})
+        return AurocResult(float("nan"), float("nan"), float("nan"), int(counted.sum()), {}, {}, {}, {})
     weights = np.concatenate([np.ones((1, len(truth))), patient_weights(patients, resamples, seed)])
-    areas = np.stack([weighted_auroc(scores[:, c], truth[:, c], weights) for c in scored])
+    areas = np.stack(
+        [
+            weighted_auroc(scores[rows, c], truth[rows, c], weights[:, rows])
+            for c, rows in _rows(known, scored)
+        ]
+    )
     # A resample may miss a rare class, which then keeps its AUROC over all records. Leaving it out would
     # shift the mean by how hard that class is.
-    drawn = np.where(np.isnan(areas[:, 1:]), areas[:, :1], areas[:, 1:]).mean(axis=0)
-    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
+    drawn = np.where(np.isnan(areas[:, 1:]), areas[:, :1], areas[:, 1:])
+    names = [labels.classes[c] for c in scored]
+    low, high = _interval(drawn.mean(axis=0))
     return AurocResult(
         macro=float(areas[:, 0].mean()),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         records=int(counted.sum()),
-        positives={labels.classes[c]: int(truth[:, c].sum()) for c in scored},
-        auroc={labels.classes[c]: float(area[0]) for c, area in zip(scored, areas, strict=True)},
+        positives=dict(zip(names, positives[scored].tolist(), strict=True)),
+        negatives=dict(zip(names, negatives[scored].tolist(), strict=True)),
+        auroc=dict(zip(names, areas[:, 0].tolist(), strict=True)),
+        intervals={name: _interval(each) for name, each in zip(names, drawn, strict=True)}
+        if resamples
+        else {},
     )
+
+
+def _rows(known: np.ndarray, columns: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Each column, and the rows [m] where it is known."""
+    for column in columns:
+        yield column, np.flatnonzero(known[:, column])
+
+
+def _interval(drawn: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of resamples [R]; NaN of none."""
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def patient_weights(patients: np.ndarray, resamples: int, seed: int) -> np.ndarray:

@@ -19,26 +19,27 @@ from typing import Any
 
 import numpy as np
 
-from ecgot.choices import ALL, EVALUATION_FOLDS, GROUPS, RESAMPLES, SUPERVISED_ENCODER
+from ecgot.choices import ALL, EVALUATION_FOLDS, GROUPS, OWN_LABELS, RESAMPLES, SUPERVISED_ENCODER
 from ecgot.data.dataset import EcgDataset
 from ecgot.data.ptbxl import Labels, check_patient_split
+from ecgot.data.yes_no import YesNoLabels, read_yes_no
 from ecgot.errors import EcgotError
 from ecgot.eval.auroc import AurocResult, macro_auroc
 from ecgot.files import default_cache_dir, write_text
+from ecgot.models.classifier import Classifier
 from ecgot.models.encoders import encoder
 from ecgot.runs.config import Config, DataConfig, EncoderConfig, differences
 from ecgot.runs.progress import Progress
 from ecgot.runs.records import load_folds
 from ecgot.runs.run import Run
+from ecgot.runs.supervised import STAGE, SupervisedConfig
 from ecgot.train.supervised import (
-    STAGE,
-    Classifier,
-    SupervisedConfig,
+    Targets,
     benchmark_config,
     class_probabilities,
     fine_tuning_config,
+    for_few,
     labelled,
-    scoring_crops,
     train_classifier,
 )
 from ecgot.version import __version__
@@ -90,6 +91,7 @@ class SupervisedRequest:
     encoder_name: str | None
     start: Run | None
     group: str | None
+    labels_csv: Path | None
     epochs: int | None
     seed: int | None
     folds: tuple[int, ...]
@@ -100,6 +102,8 @@ class SupervisedRequest:
             raise EcgotError(
                 f"encoder: expected an encoder or a run to start from, got {self.encoder_name!r} and a run"
             )
+        if self.group is not None and self.labels_csv is not None:
+            raise EcgotError(f"group: expected a group or a CSV of labels, got {self.group!r} and a CSV")
         if self.group is not None and self.group not in (*GROUPS, ALL):
             raise EcgotError(f"group: expected one of {', '.join((*GROUPS, ALL))}, got {self.group!r}")
         if self.epochs is not None and self.epochs < 1:
@@ -115,6 +119,7 @@ def supervise(
     encoder_name: str | None = None,
     start: Run | None = None,
     group: str | None = None,
+    labels_csv: Path | None = None,
     epochs: int | None = None,
     seed: int | None = None,
     folds: Sequence[int] = EVALUATION_FOLDS,
@@ -131,7 +136,9 @@ def supervise(
             this nor ``start`` is given.
         start: a run whose aligned encoder is fine-tuned instead.
         group: a label group, or "all". Default: "superclass" from scratch, "all" from a run.
-        epochs: default 50 from scratch, 8 from a run.
+        labels_csv: a CSV of yes/no labels to learn in place of a group, see :mod:`ecgot.data.yes_no`.
+        epochs: default 50 from scratch, 8 from a run, or more where records are so few that 8 epochs are
+            less than 400 steps.
         seed: default 0.
         folds: held-out folds to evaluate. metrics.jsonl tracks them during training, but nothing is selected
             by them.
@@ -144,15 +151,18 @@ def supervise(
         EcgotError: an argument, the data or the folder cannot be used. Nothing in ``out`` is overwritten.
     """
     progress = progress or Progress()
-    request = SupervisedRequest(root, out, encoder_name, start, group, epochs, seed, tuple(folds), resamples)
+    request = SupervisedRequest(
+        root, out, encoder_name, start, group, labels_csv, epochs, seed, tuple(folds), resamples
+    )
     config, settings = _settings(request, resume=resume)
     train, held_out = _datasets(request, config, settings, cache_dir or default_cache_dir(), progress)
-    run = _open(out, config, settings)
+    run, settings = _open(request, config, settings, train)
     classifier = train_classifier(
         run,
         settings,
-        train,
-        validate=lambda kept: _validate(kept, settings, held_out, progress),
+        train.records,
+        train.targets,
+        validate=lambda kept: _validate(kept, held_out, progress),
         progress=progress,
     )
     evaluation = _evaluate(request, run, settings, classifier, held_out, progress)
@@ -168,22 +178,62 @@ def _settings(request: SupervisedRequest, *, resume: bool) -> tuple[Config, Supe
     return _resumed_settings(request)
 
 
+@dataclass(frozen=True)
+class _Labelled:
+    """Records and their labels."""
+
+    records: EcgDataset
+    targets: Targets
+
+
 def _datasets(
     request: SupervisedRequest,
     config: Config,
     settings: SupervisedConfig,
     cache_dir: Path,
     progress: Progress,
-) -> tuple[EcgDataset, EcgDataset]:
+) -> tuple[_Labelled, _Labelled]:
     """The labelled training records and the held-out ones."""
     trained_on = set(request.folds) & set(config.data.train_folds)
     if trained_on:
         raise EcgotError(f"folds: expected held-out folds, got fold {min(trained_on)}, which is trained on")
     encoder(config.encoder.name, leads=len(config.data.leads))  # an unknown name fails before data is read
+    own = read_yes_no(settings.labels_csv) if settings.labels_csv else None
     train = load_folds(config, config.data.train_folds, cache_dir, progress)
     held_out = load_folds(config, request.folds, cache_dir, progress)
     check_patient_split(train.table, held_out.table)
-    return labelled(train, settings.groups), held_out
+    sets = [
+        (each, Targets.of(each, settings.groups) if own is None else Targets.of_own(each, own))
+        for each in (train, held_out)
+    ]
+    _note_left_out(sets, own, settings, progress)
+    return _Labelled(*labelled(*sets[0])), _Labelled(*sets[1])
+
+
+def _note_left_out(
+    sets: Sequence[tuple[EcgDataset, Targets]],
+    own: YesNoLabels | None,
+    settings: SupervisedConfig,
+    progress: Progress,
+) -> None:
+    """Say how many records and rows take no part."""
+    parts = ("training", "held-out")
+    without = [int((~targets.counted.any(1)).sum()) for _, targets in sets]
+    shares = [
+        f"{left} of {len(records)} {part} records"
+        for left, (records, _), part in zip(without, sets, parts, strict=True)
+    ]
+    if own is not None:
+        named = sum(own.named(records.table) for records, _ in sets)
+        progress.note(
+            f"labels: {named} of {len(own.names)} rows of {own.path.name} name records of these folds; "
+            f"{' and '.join(shares)} have no 1 or 0 and are left out"
+        )
+    elif any(without):
+        progress.note(
+            f"data: {' and '.join(shares)} have no label in {' or '.join(settings.groups)} and are left out, "
+            "as in the benchmark's protocol; with --labels every 0 counts"
+        )
 
 
 def _resumed_settings(request: SupervisedRequest) -> tuple[Config, SupervisedConfig]:
@@ -192,7 +242,8 @@ def _resumed_settings(request: SupervisedRequest) -> tuple[Config, SupervisedCon
     Raises:
         EcgotError: the request differs from them.
     """
-    saved, trained = Run.open(request.out).config(), _saved_settings(request.out)
+    run = Run.open(request.out)
+    saved, trained = run.config(), SupervisedConfig.of(run)
     config, settings = saved, trained
     data = replace(config.data, root=str(request.root.resolve()))
     config = replace(config, data=data, seed=config.seed if request.seed is None else request.seed)
@@ -200,10 +251,12 @@ def _resumed_settings(request: SupervisedRequest) -> tuple[Config, SupervisedCon
         config = replace(config, encoder=EncoderConfig(request.encoder_name))
         settings = replace(settings, start="")
     if request.start is not None:
-        settings = replace(settings, start=str(request.start.folder.resolve()))
-    settings = replace(
-        settings, group=request.group or settings.group, epochs=request.epochs or settings.epochs
-    )
+        settings = replace(settings, start=request.start.name)
+    if request.group is not None:
+        settings = replace(settings, group=request.group, labels_csv="")
+    if request.labels_csv is not None:
+        settings = replace(settings, group="", labels_csv=str(request.labels_csv.resolve()))
+    settings = replace(settings, epochs=request.epochs or settings.epochs)
     changed = differences(saved, config) + [
         f"{name}: {value} against {getattr(settings, name)}"
         for name, value in dataclasses.asdict(trained).items()
@@ -216,16 +269,6 @@ def _resumed_settings(request: SupervisedRequest) -> tuple[Config, SupervisedCon
     return saved, trained
 
 
-def _saved_settings(out: Path) -> SupervisedConfig:
-    path = out / "supervised.json"
-    try:
-        return SupervisedConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
-        raise EcgotError(
-            f"out: expected the settings of a run in {path}, got something else ({error})"
-        ) from error
-
-
 def _new_settings(request: SupervisedRequest) -> tuple[Config, SupervisedConfig]:
     seed, root, start = request.seed or 0, str(request.root.resolve()), request.start
     if start is None:
@@ -234,7 +277,18 @@ def _new_settings(request: SupervisedRequest) -> tuple[Config, SupervisedConfig]
             data=DataConfig(root=root),
             encoder=EncoderConfig(request.encoder_name or SUPERVISED_ENCODER),
         )
-        return config, benchmark_config(request.group, request.epochs)
+        settings = benchmark_config(request.group, request.epochs)
+    else:
+        config = _started_from(start)
+        config = replace(config, seed=seed, data=replace(config.data, root=root, reports_csv=""))
+        settings = fine_tuning_config(start, request.group, request.epochs)
+    if request.labels_csv is not None:
+        settings = replace(settings, group="", labels_csv=str(request.labels_csv.resolve()))
+    return config, settings
+
+
+def _started_from(start: Run) -> Config:
+    """The configuration of a run whose encoder can be fine-tuned."""
     config = start.config()
     if not start.done("align"):
         raise EcgotError(
@@ -244,10 +298,7 @@ def _new_settings(request: SupervisedRequest) -> tuple[Config, SupervisedConfig]
         raise EcgotError(
             f"from: expected a run with a frozen text encoder, got {start.folder}, which trained its own"
         )
-    return (
-        replace(config, seed=seed, data=replace(config.data, root=root, reports_csv="")),
-        fine_tuning_config(start, request.group, request.epochs),
-    )
+    return config
 
 
 def _check_folder(out: Path, *, resume: bool) -> None:
@@ -260,38 +311,49 @@ def _check_folder(out: Path, *, resume: bool) -> None:
         raise EcgotError(f"out: {out} holds no supervised.json: nothing was trained; name another folder")
 
 
-def _open(out: Path, config: Config, settings: SupervisedConfig) -> Run:
-    """The run's folder, made or opened again."""
-    run, path = Run.create(out, config, resume=True), out / "supervised.json"
-    if not path.exists():
-        write_text(path, json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
-    return run
+def _open(
+    request: SupervisedRequest, config: Config, settings: SupervisedConfig, train: _Labelled
+) -> tuple[Run, SupervisedConfig]:
+    """The run's folder, made or opened again, and the settings with what the data adds to them.
+
+    Raises:
+        EcgotError: the run in the folder was trained on other classes.
+    """
+    classes = train.targets.classes
+    if settings.classes and settings.classes != classes:
+        raise EcgotError(f"out: expected the classes that {request.out} was trained on, got others")
+    if not settings.classes:  # a new training
+        settings = replace(settings, classes=classes)
+        if settings.start and request.epochs is None:
+            settings = for_few(settings, len(train.records))
+    run = Run.create(request.out, config, resume=True)
+    if not (request.out / "supervised.json").exists():
+        settings.save(request.out)
+    return run, settings
 
 
-def _validate(
-    classifier: Classifier, settings: SupervisedConfig, dataset: EcgDataset, progress: Progress
-) -> dict[str, float]:
+def _validate(classifier: Classifier, held_out: _Labelled, progress: Progress) -> dict[str, float]:
     """Macro AUROC by group, from the middle crop only: all crops would cost a quarter of the epoch."""
-    crop, starts = scoring_crops(settings, dataset)
-    middle = [starts[len(starts) // 2]] if dataset.lengths.min() == dataset.signals_uv.shape[2] else [0]
-    scores = class_probabilities(classifier, dataset, middle, crop, progress=progress)
+    records = held_out.records
+    crop, starts = classifier.crops(records.signals_uv.shape[2])
+    middle = [starts[len(starts) // 2]] if records.lengths.min() == records.signals_uv.shape[2] else [0]
+    scores = class_probabilities(classifier, records, middle, crop, progress=progress)
     return {
         f"validation_auroc_{group}": result.macro
-        for group, result in _auroc_by_group(scores, settings, dataset, resamples=1).items()
+        for group, result in _auroc_by_group(scores, held_out, resamples=1).items()
         if not math.isnan(result.macro)
     }
 
 
-def _auroc_by_group(
-    scores: np.ndarray, settings: SupervisedConfig, dataset: EcgDataset, *, resamples: int
-) -> dict[str, AurocResult]:
+def _auroc_by_group(scores: np.ndarray, held_out: _Labelled, *, resamples: int) -> dict[str, AurocResult]:
     """AUROC by group of scores [n, C] over the classes of all groups."""
-    labels: list[Labels] = [dataset.labels(group) for group in settings.groups]
-    parts = np.split(scores, np.cumsum([len(each.classes) for each in labels])[:-1], axis=1)
-    patients = dataset.table.patient_id
+    targets, patients = held_out.targets, held_out.records.table.patient_id
+    parts, truth, known = map(targets.by_group, (scores, targets.matrix, targets.counted))
     return {
-        group: macro_auroc(part, each, patients, resamples=resamples)
-        for group, part, each in zip(settings.groups, parts, labels, strict=True)
+        group: macro_auroc(
+            parts[group], Labels(names, truth[group]), patients, known=known[group], resamples=resamples
+        )
+        for group, names in targets.classes.items()
     }
 
 
@@ -300,22 +362,22 @@ def _evaluate(
     run: Run,
     settings: SupervisedConfig,
     classifier: Classifier,
-    dataset: EcgDataset,
+    held_out: _Labelled,
     progress: Progress,
 ) -> SupervisedEvaluation:
-    config = run.config()
-    crop, starts = scoring_crops(settings, dataset)
+    config, dataset = run.config(), held_out.records
+    crop, starts = classifier.crops(dataset.signals_uv.shape[2])
     scores = class_probabilities(classifier, dataset, starts, crop, progress=progress)
     return SupervisedEvaluation(
         encoder=config.encoder.name,
         start=settings.start or None,
-        group=settings.group,
+        group=settings.group or OWN_LABELS,
         seed=config.seed,
         epochs=settings.epochs,
         seconds=sum(line["seconds"] for line in run.metrics() if line["stage"] == STAGE),
         folds=request.folds,
         records=len(dataset),
-        results=_auroc_by_group(scores, settings, dataset, resamples=request.resamples),
+        results=_auroc_by_group(scores, held_out, resamples=request.resamples),
         settings={
             "data": config.data.root,
             "resamples": request.resamples,

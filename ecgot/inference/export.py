@@ -148,7 +148,7 @@ def _without_paths(run: Run) -> str:
     """The configuration without paths and devices of the machine that trained it."""
     values = json.loads(run.config().to_json())
     values["data"] |= {"root": "", "reports_csv": ""}
-    return json.dumps(values | {"device": "auto", "cuda_graph": False}, indent=2) + "\n"
+    return json.dumps(values | {"start": "", "device": "auto", "cuda_graph": False}, indent=2) + "\n"
 
 
 def _copy_weights(source: Path, target: Path) -> None:

@@ -8,14 +8,16 @@ from torch import Tensor
 from ecgot.choices import SCRATCH
 from ecgot.errors import EcgotError
 from ecgot.models.alignment import AlignmentModel
+from ecgot.models.classifier import Classifier
 from ecgot.models.decoder_writer import DecoderWriter
-from ecgot.models.encoders import encoder
+from ecgot.models.encoders import Encoder, encoder
 from ecgot.models.scores import Transport
 from ecgot.models.text_encoder import TextEncoder
 from ecgot.models.writer import Writer
 from ecgot.runs.config import AlignConfig, Config, ReportConfig
 from ecgot.runs.device import choose_device
 from ecgot.runs.run import Run
+from ecgot.runs.supervised import STAGE, SupervisedConfig
 
 if TYPE_CHECKING:
     from ecgot.models.reporter import Reporter
@@ -55,6 +57,39 @@ def load_alignment(run: Run, text: TextEncoder | None) -> AlignmentModel:
         )
     text.to(device).eval()
     return model.to(device).eval()
+
+
+def build_classifier(
+    config: Config, settings: SupervisedConfig, trained: Encoder | None = None
+) -> Classifier:
+    """The classifier of a supervised training, with random weights.
+
+    Args:
+        trained: the encoder to take in place of one with random weights.
+    """
+    crop, stride = settings.crop_samples(config.data.fs_hz)
+    return Classifier(
+        trained or encoder(config.encoder.name, leads=len(config.data.leads)),
+        settings.classes,
+        benchmark=not settings.start,
+        crop=crop,
+        stride=stride,
+    )
+
+
+def load_classifier(run: Run) -> Classifier:
+    """The classifier of a run of ``ecgot supervise``, in eval mode.
+
+    Its input is what the run's ``data`` settings make of a record, see
+    :meth:`ecgot.models.classifier.Classifier.class_logits`.
+
+    Raises:
+        EcgotError: the run holds none, or has not finished.
+    """
+    config = run.config()
+    made = build_classifier(config, SupervisedConfig.of(run))
+    run.load(STAGE, made)
+    return made.to(choose_device(config.device)).eval()
 
 
 def text_fingerprint(text: TextEncoder) -> Tensor:

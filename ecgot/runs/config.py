@@ -122,6 +122,7 @@ class Config:
     """All settings of a run."""
 
     seed: int = _setting(0, _NOT_NEGATIVE)
+    start: str = ""  # the run that both stages go on from: its folder, or "packaged"; "": from scratch
     device: str = "auto"  # "auto": CUDA if available, else the CPU
     cuda_graph: bool = False  # run the encoder as CUDA graphs, which saves launches
     data: DataConfig = field(default_factory=DataConfig)
@@ -174,6 +175,37 @@ def _merged(values: dict[str, Any], over: Any) -> Any:
         inner = merged.get(key)
         merged[key] = _merged(inner, value) if isinstance(inner, dict) else value
     return merged
+
+
+# What a run that starts from another shares with it: without these its weights do not fit.
+INHERITED = (
+    *("encoder.name", "data.leads", "data.fs_hz", "data.seconds", "align.width"),
+    *("text.name", "text.train", "text.max_tokens"),
+    *("report.language_model", "report.hidden_size", "report.layers", "report.lora_rank"),
+)
+# Its weights are good: less is to be learned, from fewer records.
+FINE_TUNING = (
+    *("align.epochs=8", "align.batch_size=32", "align.learning_rate=0.0003", "align.phrase_min_count=5"),
+    *("report.epochs=8", "report.batch_size=32", "report.learning_rate=0.0005"),
+)
+
+
+def fine_tuning(start: Config, name: str) -> Config:
+    """The settings that a fine-tuning of a run begins with: its own, but no paths, and gentler steps.
+
+    Args:
+        start, name: the run's configuration, and what :meth:`ecgot.runs.run.Run.named` calls it.
+    """
+    return resolve(None, [*FINE_TUNING, f"start={name}", "data.root=", "data.reports_csv="], base=start)
+
+
+def check_start(config: Config, start: Config) -> None:
+    """Raise EcgotError if a configuration does not fit the weights of the run that it starts from."""
+    flat = (_flat(dataclasses.asdict(each)) for each in (config, start))
+    asked, given = flat
+    for key in INHERITED:
+        if asked[key] != given[key]:
+            raise EcgotError(f"{key}: expected {given[key]}, as in {config.start}, got {asked[key]}")
 
 
 def differences(first: Config, second: Config) -> list[str]:

@@ -77,6 +77,12 @@ def load_folds(
     )
     for skipped in dataset.skipped:
         progress.note(f"skipped: {skipped.reason}")
+    if "patient_id" in dataset.table.lacking:
+        progress.note("data: no column patient_id, so every record counts as another patient")
+    if "strat_fold" in dataset.table.lacking:
+        progress.note(
+            "data: no column strat_fold, so patients are dealt to folds 1 to 10 by a hash of patient_id"
+        )
     if dataset.flat:
         progress.note(f"data: {len(dataset.flat)} records have a flat lead, which they keep")
     silent = sum(not report for report in dataset.reports)

@@ -23,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ecgot.choices import PACKAGED, STAGES
 from ecgot.errors import EcgotError, first_line
 from ecgot.files import save_tensors, write_atomically, write_text
 from ecgot.runs.config import Config, differences, from_json
 
-PRETRAINED = Path(__file__).parents[1] / "pretrained"  # the run that comes with the package
+PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"  # the run that comes with the package
 
 
 class Run:
@@ -76,6 +77,20 @@ class Run:
                 f"run: expected a folder that ecgot train made, got {folder}, which has no config.json"
             )
         return cls(folder)
+
+    @classmethod
+    def named(cls, name: str | Path) -> "Run":
+        """The run "packaged", which comes with the package, or that of a folder.
+
+        Raises:
+            EcgotError: the folder holds no run.
+        """
+        return cls.open(PRETRAINED if str(name) == PACKAGED else Path(name))
+
+    @property
+    def name(self) -> str:
+        """What :meth:`named` takes, from any working folder."""
+        return PACKAGED if self.folder.resolve() == PRETRAINED else str(self.folder.resolve())
 
     @property
     def prompts(self) -> Path:
@@ -195,10 +210,9 @@ class Run:
     def _trained(self, stage: str) -> Path:
         """The checkpoint of a stage that has finished training."""
         path = self._weights(stage)
+        cure = f"train with --stage {stage}" if stage in STAGES else "train with ecgot supervise"
         if not path.exists():
-            raise EcgotError(
-                f"run: expected {path.name} in {self.folder}, got none; train with --stage {stage} first"
-            )
+            raise EcgotError(f"run: expected {path.name} in {self.folder}, got none; {cure} first")
         if not self.done(stage):
             raise EcgotError(
                 f"run: expected stage {stage} of {self.folder} to be done, got an "

@@ -14,7 +14,7 @@ from ecgot.models.encoders import CapturedTraining, to_channels_last
 from ecgot.models.losses import AlignmentLoss, SaidPhrases
 from ecgot.models.text_encoder import TextEncoder, TextTokens
 from ecgot.models.token_store import TokenStore, embed_texts
-from ecgot.runs.checkpoints import build_model, text_fingerprint, transport
+from ecgot.runs.checkpoints import build_model, load_alignment, text_fingerprint, transport
 from ecgot.runs.config import AlignConfig, Config
 from ecgot.runs.device import choose_device
 from ecgot.runs.progress import Progress
@@ -88,7 +88,7 @@ def train_alignment(
         store = embed_texts(
             text, texts, cache_dir=cache_dir, progress=lambda done, total: progress.bar("texts", done, total)
         )
-    model = _new_model(config, text).to(device)
+    model = _first_model(run, text, phrases).to(device)
     loss = _loss(settings)
     source = ReportSource(train.reports, text, store)
     validation_source = ReportSource(validation.reports, text, store)
@@ -103,9 +103,8 @@ def train_alignment(
         batches = epoch_order(len(train), settings.batch_size, config.seed, number)
         for done, rows in enumerate(batches):
             signal = waveforms(train, rows, device)
-            ecg = model.project_tokens(
-                encode(*(augmented(*signal, config.data) if settings.augment else signal))
-            )
+            signal = augmented(*signal, config.data) if settings.augment else signal
+            ecg = model.project_tokens(encode(*signal))
             tokens, ids = source.batch(rows, device)
             said = None if phrase_source is None else phrase_source.batch(rows)
             terms = loss(ecg, model.embed_text(tokens), ids, model, said)
@@ -133,6 +132,22 @@ def train_alignment(
     return model.eval()
 
 
+@torch.no_grad()
+def _first_model(run: Run, text: TextEncoder, phrases: Phrases | None) -> AlignmentModel:
+    """The model at the start of training, or one to load its state into.
+
+    Where it has not learned phrases yet, its prior is their mean log-odds.
+    """
+    config = run.config()
+    start = Run.named(config.start) if config.start and not run.begun("align") else None
+    model = _new_model(config, text) if start is None else load_alignment(start, text)
+    if choose_device(config.device).type == "cpu":
+        to_channels_last(model.encoder)
+    if phrases is not None and (start is None or not start.config().align.phrase_weight):
+        model.phrase_prior[-1].bias.fill_(phrases.log_odds)  # type: ignore[operator]
+    return model
+
+
 def _new_model(config: Config, text: TextEncoder) -> AlignmentModel:
     """The model at the start of training, initialised from the seed.
 
@@ -141,8 +156,6 @@ def _new_model(config: Config, text: TextEncoder) -> AlignmentModel:
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
     model = build_model(config, text.width)
-    if device.type == "cpu":
-        to_channels_last(model.encoder)
     if config.text.train:
         model.text = text.to(device)
     else:
@@ -180,15 +193,13 @@ def report_phrases(reports: tuple[str, ...], settings: AlignConfig) -> Phrases |
 def _phrase_source(
     model: AlignmentModel, text: TextEncoder, phrases: Phrases, store: TokenStore | None, cache_dir: Path
 ) -> PhraseSource:
-    """The phrases with their embeddings; also sets the model's prior to their mean log-odds.
+    """The phrases with their embeddings.
 
     Without a ``store`` of frozen embeddings, each epoch embeds the phrases again, so that phrases are learned
     with the same encoder that later embeds prompts.
     """
     frozen = store is not None
     pooled = embed_texts(text, phrases.texts, cache_dir=cache_dir).pooled if frozen else torch.empty(0)
-    with torch.no_grad():
-        model.phrase_prior[-1].bias.fill_(phrases.log_odds)  # type: ignore[operator]
     return PhraseSource(phrases, pooled, next(model.parameters()).device)
 
 

@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecgot.choices import SCRATCH
 from ecgot.data.dataset import EcgDataset
 from ecgot.models.alignment import AlignmentModel
-from ecgot.models.language_models import save_language_model_shape
+from ecgot.models.language_models import empty_reporter, save_language_model_shape
 from ecgot.models.reporter import Reporter
 from ecgot.runs.checkpoints import new_reporter
 from ecgot.runs.config import ReportConfig
@@ -36,11 +36,11 @@ def train_reporter(
     settings, device = config.report, choose_device(config.device)
     torch.manual_seed(config.seed)
     if not run.begun("report"):  # resumed weights belong to the recorders already saved
-        run.save_recorders(_known_recorders(train.table.recorders) if settings.by_recorder else ())
+        run.save_recorders(_recorders(run, train.table.recorders))
     if settings.by_recorder and any(train.table.recorders):
         names = ", ".join(run.recorders) or "none"
         progress.note(f"report: recorders with at least {RECORDER_MIN_COUNT} reports: {names}")
-    reporter = new_reporter(settings, model.ecg_width, train.reports, run.recorders).to(device)
+    reporter = _first_reporter(run, model.ecg_width, train.reports).to(device)
     if not settings.lora_rank:
         save_language_model_shape(reporter, run.folder / "language_model")
     lengths = torch.tensor([len(report) for report in train.reports])
@@ -83,6 +83,53 @@ def train_reporter(
         progress=progress,
     )
     return reporter.eval()
+
+
+def _first_reporter(run: Run, ecg_width: int, reports: tuple[str, ...]) -> Reporter:
+    """The reporter at the start of training, or one to load its state into."""
+    config = run.config()
+    if run.begun("report"):
+        return _reporter_of(run, config.report, ecg_width, run.recorders)
+    start = Run.named(config.start) if config.start else None
+    if start is None or not start.done("report"):
+        return new_reporter(config.report, ecg_width, reports, run.recorders)
+    reporter = _reporter_of(start, config.report, ecg_width, start.recorders)
+    start.load("report", reporter)
+    _rename_recorders(reporter, run.recorders)
+    return reporter
+
+
+def _reporter_of(run: Run, settings: ReportConfig, ecg_width: int, recorders: tuple[str, ...]) -> Reporter:
+    """A reporter of the shape that a run's stage 2 has, with that run's tokenizer."""
+    if settings.lora_rank:
+        return new_reporter(settings, ecg_width, (), recorders)
+    folder = run.folder / "language_model"
+    return empty_reporter(folder, ecg_width, max_tokens=settings.max_tokens, recorders=recorders)
+
+
+@torch.no_grad()
+def _rename_recorders(reporter: Reporter, recorders: tuple[str, ...]) -> None:
+    """Let a reporter know ``recorders``: old ones keep their embedding, new ones begin as the unknown one."""
+    known, rows = ("", *reporter.recorders), ("", *recorders)
+    old, reporter.recorders, reporter.recorder_embedding = reporter.recorder_embedding, recorders, None
+    if not recorders:
+        return
+    width = reporter.language_model.get_input_embeddings().embedding_dim
+    made = nn.Embedding(len(rows), width)
+    nn.init.normal_(made.weight, std=0.02)
+    if old is not None:
+        for row, name in enumerate(rows):
+            made.weight[row] = old.weight[known.index(name) if name in known else 0]
+    reporter.recorder_embedding = made
+
+
+def _recorders(run: Run, recorders: Sequence[str]) -> tuple[str, ...]:
+    """The recorders that stage 2 conditions on: those of the run that it starts from, and frequent ones."""
+    config = run.config()
+    if not config.report.by_recorder:
+        return ()
+    inherited = Run.named(config.start).recorders if config.start else ()
+    return (*inherited, *(name for name in _known_recorders(recorders) if name not in inherited))
 
 
 def _known_recorders(recorders: Sequence[str]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from ecgot.models.encoders import encoder
 from ecgot.models.language_models import check_language_model
 from ecgot.models.text_encoder import TextEncoder
 from ecgot.runs.checkpoints import load_alignment
-from ecgot.runs.config import Config
+from ecgot.runs.config import Config, check_start
 from ecgot.runs.device import check_cuda_graph
 from ecgot.runs.progress import Progress
 from ecgot.runs.records import load_folds
@@ -48,6 +48,8 @@ def train(
     # Check everything that can be checked before making the run's folder.
     if "align" not in stages:
         Run.open(out)
+    if config.start and not Run(out).begun("align"):
+        _check_start(config)
     check_cuda_graph(config)
     encoder(config.encoder.name, leads=len(config.data.leads))
     if "report" in stages:
@@ -78,3 +80,17 @@ def train(
     if "report" in stages and not run.done("report"):
         train_reporter(run, model, *sets, progress=progress)
     return run
+
+
+def _check_start(config: Config) -> None:
+    """Check that the run which training starts from is trained, and that the configuration fits it.
+
+    Raises:
+        EcgotError: it is not, or does not.
+    """
+    start = Run.named(config.start)
+    if not start.done("align"):
+        raise EcgotError(
+            f"start: expected a run with a trained stage align, got {start.folder}, where it is not trained"
+        )
+    check_start(config, start.config())

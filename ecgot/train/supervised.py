@@ -6,8 +6,7 @@ Fine-tuning an aligned encoder takes whole records and all label groups at once.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -18,56 +17,28 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ecgot.choices import (
-    ALL,
     FINE_TUNED_EPOCHS,
     FINE_TUNED_GROUP,
-    GROUPS,
+    OWN_LABELS,
     SUPERVISED_EPOCHS,
     SUPERVISED_GROUP,
 )
 from ecgot.data.dataset import EcgDataset
+from ecgot.data.yes_no import UNKNOWN, YesNoLabels
 from ecgot.errors import EcgotError
-from ecgot.models.encoders import Encoder, encoder, fuse_norms, masked_mean, to_channels_last
-from ecgot.runs.checkpoints import load_alignment
+from ecgot.models.classifier import Classifier
+from ecgot.models.encoders import to_channels_last
+from ecgot.runs.checkpoints import build_classifier, load_alignment
 from ecgot.runs.device import choose_device
 from ecgot.runs.progress import Progress
 from ecgot.runs.records import BATCH, waveforms
 from ecgot.runs.run import Run
+from ecgot.runs.supervised import STAGE, SupervisedConfig
 from ecgot.train.batches import augmented, epoch_order
 from ecgot.train.loop import Schedule, parameter_groups, train_epochs, warm_up_and_decay
 
-STAGE = "supervised"
+FEW_STEPS, FEW_BATCH = 400, 16  # optimizer steps that fine-tuning takes at least, and its smallest batch
 BENCHMARK_ENCODERS = ("resnet1d_wang", "xresnet1d101", "inception1d")
-
-
-@dataclass(frozen=True)
-class SupervisedConfig:
-    """How a classifier is trained; the defaults are the PTB-XL benchmark's.
-
-    Attributes:
-        start: folder of the run whose aligned encoder is fine-tuned; "" trains from scratch.
-        group: the label group, or "all".
-        crop_seconds: length of the crops in training and scoring; 0 takes whole records.
-        stride_seconds: distance between crops in scoring.
-        learning_rate, encoder_learning_rate: peak rates of the head and of the encoder.
-        average: decay of an exponential moving average of the weights; 0 keeps the last weights.
-    """
-
-    start: str = ""
-    group: str = SUPERVISED_GROUP
-    epochs: int = SUPERVISED_EPOCHS
-    batch_size: int = 128
-    learning_rate: float = 1e-2
-    encoder_learning_rate: float = 1e-2
-    weight_decay: float = 1e-2
-    average: float = 0.0
-    crop_seconds: float = 2.5
-    stride_seconds: float = 1.25
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """The label groups that the classifier learns."""
-        return GROUPS if self.group == ALL else (self.group,)
 
 
 def benchmark_config(group: str | None = None, epochs: int | None = None) -> SupervisedConfig:
@@ -80,7 +51,7 @@ def benchmark_config(group: str | None = None, epochs: int | None = None) -> Sup
 def fine_tuning_config(start: Run, group: str | None = None, epochs: int | None = None) -> SupervisedConfig:
     """Settings for fine-tuning the aligned encoder of ``start``; None means the default."""
     return SupervisedConfig(
-        start=str(start.folder.resolve()),
+        start=start.name,
         group=group or FINE_TUNED_GROUP,
         epochs=FINE_TUNED_EPOCHS if epochs is None else epochs,
         batch_size=64,
@@ -93,85 +64,85 @@ def fine_tuning_config(start: Run, group: str | None = None, epochs: int | None 
     )
 
 
+def for_few(settings: SupervisedConfig, records: int) -> SupervisedConfig:
+    """The settings with smaller batches and more epochs, where ``records`` are too few for the head to learn.
+
+    The head begins with random weights: it needs some hundred steps, however few records there are.
+    """
+    batch_size = min(settings.batch_size, max(FEW_BATCH, records // FEW_BATCH))
+    epochs = math.ceil(FEW_STEPS / max(1, records // batch_size))
+    if epochs <= settings.epochs:
+        return settings
+    return replace(settings, batch_size=batch_size, epochs=epochs)
+
+
 @dataclass(frozen=True)
 class Targets:
     """The labels of several groups, side by side.
 
     Attributes:
+        classes: group -> its classes, in the order of the columns.
         matrix: [n, C] bool.
-        counted: [n, C] bool; True if the record has a label in the column's group.
+        counted: [n, C] bool: what is learned and measured. Of a label group all columns of a record that has
+            a label in it; of one's own labels every yes and no.
     """
 
+    classes: dict[str, tuple[str, ...]]
     matrix: np.ndarray
     counted: np.ndarray
 
     @classmethod
     def of(cls, dataset: EcgDataset, groups: Sequence[str]) -> "Targets":
         """The labels of ``groups``, in this order."""
-        matrices = [dataset.labels(group).matrix for group in groups]
-        labelled = [np.broadcast_to(matrix.any(1, keepdims=True), matrix.shape) for matrix in matrices]
-        return cls(np.concatenate(matrices, axis=1), np.concatenate(labelled, axis=1))
+        labels = {group: dataset.labels(group) for group in groups}
+        matrices = [each.matrix for each in labels.values()]
+        counted = [np.broadcast_to(matrix.any(1, keepdims=True), matrix.shape) for matrix in matrices]
+        return cls(
+            {group: each.classes for group, each in labels.items()},
+            np.concatenate(matrices, axis=1),
+            np.concatenate(counted, axis=1),
+        )
+
+    @classmethod
+    def of_own(cls, dataset: EcgDataset, own: YesNoLabels) -> "Targets":
+        """One's own labels."""
+        answers = own.of(dataset.table)
+        return cls({OWN_LABELS: own.classes}, answers == 1, answers != UNKNOWN)
+
+    def select(self, rows: np.ndarray) -> "Targets":
+        """The given records."""
+        return replace(self, matrix=self.matrix[rows], counted=self.counted[rows])
+
+    def by_group(self, columns: np.ndarray) -> dict[str, np.ndarray]:
+        """group -> [n, its classes], of something [n, C]."""
+        ends = np.cumsum([len(names) for names in self.classes.values()])[:-1]
+        return dict(zip(self.classes, np.split(columns, ends, axis=1), strict=True))
 
 
-def labelled(dataset: EcgDataset, groups: Sequence[str]) -> EcgDataset:
-    """The records with a label in one of the groups; training skips the others.
+def labelled(dataset: EcgDataset, targets: Targets) -> tuple[EcgDataset, Targets]:
+    """The records with a label that counts; training skips the others.
 
     Raises:
-        EcgotError: fewer than two have.
+        EcgotError: fewer than two have one, or one's own labels are all yes, or all no.
     """
-    rows = np.flatnonzero(Targets.of(dataset, groups).matrix.any(1))
+    rows = np.flatnonzero(targets.counted.any(1))
     if len(rows) < 2:
-        raise EcgotError(f"data: expected 2 or more records labelled in {', '.join(groups)}, got {len(rows)}")
-    return dataset.select(rows)
+        named = ", ".join(targets.classes)
+        raise EcgotError(f"data: expected 2 or more training records labelled in {named}, got {len(rows)}")
+    for column, name in enumerate(targets.classes.get(OWN_LABELS, ())):
+        known = targets.matrix[targets.counted[:, column], column]
+        if known.all() or not known.any():
+            raise EcgotError(
+                f"labels: expected a 1 and a 0 of every label in the training folds, got {int(known.sum())} "
+                f"times 1 and {int((~known).sum())} times 0 of {name!r}"
+            )
+    return dataset.select(rows), targets.select(rows)
 
 
 def class_loss(logits: Tensor, truth: Tensor, counted: Tensor) -> Tensor:
     """Mean binary cross-entropy over the counted entries; logits, truth (0 or 1), counted: [b, C]."""
     losses = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     return losses.where(counted, 0.0).sum() / counted.sum().clamp_min(1)
-
-
-class Classifier(nn.Module):
-    """An encoder and a head; waveforms are standardised by the mean and deviation of the training data.
-
-    Args:
-        encoder: waveform [B, L, T] to tokens of its ``width``.
-        classes: C.
-        benchmark: the PTB-XL benchmark's head, on the mean and the maximum of the tokens; otherwise one
-            linear layer on their mean.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, encoder: Encoder, classes: int, *, benchmark: bool) -> None:
-        super().__init__()
-        self.encoder, self.benchmark = encoder, benchmark
-        self.head: nn.Module = nn.Linear(encoder.width, classes)
-        if benchmark:
-            self.head = nn.Sequential(
-                nn.BatchNorm1d(2 * encoder.width),
-                nn.Dropout(0.25),
-                nn.Linear(2 * encoder.width, 128),
-                nn.ReLU(),
-                nn.BatchNorm1d(128),
-                nn.Dropout(0.5),
-                nn.Linear(128, classes),
-            )
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("deviation", torch.ones(()))
-
-    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits [B, C] of waveform [B, L, T] in mV; lengths [B] if some records are shorter."""
-        return self.classify(self.encoder, waveform, lengths)
-
-    def classify(self, encoder: nn.Module, waveform: Tensor, lengths: Tensor | None) -> Tensor:
-        """The same with another form of the encoder, such as a fused one."""
-        encoded = encoder((waveform - self.mean) / self.deviation, lengths)
-        if not self.benchmark:
-            return self.head(masked_mean(encoded.tokens, encoded.mask))
-        highest = encoded.tokens.masked_fill(~encoded.mask[:, :, None], -math.inf).max(1).values
-        return self.head(torch.cat([encoded.pooled, highest], 1))
 
 
 def initialise(classifier: Classifier, encoder_name: str) -> None:
@@ -209,11 +180,6 @@ def random_crops(waveform: Tensor, lengths: Tensor | None, samples: int) -> tupl
     return torch.stack(pieces), None if lengths is None else lengths.clamp(max=samples)
 
 
-def crop_starts(samples: int, crop: int, stride: int) -> list[int]:
-    """Start of each crop of a record of ``samples``: every ``stride``, while a whole crop fits."""
-    return list(range(0, samples - crop + 1, stride)) or [0]
-
-
 @torch.no_grad()
 def class_probabilities(
     classifier: Classifier, dataset: EcgDataset, starts: Sequence[int], crop: int, *, progress: Progress
@@ -221,24 +187,13 @@ def class_probabilities(
     """Probabilities [n, C] of every record: for each class the maximum over crops.
 
     Args:
-        starts: where crops of ``crop`` samples start. Crops that reach past a record's end are ignored,
-            except the first, which is cut to the record.
-        crop: samples in a crop.
+        starts, crop: see :meth:`ecgot.models.classifier.Classifier.largest_logits`.
     """
-    classifier.eval()
     device = next(classifier.parameters()).device
-    encode = fuse_norms(classifier.encoder)
-    found = []
+    fast, found = classifier.fused(), []
     for rows in torch.arange(len(dataset)).split(BATCH):
-        signal, lengths = waveforms(dataset, rows, device)
-        best = None
-        for start in starts:
-            left = None if lengths is None else (lengths - start).clamp(0, crop)
-            logits = classifier.classify(encode, signal[:, :, start : start + crop], left)
-            if left is not None and start != starts[0]:
-                logits = logits.masked_fill((left < crop)[:, None], -math.inf)
-            best = logits if best is None else torch.maximum(best, logits)
-        found.append(torch.sigmoid(cast(Tensor, best)).cpu())
+        logits = fast.largest_logits(*waveforms(dataset, rows, device), starts, crop)
+        found.append(torch.sigmoid(logits).cpu())
         progress.bar("supervised, scores", int(rows[-1]) + 1, len(dataset))
     return torch.cat(found).numpy()
 
@@ -247,6 +202,7 @@ def train_classifier(
     run: Run,
     settings: SupervisedConfig,
     train: EcgDataset,
+    targets: Targets,
     *,
     validate: Callable[[Classifier], dict[str, float]],
     progress: Progress,
@@ -254,12 +210,12 @@ def train_classifier(
     """Train a classifier and return it on its device, in eval mode; if the run is done, load it instead.
 
     Args:
+        train, targets: the training records and their labels, see :func:`labelled`.
         validate: returns metrics of the weights after an epoch; nothing is selected by them.
     """
     config = run.config()
     device = choose_device(config.device)
-    targets = Targets.of(train, settings.groups)
-    classifier = _build(run, settings, targets.matrix.shape[1]).to(device)
+    classifier = _build(run, settings).to(device)
     if run.done(STAGE):
         run.load(STAGE, classifier)
         return classifier.eval()
@@ -269,7 +225,7 @@ def train_classifier(
         classifier.deviation.fill_(deviation)
     if device.type == "cpu":
         to_channels_last(classifier.encoder)
-    crop, _ = scoring_crops(settings, train)
+    crop, _ = classifier.crops(train.signals_uv.shape[2])
     truth, counted = torch.from_numpy(targets.matrix).float(), torch.from_numpy(targets.counted)
 
     def epoch(number: int, step: Callable[[Tensor], None]) -> dict[str, float]:
@@ -305,27 +261,17 @@ def train_classifier(
     return classifier.eval()
 
 
-def _build(run: Run, settings: SupervisedConfig, classes: int) -> Classifier:
+def _build(run: Run, settings: SupervisedConfig) -> Classifier:
     """The classifier at the start of training. When resuming, the saved weights are loaded later."""
     config = run.config()
     torch.manual_seed(config.seed)
     if settings.start and not run.begun(STAGE):
-        aligned = load_alignment(Run.open(Path(settings.start)), None).encoder
-        return Classifier(aligned, classes, benchmark=False)
-    fresh = encoder(config.encoder.name, leads=len(config.data.leads))
-    classifier = Classifier(fresh, classes, benchmark=not settings.start)
+        aligned = load_alignment(Run.named(settings.start), None).encoder
+        return build_classifier(config, settings, aligned)
+    classifier = build_classifier(config, settings)
     if not settings.start:
         initialise(classifier, config.encoder.name)
     return classifier
-
-
-def scoring_crops(settings: SupervisedConfig, dataset: EcgDataset) -> tuple[int, list[int]]:
-    """Samples in a crop and the starts of crops in scoring; one crop if whole records are used."""
-    samples = dataset.signals_uv.shape[2]
-    if not settings.crop_seconds:
-        return samples, [0]
-    crop = min(samples, max(1, round(settings.crop_seconds * dataset.fs_hz)))
-    return crop, crop_starts(samples, crop, max(1, round(settings.stride_seconds * dataset.fs_hz)))
 
 
 def _batches(count: int, settings: SupervisedConfig, seed: int, number: int) -> list[Tensor]:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ecgot.data.ptbxl import available_folds, check_patient_split, read_table
+from ecgot.data.ptbxl import available_folds, check_patient_split, fold_of, read_table
 from ecgot.errors import EcgotError
 
 STATEMENTS = """,description,diagnostic,form,rhythm,diagnostic_class,diagnostic_subclass
@@ -93,8 +93,7 @@ def test_the_sampling_rate_chooses_the_file_and_falls_back(root):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (lambda t: t.drop(columns="scp_codes"), "expected column scp_codes"),
-        (lambda t: t.drop(columns="patient_id"), "expected column patient_id"),
+        (lambda t: t.drop(columns="ecg_id"), "expected column ecg_id"),
         (lambda t: t.drop(columns=["filename_lr", "filename_hr"]), "filename_lr"),
         (lambda t: t.iloc[:0], "expected records"),
         (lambda t: pd.concat([t, t]), "twice"),
@@ -109,6 +108,33 @@ def test_a_bad_table_is_named_in_one_line(root, change, part):
         read_table(root)
     assert "\n" not in str(caught.value)
     assert "ptbxl_database.csv" in str(caught.value)
+
+
+def test_a_table_without_patients_folds_and_codes_is_read(root):
+    (root / "scp_statements.csv").unlink()
+    with pytest.raises(EcgotError, match=r"there is no .*scp_statements\.csv"):
+        read_table(root)  # codes without their meaning
+    rewrite(root, lambda table: table.drop(columns=["scp_codes", "strat_fold"]))
+    table = read_table(root)
+    assert table.lacking == {"scp_codes", "strat_fold"}
+    assert table.fold.tolist() == [fold_of(patient) for patient in (15709, 2, 2, 9)]
+    assert available_folds(root) == tuple(sorted(set(table.fold.tolist())))
+    assert not table.labels("superclass").matrix.any()
+    assert table.labels("rhythm").matrix.shape == (4, 0)
+    some = read_table(root, folds=[fold_of(2)])
+    assert {2, 3} <= set(some.ecg_id.tolist())
+    rewrite(root, lambda table: table.drop(columns="patient_id"))
+    assert read_table(root).patient_id.tolist() == [1, 2, 3, 7]
+    assert read_table(root).fold.tolist() == [fold_of(number) for number in (1, 2, 3, 7)]
+
+
+def test_patients_are_dealt_to_ten_folds_evenly_and_always_to_the_same():
+    folds = np.array([fold_of(patient) for patient in range(5000)])
+    counts = np.bincount(folds, minlength=11)
+    assert counts[0] == 0
+    assert counts[1:].min() > 400
+    assert counts[1:].max() < 600
+    assert [fold_of(patient) for patient in (1, 2, 15709)] == [1, 1, 8]  # on every machine
 
 
 def test_missing_files_and_columns_are_named(root):

@@ -85,3 +85,27 @@ def test_two_records_a_patient_widen_the_interval():
     by_patient = macro_auroc(twice, labels, np.repeat(np.arange(100), 2))
     by_record = macro_auroc(twice, labels, np.arange(200))
     assert by_patient.high - by_patient.low > 1.2 * (by_record.high - by_record.low)
+
+
+def test_of_known_labels_negatives_count_as_much_as_positives():
+    truth = np.array([[1, 0], [0, 0], [0, 1], [0, 0], [1, 1]], dtype=bool)
+    known = np.array([[1, 1], [1, 0], [1, 1], [1, 1], [0, 0]], dtype=bool)
+    scores = np.array([[0.5, 0.1], [0.4, 0.9], [0.6, 0.8], [0.1, 0.3], [0.0, 0.0]])
+    labels = Labels(("A", "B"), truth)
+    result = macro_auroc(scores, labels, np.arange(5), known=known, resamples=50)
+    assert result.records == 4  # nothing is known of the last
+    assert (result.positives, result.negatives) == ({"A": 1, "B": 1}, {"A": 3, "B": 2})
+    assert result.auroc == {"A": pytest.approx(2 / 3), "B": 1.0}
+    assert macro_auroc(scores, labels, np.arange(5), resamples=50).records == 3  # by the protocol
+
+
+def test_the_interval_of_a_class_is_that_of_the_class_alone():
+    rng = np.random.default_rng(0)
+    truth = np.stack([rng.random(200) < 0.4, np.arange(200) % 2 == 0], 1)
+    scores, everything = rng.normal(size=(200, 2)) + truth, np.ones((200, 2), dtype=bool)
+    both = macro_auroc(scores, Labels(("A", "B"), truth), np.arange(200), known=everything, resamples=200)
+    for column, name in enumerate(("A", "B")):
+        one = [each[:, [column]] for each in (scores, truth, everything)]
+        alone = macro_auroc(one[0], Labels((name,), one[1]), np.arange(200), known=one[2], resamples=200)
+        assert both.intervals[name] == pytest.approx((alone.low, alone.high))
+        assert both.intervals[name][0] < both.auroc[name] < both.intervals[name][1]

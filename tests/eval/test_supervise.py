@@ -12,22 +12,24 @@ from safetensors.torch import load_file
 
 from ecgot.choices import GROUPS
 from ecgot.cli.main import cli
+from ecgot.data.baseline import HIGHPASS_HZ
 from ecgot.data.dataset import load_dataset
+from ecgot.data.ptbxl import SUPERCLASSES
 from ecgot.errors import EcgotError
 from ecgot.eval.auroc import macro_auroc
 from ecgot.eval.supervise import supervise
+from ecgot.models.classifier import Classifier, crop_starts
 from ecgot.models.encoders import encoder
+from ecgot.runs.checkpoints import load_classifier
 from ecgot.runs.config import resolve
 from ecgot.runs.progress import Progress
 from ecgot.runs.run import Run
 from ecgot.train import supervised
 from ecgot.train.stages import train
 from ecgot.train.supervised import (
-    Classifier,
     Targets,
     class_loss,
     class_probabilities,
-    crop_starts,
     initialise,
     labelled,
     one_cycle,
@@ -56,7 +58,7 @@ def stop_at(text: str) -> Progress:
 
 @pytest.fixture(scope="module")
 def records(few, cache_dir):
-    return load_dataset(few, cache_dir=cache_dir)
+    return load_dataset(few, highpass_hz=HIGHPASS_HZ, cache_dir=cache_dir)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,9 @@ def aligned(few, tiny_bert, cache_dir, tmp_path_factory):
 def classifier() -> Classifier:
     """Random weights, and norms that have seen some data."""
     torch.manual_seed(0)
-    made = Classifier(encoder("resnet1d_tiny"), 5, benchmark=True)
+    made = Classifier(
+        encoder("resnet1d_tiny"), {"superclass": SUPERCLASSES}, benchmark=True, crop=250, stride=125
+    )
     initialise(made, "resnet1d_wang")
     made.mean.fill_(0.02)
     made.deviation.fill_(0.3)
@@ -189,12 +193,13 @@ def test_targets_lay_groups_side_by_side_and_count_labelled_records(records):
 
 def test_records_without_a_label_in_the_group_take_no_part(records):
     matrix = records.labels("form").matrix
-    kept = labelled(records, ("form",))
+    kept, targets = labelled(records, Targets.of(records, ("form",)))
     assert 0 < len(kept) < len(records)
     np.testing.assert_array_equal(kept.table.ecg_id, records.table.ecg_id[matrix.any(1)])
+    np.testing.assert_array_equal(targets.matrix, matrix[matrix.any(1)])
     bare = replace(records, table=replace(records.table, codes=(frozenset(),) * len(records)))
     with pytest.raises(EcgotError, match=r"data: .*got 0"):
-        labelled(bare, ("form", "rhythm"))
+        labelled(bare, Targets.of(bare, ("form", "rhythm")))
 
 
 def test_the_scale_is_that_of_all_samples_of_all_leads(records):
@@ -234,7 +239,7 @@ def test_fine_tuning_has_two_rates_and_decays_matrices_alone(aligned, classifier
 
 def test_the_benchmarks_encoders_begin_with_its_weights_and_others_with_their_own():
     torch.manual_seed(0)
-    made = Classifier(encoder("xresnet1d101"), 5, benchmark=True)
+    made = Classifier(encoder("xresnet1d101"), {"superclass": SUPERCLASSES}, benchmark=True)
     zeros = [m for m in made.encoder.modules() if hasattr(m, "running_mean") and not m.weight.any()]
     assert zeros  # the encoder's own
     initialise(made, "xresnet1d101")
@@ -242,7 +247,7 @@ def test_the_benchmarks_encoders_begin_with_its_weights_and_others_with_their_ow
     last = made.head[-1]
     assert last.weight.std().item() == pytest.approx((2 / 128) ** 0.5, rel=0.1)
     assert not last.bias.any()
-    own = Classifier(encoder("resnet1d_tiny"), 5, benchmark=True)
+    own = Classifier(encoder("resnet1d_tiny"), {"superclass": SUPERCLASSES}, benchmark=True)
     before = own.encoder.conv1.weight.clone()
     initialise(own, "resnet1d_tiny")
     assert torch.equal(own.encoder.conv1.weight, before)
@@ -296,9 +301,9 @@ def test_a_baseline_leaves_an_evaluation_that_its_weights_give(few, records, tmp
     assert all(0 <= line["validation_auroc_superclass"] <= 1 for line in lines)
     held_out = records.folds((9, 10))
     assert saved["records"] == len(held_out)
-    loaded = Classifier(encoder("resnet1d_tiny"), 5, benchmark=True)
-    loaded.load_state_dict(load_file(out / "supervised.safetensors"))
-    training = labelled(records.folds(range(1, 9)), ("superclass",))
+    loaded = load_classifier(Run.open(out))
+    training = records.folds(range(1, 9))
+    training, _ = labelled(training, Targets.of(training, ("superclass",)))
     assert (loaded.mean.item(), loaded.deviation.item()) == pytest.approx(standard_scale(training))
     scores = class_probabilities(loaded, held_out, crop_starts(1000, 250, 125), 250, progress=Progress())
     again = macro_auroc(scores, held_out.labels("superclass"), held_out.table.patient_id, resamples=20)
