@@ -504,13 +504,11 @@ def calibrate(run: Path, data: Path, folds: str, cache: Path | None, as_json: bo
     from ecgot.runs.run import Run
 
     with progress(quiet=as_json) as shown:
-        summary = calibrate_run(
-            Run.open(run), data, folds=parse_folds(folds), cache_dir=cache, progress=shown
-        )
+        fitted = calibrate_run(Run.open(run), data, folds=parse_folds(folds), cache_dir=cache, progress=shown)
     if as_json:
-        _print_json(summary)
+        _print_json({"run": str(run), "records": fitted.records, "folds": fitted.folds})
     else:
-        click.echo(f"calibrated {run} on {summary['records']} records")
+        click.echo(f"calibrated {run} on {fitted.records} records")
 
 
 @cli.command()

@@ -84,7 +84,7 @@ def _output(out: Path, reader: EcgReader, resume: bool) -> "_Lines":
     if out.suffix == ".jsonl":
         return _Lines(out)
     if out.suffix == ".csv":
-        classes = [f"{group}:{name}" for group, rows in reader.prompts.rows.items() for name in rows]
+        classes = [f"{group}:{name}" for group, rows in reader.scorer.classes.items() for name in rows]
         return _Csv(out, (*COLUMNS, *classes))
     if out.suffix and not out.is_dir():
         raise EcgotError(f"out: expected a file .csv or .jsonl, or a folder for pages, got {out}")

@@ -9,36 +9,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ecgot.choices import BEAMS
 from ecgot.data.formats import RecordSource
 from ecgot.data.measurements import Measurements, measure
-from ecgot.data.record import Record, fit_length, prepare
+from ecgot.data.record import Record, prepare
 from ecgot.errors import EcgotError, first_line
-from ecgot.inference import calibration as calibrations
-from ecgot.inference.calibration import Calibration, Finding
-from ecgot.inference.evidence import Evidence, explain
 from ecgot.inference.judgement import agreed, lacking, notes_on, without
 from ecgot.inference.reading import Reading, ReadingError, Sentence, Window
+from ecgot.inference.scorers import Scored, Supervised, ZeroShot
 from ecgot.inference.stretches import Stretch, is_source, load, source_of, starts
-from ecgot.inference.zeroshot import (
-    BUILT_IN,
-    EmbeddedPrompts,
-    check_score,
-    class_scores,
-    embed_prompts,
-    load_prompts,
-    read_prompts,
-    scores_fingerprint,
-)
-from ecgot.models.encoders import EncoderOutput, fuse_norms
-from ecgot.models.writer import WrittenReport
-from ecgot.runs.checkpoints import load_alignment, load_reporter, transport
-from ecgot.runs.device import choose_device
+from ecgot.inference.zeroshot import BUILT_IN
+from ecgot.models.writer import Writer, WrittenReport
+from ecgot.runs.checkpoints import load_reporter
 from ecgot.runs.run import PRETRAINED, Run
+from ecgot.runs.supervised import STAGE
 
 BATCH = 64  # stretches that are encoded, and reports that are written, at once
 _Item = TypeVar("_Item")
@@ -59,13 +46,29 @@ class Asked:
     window_s: float | None = None
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a window was read from: its signal, and its tokens [N, D] with their mask [N], empty if none."""
+
+    record: Record
+    tokens: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, record: Record, scored: Scored, row: int) -> "Origin":
+        """Of one of the stretches that were scored."""
+        if scored.tokens is None or scored.mask is None:
+            return cls(record, torch.empty(0), torch.empty(0))
+        return cls(record, scored.tokens[row], scored.mask[row])
+
+
 @dataclass
 class _Opened:
     """A record on its way through the model.
 
     Attributes:
         shown: the strongest window so far.
-        shown_from: its signal and tokens; None if no window can be read.
+        origin: what it was read from; None if no window can be read.
         failure: why reading ended before the record did.
     """
 
@@ -74,16 +77,16 @@ class _Opened:
     starts: list[float]
     windows: list[Window] = field(default_factory=list)
     shown: int = 0
-    shown_from: tuple[Record, Tensor, Tensor] | None = None
+    origin: Origin | None = None
     failure: str | None = None
 
-    def add(self, window: Window, origin: tuple[Record, Tensor, Tensor] | None) -> None:
+    def add(self, window: Window, origin: Origin | None) -> None:
         """Add a window, and what it was read from, which is kept if it is the strongest so far."""
         self.windows.append(window)
         if origin is None:
             return
-        if self.shown_from is None or window.weight > self.windows[self.shown].weight:
-            self.shown, self.shown_from = len(self.windows) - 1, origin
+        if self.origin is None or window.weight > self.windows[self.shown].weight:
+            self.shown, self.origin = len(self.windows) - 1, origin
 
 
 class EcgReader:
@@ -96,14 +99,10 @@ class EcgReader:
         num_beams: beams of the report search; 1 is greedy.
 
     Attributes:
-        model: the :class:`ecgot.models.alignment.AlignmentModel`; ``model.encoder`` is the ECG encoder, with
-            its norms as trained. Records are read by a fused copy of it, made when the reader is.
         config: the run's :class:`ecgot.runs.config.Config`.
+        scorer: what gives classes their scores, see :mod:`ecgot.inference.scorers`.
+        reporter: what writes reports; None if stage 2 has not been trained.
         recorders: the recorders whose wording a report can follow.
-        calibration: from scores to probabilities.
-
-    The text encoder is loaded only when it is needed: for prompts that the run does not hold as embeddings,
-    and for :meth:`classify`.
 
     Raises:
         EcgotError: the run cannot be used.
@@ -118,22 +117,15 @@ class EcgReader:
         num_beams: int = BEAMS,
     ) -> None:
         self.run = Run.open(PRETRAINED) if run is None else run
-        self.config = self.run.config()
-        self.score, self.num_beams = check_score(score, self.config.align), num_beams
-        self.device = choose_device(self.config.device)
-        self._transport = transport(self.config.align)
-        self._text: Any = None
-        if prompts == BUILT_IN and self.run.prompts.exists():
-            self.model = load_alignment(self.run, None)
-            self.prompts = load_prompts(self.run.prompts, self.device)
+        self.config, self.num_beams = self.run.config(), num_beams
+        self.scorer: ZeroShot | Supervised
+        self.reporter: Writer | None = None
+        if self.run.done(STAGE):
+            self.scorer = Supervised(self.run)
         else:
-            wanted = read_prompts(prompts)
-            text = self._load_with_text()
-            self.prompts = embed_prompts(self.model, text, wanted)
-        self.calibration = self._calibration(prompts)
-        self._fused_encoder = fuse_norms(self.model.encoder)
-        has_report = self.run.done("report")
-        self.reporter = load_reporter(self.run, self.model.ecg_width) if has_report else None
+            self.scorer = ZeroShot(self.run, prompts, score)
+            if self.run.done("report"):
+                self.reporter = load_reporter(self.run, self.scorer.model.ecg_width)
         self.recorders = () if self.reporter is None else self.reporter.recorders
 
     @classmethod
@@ -165,13 +157,6 @@ class EcgReader:
             f"EcgReader({str(self.run.folder)!r}, {self.config.encoder.name}, {len(data.leads)} leads, "
             f"{data.seconds:g} s at {data.fs_hz:g} Hz)"
         )
-
-    def _calibration(self, prompts: Path) -> Calibration:
-        """The run's calibration, of "phrase" scores by the built-in prompts; else the identity."""
-        file = self.run.folder / calibrations.FILE
-        if self.score != "phrase" or prompts != BUILT_IN or not file.exists():
-            return Calibration()
-        return Calibration.load(file, scores_fingerprint(self.model, self.prompts))
 
     # --- reading --------------------------------------------------------------------------------------------
 
@@ -254,23 +239,23 @@ class EcgReader:
         """Read, encode and score every stretch of the records."""
         jobs = ((each, start_s) for each in opened for start_s in each.starts)
         for some in _batches(jobs):
-            stretches = list(pool.map(lambda job: self._load(*job, asked), some))
+            stretches = list(pool.map(lambda job: self._load(job[0], job[1], asked), some))
             read = [each.record for each in stretches if each is not None and each.record is not None]
-            encoded = self._encode(read) if read else None
-            scores = iter(self._scores(encoded) if encoded is not None else ())
-            row = 0
+            scored = self.scorer.scored(read) if read else Scored([])
+            rows = iter(range(len(read)))
             for (each, _), stretch in zip(some, stretches, strict=True):
                 if stretch is None:
                     continue
-                if stretch.record is None or encoded is None:
+                if stretch.record is None:
                     each.add(Window(stretch.start_s, stretch.stop_s, stretch.quality), None)
                     continue
-                by_group = next(scores)
+                row = next(rows)
                 lacks = lacking(stretch.record, stretch.quality)
-                findings = without(self.calibration.findings(by_group), lacks)
-                window = Window(stretch.start_s, stretch.stop_s, stretch.quality, findings, by_group)
-                each.add(window, (stretch.record, encoded.tokens[row], encoded.mask[row]))
-                row += 1
+                findings = without(self.scorer.calibration.findings(scored.scores[row]), lacks)
+                window = Window(
+                    stretch.start_s, stretch.stop_s, stretch.quality, findings, scored.scores[row]
+                )
+                each.add(window, Origin.of(stretch.record, scored, row))
 
     def _load(self, opened: _Opened, start_s: float, asked: Asked) -> Stretch | None:
         """A stretch; None if it cannot be read, which ends the reading of its record."""
@@ -284,47 +269,28 @@ class EcgReader:
             return None
         return found
 
-    def _encode(self, records: Sequence[Record]) -> EncoderOutput:
-        """The tokens of prepared stretches."""
-        samples = round(self.config.data.fs_hz * self.config.data.seconds)
-        fitted = [fit_length(record.signal_mv, samples) for record in records]
-        waveform = torch.from_numpy(np.stack([signal for signal, _ in fitted])).to(self.device)
-        lengths = torch.tensor([valid for _, valid in fitted], device=self.device)
-        return self._fused_encoder(waveform, None if bool((lengths == samples).all()) else lengths)
-
-    def _scores(self, encoded: EncoderOutput) -> list[dict[str, dict[str, float]]]:
-        """Each ECG's score of each class."""
-        return scores_by_record(
-            class_scores(
-                self.model.project_tokens(encoded), self.prompts, score=self.score, transport=self._transport
-            ),
-            self.prompts,
-        )
-
     def _write(self, opened: Sequence[_Opened], asked: Asked) -> dict[int, WrittenReport]:
         """The reports of the records of which something can be said, by the id of each."""
         if not asked.report or self.reporter is None:
             return {}
-        said = [each for each in opened if each.shown_from is not None and each.failure is None]
+        said = [(each, each.origin) for each in opened if each.origin is not None and each.failure is None]
         if not said:
             return {}
-        origins = [each.shown_from for each in said if each.shown_from is not None]
-        tokens, masks = ([origin[part] for origin in origins] for part in (1, 2))
         written = self.reporter.write(
-            torch.stack(tokens),
-            torch.stack(masks),
+            torch.stack([origin.tokens for _, origin in said]),
+            torch.stack([origin.mask for _, origin in said]),
             recorders=[asked.recorder] * len(said),
             num_beams=self.num_beams,
         )
-        return {id(each): text for each, text in zip(said, written, strict=True)}
+        return {id(each): text for (each, _), text in zip(said, written, strict=True)}
 
     def _reading(self, opened: _Opened, written: WrittenReport | None, asked: Asked) -> Reading:
         """Everything that is said of a record whose windows were scored."""
         window, signal = opened.windows[opened.shown], None
-        notes, measured = [*opened.source.notes, *filter(None, [self.calibration.note])], None
+        notes, measured = [*opened.source.notes, *filter(None, [self.scorer.calibration.note])], None
         sentences: tuple[Sentence, ...] = ()
-        if opened.shown_from is not None:
-            signal = opened.shown_from[0]
+        if opened.origin is not None:
+            signal = opened.origin.record
             lacks = lacking(signal, window.quality)
             notes += notes_on(signal, window, lacks, self.config.data.seconds)
             if asked.measurements:
@@ -342,9 +308,9 @@ class EcgReader:
             measurements=measured,
             notes=tuple(notes),
             recorder=asked.recorder or None,
-            calibrated=bool(self.calibration.classes),
+            calibrated=bool(self.scorer.calibration.classes),
             signal=signal,
-            explain=None if signal is None else functools.partial(self._explain, signal),
+            explain=None if signal is None else functools.partial(self.scorer.explain, signal),
         )
 
     def _measured(self, opened: _Opened, window: Window) -> Measurements | None:
@@ -363,22 +329,6 @@ class EcgReader:
         )
         return None if isinstance(raw, ReadingError) else measure(raw.signal_mv, raw.fs_hz, raw.leads)
 
-    def _explain(self, signal: Record, finding: Finding) -> Evidence:
-        if self.score != "phrase":
-            raise EcgotError(f"evidence: expected the score 'phrase', got {self.score!r}")
-        data = self.config.data
-        waveform, valid = fit_length(signal.signal_mv, round(data.fs_hz * data.seconds))
-        return explain(
-            self.model,
-            torch.from_numpy(waveform).to(self.device),
-            valid,
-            self.prompts,
-            finding,
-            leads=signal.leads,
-            fs_hz=data.fs_hz,
-            encode=self._fused_encoder,
-        )
-
     # --- other uses -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -394,13 +344,11 @@ class EcgReader:
         Raises:
             EcgotError: the record or the text encoder cannot be used, or a text is empty or no finding.
         """
-        text = self._text or self._load_with_text()
+        scorer = self._zero_shot()
+        model, text = scorer.model_with_text()
         reading = self(record, report=False, measurements=False, **asked)
-        if reading.signal is None:
-            raise EcgotError(
-                f"record {reading.record}: " + "; ".join(r.text for r in reading.quality.remarks)
-            )
-        scored = score_texts(self.model, text, self._encode([reading.signal]), prompts, score=self.score)
+        encoded = scorer.encode([_signal(reading)])
+        scored = score_texts(model, text, encoded, prompts, score=scorer.score)
         return dict(zip(prompts, scored, strict=True))
 
     @torch.no_grad()
@@ -414,28 +362,18 @@ class EcgReader:
         Raises:
             EcgotError: a record cannot be read, or is refused.
         """
+        scorer = self._zero_shot()
         single = not _is_list(records)
         readings = self([records] if single else records, report=False, measurements=False, **asked)
-        for reading in readings:
-            if isinstance(reading, ReadingError):
-                raise EcgotError(reading.reason)
-            if reading.signal is None:
-                reasons = "; ".join(remark.text for remark in reading.quality.remarks)
-                raise EcgotError(f"record {reading.record}: {reasons}")
-        parts = [
-            self.model.project_tokens(self._encode([reading.signal for reading in some])).pooled
-            for some in _batches(readings)
-        ]
+        signals = [_signal(reading) for reading in readings]
+        parts = [scorer.model.project_tokens(scorer.encode(some)).pooled for some in _batches(signals)]
         pooled = torch.cat(parts) if parts else torch.zeros(0, self.config.align.width)
         return pooled[0] if single else pooled
 
-    def _load_with_text(self) -> Any:
-        from ecgot.models.text_encoder import TextEncoder
-
-        text = TextEncoder(self.config.text.name, max_tokens=self.config.text.max_tokens)
-        self.model = load_alignment(self.run, text)
-        self._text = text  # only once load_alignment has accepted it as the run's own
-        return text
+    def _zero_shot(self) -> ZeroShot:
+        if isinstance(self.scorer, Supervised):
+            raise EcgotError("run: expected one of ecgot train, got one of ecgot supervise")
+        return self.scorer
 
     def _known_recorder(self, recorder: str | None) -> str:
         """The recorder with single spaces, "" if it is unknown."""
@@ -488,13 +426,10 @@ def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
         yield some
 
 
-def scores_by_record(
-    scores: dict[str, Tensor], prompts: EmbeddedPrompts
-) -> list[dict[str, dict[str, float]]]:
-    """Group -> class -> score of each record, from group -> [B, C]."""
-    rows = {group: values.tolist() for group, values in scores.items()}
-    count = len(next(iter(rows.values())))
-    return [
-        {group: dict(zip(prompts.rows[group], values[row], strict=True)) for group, values in rows.items()}
-        for row in range(count)
-    ]
+def _signal(reading: Reading | ReadingError) -> Record:
+    if isinstance(reading, ReadingError):
+        raise EcgotError(reading.reason)
+    if reading.signal is None:
+        reasons = "; ".join(remark.text for remark in reading.quality.remarks)
+        raise EcgotError(f"record {reading.record}: expected an ECG that can be read, got {reasons}")
+    return reading.signal

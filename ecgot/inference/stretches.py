@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ecgot.data.formats import ArraySource, RecordSource, open_record
+from ecgot.data.formats.source import mv_per_unit, unit_error
 from ecgot.data.quality import Quality, assess
 from ecgot.data.record import Record, prepare
 from ecgot.errors import EcgotError
@@ -60,10 +61,14 @@ def is_source(item: Any) -> bool:
 
 
 def _from_wfdb(record: Any) -> ArraySource:
+    name = str(record.record_name)
     signal = record.p_signal if record.p_signal is not None else record.dac()
-    return ArraySource(
-        signal.T, fs_hz=record.fs, leads=record.sig_name, units=record.units, name=record.record_name
-    )
+    factors = [mv_per_unit(unit) for unit in record.units]
+    unknown = [unit for unit, factor in zip(record.units, factors, strict=True) if factor is None]
+    if unknown:
+        raise unit_error(name, unknown[0])
+    signal_mv = signal * np.array(factors, dtype=np.float64)
+    return ArraySource(signal_mv.T, fs_hz=record.fs, leads=record.sig_name, name=name)
 
 
 def starts(

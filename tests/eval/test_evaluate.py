@@ -204,7 +204,7 @@ def test_a_reading_is_what_the_evaluation_says(trained, evaluation, dataset, syn
 
 def test_a_reader_with_another_text_encoder_does_not_score_by_it(trained, few, monkeypatch, tiny_bert):
     reader = EcgReader(trained)
-    reader._text = None  # as of a run whose prompts are embedded
+    reader.scorer._text = None  # as of a run whose prompts are embedded
     monkeypatch.setattr("ecgot.models.text_encoder.TextEncoder", lambda *_, **__: TextEncoder(str(tiny_bert)))
     record = next((few / "records100").rglob("*.hea")).with_suffix("")
     for _ in range(2):  # nor the second time

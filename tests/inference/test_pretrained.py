@@ -62,16 +62,16 @@ def test_its_norms_are_fused_once_and_its_encoder_stays_as_trained(
         fused.append(fuse_norms(encoder))
         return fused[-1]
 
-    monkeypatch.setattr("ecgot.inference.reader.fuse_norms", noting)
+    monkeypatch.setattr("ecgot.inference.scorers.fuse_norms", noting)
     reader = ecgot.EcgReader.from_pretrained()
     for path in read_table(few).record_paths[:2]:
         reader(few / path)
     (copy,) = fused
     waveform = torch.randn(1, 12, 1000, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = reader.model.encoder(waveform)
+        expected = reader.scorer.model.encoder(waveform)
         torch.testing.assert_close(copy(waveform).tokens, expected.tokens, atol=1e-4, rtol=1e-4)
-        reader.model.encoder.train()(waveform)  # which leaves the copy alone
+        reader.scorer.model.encoder.train()(waveform)  # which leaves the copy alone
         torch.testing.assert_close(copy(waveform).tokens, expected.tokens, atol=1e-4, rtol=1e-4)
 
 

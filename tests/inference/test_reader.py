@@ -41,7 +41,7 @@ def test_the_fused_copy_reads_and_not_the_model_s_encoder(reader, record, monkey
     def refuse(*_arguments: object) -> None:
         raise AssertionError("the encoder whose norms are not fused was asked")
 
-    monkeypatch.setattr(reader.model.encoder, "forward", refuse)
+    monkeypatch.setattr(reader.scorer.model.encoder, "forward", refuse)
     assert reader(record).report
 
 
@@ -50,8 +50,8 @@ def test_a_short_record_is_read_without_its_padding(reader, record) -> None:
     reading = reader(signal, fs_hz=FS_HZ, leads=STANDARD_LEADS)
     assert any("6 s, shorter than the 10 s" in note for note in reading.notes)
     with torch.no_grad():
-        alone = reader.model.embed_ecg(torch.from_numpy(reading.signal.signal_mv)[None])
-        expected = class_scores(alone, reader.prompts, score=reader.score)
+        alone = reader.scorer.model.embed_ecg(torch.from_numpy(reading.signal.signal_mv)[None])
+        expected = class_scores(alone, reader.scorer.prompts, score=reader.scorer.score)
     assert reading.signal.signal_mv.shape == (12, 600)
     for group, scores in reading.scores.items():
         np.testing.assert_allclose(list(scores.values()), expected[group][0].numpy(), atol=1e-3)
