@@ -10,9 +10,16 @@ from safetensors.torch import load_file
 from ecgot.choices import GROUPS
 from ecgot.errors import EcgotError
 from ecgot.files import atomic_folder, save_tensors, write_text
+from ecgot.inference import calibration as calibrations
 from ecgot.inference.display import auroc_text, metric_text
-from ecgot.inference.zeroshot import embed_prompts, read_prompts, save_prompts
-from ecgot.models.text_encoder import TextEncoder
+from ecgot.inference.zeroshot import (
+    EmbeddedPrompts,
+    embed_prompts,
+    load_prompts,
+    read_prompts,
+    save_prompts,
+)
+from ecgot.models.alignment import AlignmentModel
 from ecgot.runs.checkpoints import load_alignment, load_reporter
 from ecgot.runs.config import DataConfig
 from ecgot.runs.run import Run
@@ -48,11 +55,10 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
         )
     if out.exists():
         raise EcgotError(f"out: expected a new folder, got {out}, which exists")
-    text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
-    model = load_alignment(run, text)
+    model, prompts = _with_prompts(run)
     if run.done("report"):
         load_reporter(run, model.ecg_width)  # fails here if it is damaged
-    prompts = embed_prompts(model, text, read_prompts())
+    calibration = run.folder / calibrations.FILE
     with atomic_folder(out) as folder:
         made = Run(folder)
         write_text(made.folder / "config.json", _without_paths(run))
@@ -63,7 +69,22 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
             shutil.copytree(run.folder / "language_model", made.folder / "language_model")
             made.save_recorders(run.recorders)
         save_prompts(prompts, made.prompts)
+        if calibration.exists():
+            shutil.copyfile(calibration, made.folder / calibrations.FILE)
         write_text(made.folder / "README.md", model_card(run, trained_on))
+
+
+def _with_prompts(run: Run) -> tuple[AlignmentModel, EmbeddedPrompts]:
+    """The aligned model and the built-in prompts, embedded anew unless the run was exported itself."""
+    if run.prompts.exists():
+        model = load_alignment(run, None)
+        return model, load_prompts(run.prompts, next(model.parameters()).device)
+    from ecgot.models.text_encoder import TextEncoder
+
+    settings = run.config().text
+    text = TextEncoder(settings.name, max_tokens=settings.max_tokens)
+    model = load_alignment(run, text)
+    return model, embed_prompts(model, text, read_prompts())
 
 
 def model_card(run: Run, trained_on: str = UNKNOWN) -> str:

@@ -173,7 +173,7 @@ def test_a_reading_is_plain_values_and_a_page(reader, record) -> None:
     assert values["report"] == reading.report
     assert len(values["findings"]) == len(reading.findings)
     assert "not a medical device" in values["notice"]
-    assert reading.to_html().startswith("<!doctype html>")
+    assert reading.to_html().startswith("<!DOCTYPE html>")
 
 
 def test_embeddings_are_of_unit_length_and_those_of_one(reader, records) -> None:
