@@ -369,7 +369,7 @@ def test_flat_and_empty_leads_count_as_missing_where_leads_are_estimated():
 def test_a_flat_limb_lead_derives_nothing():
     source = source_of("I", "II", I=np.zeros(1000))
     with pytest.raises(EcgotError, match="without III"):
-        prepare(source, leads=("II", "III"))
+        prepare(source, leads=("I", "II", "III"))
 
 
 def test_names_go_by_any_spelling(tmp_path):

@@ -99,6 +99,25 @@ def test_any_skew_and_frame_reads_in_pieces_as_in_one(tmp_path_factory, skews, f
     np.testing.assert_allclose(source.read(start, stop), whole[:, start:stop], atol=1e-12)
 
 
+def test_differences_of_format_8_are_summed_from_the_beginning(tmp_path):
+    differences = np.diff(DIGITAL, axis=0, prepend=DIGITAL[:1] - 1)
+    (tmp_path / "ecg.dat").write_bytes(differences.astype("i1").tobytes())
+    lines = [
+        f"ecg.dat 8 1000(0)/mV 16 0 {values[0] - 1} {int(values.sum()) % 65536} 0 {lead}"
+        for lead, values in zip(STANDARD_LEADS, DIGITAL.T, strict=True)
+    ]
+    (tmp_path / "ecg.hea").write_text("\n".join([f"ecg 12 {FS_HZ} {len(DIGITAL)}", *lines]))
+    source = open_record(tmp_path / "ecg")
+    np.testing.assert_allclose(source.read(0, 601), DIGITAL.T / 1000, atol=1e-12)
+    np.testing.assert_allclose(source.read(300, 400), DIGITAL.T[:, 300:400] / 1000, atol=1e-12)
+
+
+def test_without_a_baseline_the_adc_zero_is_it(tmp_path):
+    lines = [f"ecg.dat 16 1000/mV 16 100 0 0 0 {lead}" for lead in STANDARD_LEADS]
+    record = read_record(write(tmp_path, lines=lines))
+    np.testing.assert_allclose(record.signal_mv, (DIGITAL.T - 100) / 1000, atol=1e-6)
+
+
 def test_a_wrong_checksum_is_found_with_skew_and_frames_too(tmp_path):
     path = write(tmp_path)
     header = path.with_suffix(".hea")
