@@ -23,25 +23,25 @@ def synthetic_record(folder: Path) -> Path:
 
 def show(path: Path) -> None:
     """Read the record at ``path`` and print what the model makes of it."""
-    reader = ecgot.load_pretrained()  # loads once, reads any number of records
-    reading = reader.read(path)
+    reader = ecgot.EcgReader.from_pretrained()  # loads once, reads any number of records
+    reading = reader(path)
     print(f"{path.name}: {reading.report}")
-    for sentence, probability in reading.sentences:
-        print(f"  {probability:.2f}  {sentence}")
-    for group, scores in reading.scores.items():
-        best = max(scores, key=lambda name: scores[name])
-        print(f"highest {group}: {best} (log-odds {scores[best]:+.1f})")
+    for sentence in reading.sentences:
+        print(f"  {sentence.probability:.2f}  {sentence.text}")
+    for finding in reading.window.stated:
+        where = reading.evidence(finding)
+        print(f"found: {finding}, most plainly at {where.peak_s:.1f} s")
     for note in reading.notes:
         print("note:", note)
 
     # The same findings in the words of one of the recorders that the model knows.
     recorder = reader.recorders[0]
-    print(f"as a {recorder} would say: {reader.read(path, recorder=recorder).report}")
+    print(f"as a {recorder} would say: {reader(path, recorder=recorder).report}")
 
     # The encoder alone, to build on: waveform [B, 12, T] in mV to tokens [B, N, D] and a pooled embedding.
     record = ecgot.read_record(path, fs_hz=100.0)
     with torch.no_grad():
-        encoded = reader.model.encoder(torch.from_numpy(record.signal_mv)[None])
+        encoded = reader.scorer.model.encoder(torch.from_numpy(record.signal_mv)[None])
     print("tokens", tuple(encoded.tokens.shape), "pooled", tuple(encoded.pooled.shape))
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ecgot.data.formats import ArraySource, RecordSource, open_record
-from ecgot.data.formats.source import mv_per_unit, unit_error
 from ecgot.data.quality import Quality, assess
 from ecgot.data.record import Record, prepare
 from ecgot.errors import EcgotError
@@ -46,7 +45,9 @@ def source_of(item: Any, *, fs_hz: float | None = None, leads: Sequence[str] | N
     if isinstance(item, str | Path):
         return open_record(item, fs_hz=fs_hz, leads=leads)
     if hasattr(item, "p_signal") or hasattr(item, "d_signal"):
-        return _from_wfdb(item)
+        from ecgot.data.formats.wfdb_record import from_wfdb
+
+        return from_wfdb(item)
     if is_source(item):
         return item
     array = np.asarray(item)  # a tensor too
@@ -58,17 +59,6 @@ def source_of(item: Any, *, fs_hz: float | None = None, leads: Sequence[str] | N
 def is_source(item: Any) -> bool:
     """Whether it is a :class:`ecgot.data.formats.RecordSource`."""
     return hasattr(item, "read") and hasattr(item, "samples")
-
-
-def _from_wfdb(record: Any) -> ArraySource:
-    name = str(record.record_name)
-    signal = record.p_signal if record.p_signal is not None else record.dac()
-    factors = [mv_per_unit(unit) for unit in record.units]
-    unknown = [unit for unit, factor in zip(record.units, factors, strict=True) if factor is None]
-    if unknown:
-        raise unit_error(name, unknown[0])
-    signal_mv = signal * np.array(factors, dtype=np.float64)
-    return ArraySource(signal_mv.T, fs_hz=record.fs, leads=record.sig_name, name=name)
 
 
 def starts(
