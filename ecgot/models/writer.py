@@ -93,10 +93,8 @@ class Writer(nn.Module):
             names = [""] * len(tokens) if recorders is None else recorders
             if len(names) != len(tokens):
                 raise ValueError(f"recorders: expected {len(tokens)}, one for each ECG, got {len(names)}")
-            rows = [row_of.get(name, 0) for name in names]
-            token = self.recorder_embedding(torch.tensor(rows, dtype=torch.long, device=tokens.device))[
-                :, None
-            ]
+            rows = torch.tensor([row_of.get(name, 0) for name in names], dtype=torch.long)
+            token = self.recorder_embedding(rows.to(tokens.device))[:, None]
             # In front: after the ECG it would follow padding, which relative positions count.
             prefix = torch.cat([token.to(prefix.dtype), prefix], 1)
             mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)

@@ -79,7 +79,7 @@ def assert_same(found: list[WrittenReport], expected: list[WrittenReport]) -> No
         assert [p for _, p in one.sentences] == pytest.approx([p for _, p in other.sentences], abs=1e-5)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
     layers=st.integers(1, 3),
