@@ -24,6 +24,10 @@ from ecgot.data.leads import STANDARD_LEADS, complete
 from ecgot.data.measurements import measure
 from ecgot.data.quality import assess
 from ecgot.data.record import read_record
+from ecgot.inference.verify import contradictions
+from ecgot.text.cleaning import clean_report
+from ecgot.text.glossary import plain_english
+from ecgot.text.statements import sentences
 
 SEED = 21
 NOISES = ("static_noise", "burst_noise", "baseline_drift", "electrodes_problems")
@@ -149,7 +153,7 @@ def print_made(seeds: int) -> None:
 
 
 def print_intervals(signals: np.ndarray, table: pd.DataFrame) -> None:
-    """Medians and deciles of what is measured, by diagnosis."""
+    """Medians and deciles of what is measured, by diagnosis, and contradictions of the reports."""
     start = time.process_time()
     measured = [measure(signal, 100.0, STANDARD_LEADS) for signal in signals]
     print(f"measuring: {1000 * (time.process_time() - start) / len(signals):.1f} ms of CPU each")
@@ -158,6 +162,13 @@ def print_intervals(signals: np.ndarray, table: pd.DataFrame) -> None:
         print(
             f"{code}: {len(rows)} records; " + "; ".join(_deciles(measured, rows, name) for name in INTERVALS)
         )
+
+    said = [sentences(plain_english(clean_report(str(text)))) for text in table.report]
+    found = [
+        each for texts, facts in zip(said, measured, strict=True) for each in contradictions(texts, facts, {})
+    ]
+    kinds = Counter(each.reason.split(";")[0] for each in found)
+    print(f"the data set's own reports: {len(found)} contradictions, {dict(kinds)}")
 
 
 def _deciles(measured: Sequence[object], rows: np.ndarray, name: str) -> str:

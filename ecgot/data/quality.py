@@ -39,7 +39,7 @@ WIDE_RANK_MIN = (
 )
 SHARP_MIN = 0.06  # of the power above the baseline that lies in the QRS band; a slow sine has none
 STILL_MAX = 0.7  # of the samples that repeat the one before; a square wave has 0.9
-LEVEL_MAX = 0.06  # mean deviation from the nearer of two levels, over their distance
+LEVEL_MAX = 0.08  # mean deviation from the nearer of two levels, over their distance; real leads have more
 COPY_MIN = 0.98  # correlation of leads of one size that are copies but for noise
 PURE_MAX = 0.9  # of the power at one frequency; of PTB-XL's single leads the highest have 0.6
 # Fibrillation and fast wide-complex rhythms have no complexes that stand out, but a band of their own.
