@@ -44,12 +44,12 @@ class Exchange:
 # `python -m benchmarks.quality DATA --fit`. Left arm and leg are not here: at 2 % false alarms a third of
 # their exchanges were found.
 EXCHANGES = (
-    Exchange("arms_reversed", "the arm electrodes", "I", (2.05, 0.20, 3.30, 1.76, 1.54, 0.33)),
+    Exchange("arms_reversed", "the arm electrodes", "I", (2.85, 0.31, 2.13, 3.36, 2.33, 0.08)),
     Exchange(
         "right_arm_left_leg_reversed",
         "the electrodes of right arm and left leg",
         "II",
-        (2.89, 0.28, 2.76, -0.63, 1.90, 1.56),
+        (3.37, -0.02, 2.83, -2.32, 1.48, 1.14),
     ),
 )
 

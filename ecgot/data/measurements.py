@@ -2,9 +2,9 @@
 
 As recorders do, the beats of the most frequent kind are aligned and their median is measured over all leads
 at once: QRS from the earliest to the latest lead by spatial velocity, the end of T by the tangent at its
-steepest fall. neurokit2's delineators were tried first, on single leads of PTB-XL at 100 Hz: "dwt" finds a
-median QRS of 172 ms and PR of 80 ms in normal ECGs, and "prominence" no QRS over 100 ms even in bundle branch
-blocks. `python -m benchmarks.quality` measures this module on synthetic hearts and on PTB-XL by diagnosis.
+steepest fall. neurokit2's delineators were tried first: on lead II of normal ECGs "dwt" finds QRS complexes
+twice as long as they are, and "prominence" none over 100 ms even in bundle branch blocks
+(`python -m benchmarks.quality DATA --neurokit2`; without the option, this module alone).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import numpy as np
 from scipy.signal import find_peaks, resample_poly
 
 from ecgot.data.baseline import remove_baseline
-from ecgot.data.complexes import Floats, Samples, at_work_rate, find_complexes, moving_mean
+from ecgot.data.complexes import Complexes, Floats, Samples, at_work_rate, find_complexes, moving_mean
 
 RATE_HZ = 500.0  # of the median beat
 BASELINE_HZ = 0.5
@@ -23,7 +23,7 @@ BEFORE_S, AFTER_S = 0.45, 0.65  # of a beat, around its complex
 ALIGNED_S = 0.02  # how far a beat is moved to fit the others
 SAME_BEAT = 0.8  # correlation with the median of the QRS of a beat of the most frequent kind
 BEATS_MIN = 3  # of it, for intervals
-QRS_SPEED = 0.10  # of the largest spatial velocity: where QRS begins and ends
+QRS_SPEED = 0.05  # of the largest spatial velocity: where QRS begins and ends
 QUIET_S = 0.012  # for which it stays below
 P_LEAST_MV = 0.03  # over all leads, root of the sum of squares
 # Median correlation of single P waves with their median; where RR varies, as in fibrillation, more is asked.
@@ -93,7 +93,7 @@ def measure(signal_mv: np.ndarray, fs_hz: float, leads: Sequence[str]) -> Measur
         return Measurements((), None, None, None, None, None, None, None, 0)
     spikes = _spikes(signal, fs_hz)
     complexes = find_complexes(*at_work_rate(signal, fs_hz))
-    peaks_s = complexes.peaks / complexes.fs_hz
+    peaks_s = _r_peaks(complexes) / complexes.fs_hz
     rate, variation = _rhythm(peaks_s)
     beat = _median_beat(signal, fs_hz, peaks_s)
     if beat is None:
@@ -107,6 +107,19 @@ def measure(signal_mv: np.ndarray, fs_hz: float, leads: Sequence[str]) -> Measur
     qtc = None if qt is None or rate is None else qt / rr_s ** (1 / 3)
     axis = _axis_deg(beat, names)
     return Measurements(tuple(peaks_s.tolist()), rate, variation, pr, qrs, qt, qtc, axis, spikes)
+
+
+def _r_peaks(complexes: Complexes) -> Samples:
+    """Where each complex is largest over all leads."""
+    size = (complexes.signal**2).sum(0)
+    half = round(0.06 * complexes.fs_hz)
+    return np.array(
+        [
+            max(0, peak - half) + int(size[max(0, peak - half) : peak + half + 1].argmax())
+            for peak in complexes.peaks
+        ],
+        np.int64,
+    )
 
 
 def _ms(samples: float) -> float:
@@ -166,7 +179,7 @@ def _qrs(median: Floats, at: int) -> tuple[int, int] | None:
     speed = _speed(median)
     near = slice(at - round(0.12 * RATE_HZ), at + round(0.12 * RATE_HZ))
     top = near.start + int(speed[near].argmax())
-    low = speed < max(QRS_SPEED * speed[top], 2 * float(np.median(speed)))
+    low = speed < max(QRS_SPEED * speed[top], 1.5 * float(np.median(speed)))
     quiet = round(QUIET_S * RATE_HZ)
     stays = np.all(np.lib.stride_tricks.sliding_window_view(low, quiet), axis=1)  # from each sample on
     ahead = np.flatnonzero(stays[: top - quiet + 1])

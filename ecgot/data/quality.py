@@ -3,9 +3,9 @@
 A record is judged by what makes an ECG: complexes that stand out from a quiet baseline, look alike, and
 return to where they started, at a rate that a heart can have (:mod:`ecgot.data.complexes`).
 
-Libraries were tried. neurokit2's ``ecg_quality`` and the like rank the beats of what is known to be an ECG;
-none asks whether it is one, nor looks at electrodes, gain or clipping. `python -m benchmarks.quality` shows
-neurokit2's beside this one.
+Libraries were tried. neurokit2's ``ecg_quality`` rates the beats of one lead that is known to be an ECG: it
+does not ask whether it is one, nor look at electrodes, gain or clipping
+(`python -m benchmarks.quality DATA --neurokit2`).
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ import numpy as np
 
 from ecgot.data.complexes import FLAT_MV, Complexes, Floats, Mask, at_work_rate, find_complexes
 from ecgot.data.electrodes import EINTHOVEN_MAX, exchanged, inverted_lead, law_residuals
+from ecgot.data.leads import STANDARD_LEADS
 from ecgot.errors import EcgotError
 
 Verdict = Literal["good", "doubtful", "refused"]
@@ -32,18 +33,25 @@ FEW_LEADS = 2  # up to so many must stand out by the former
 PEAKED_WEIGHT, PEAKED_MIN, PEAKED_MOST = 0.05, 3.2, 13.0
 PEAKED_SURE = 6.0  # no sine has it, so that its spectrum is not asked
 STEP_MAX = 0.45  # change of level across a complex, over its size; square waves have 0.5 to 1
+WIDE_ALIKE_MIN, WIDE_STEP_MAX = 0.95, 0.7  # of wide complexes, which are neither peaked nor return at once
+WIDE_RANK_MIN = (
+    0.02  # second over first eigenvalue of the leads' products: one generator makes leads of rank 1
+)
 SHARP_MIN = 0.06  # of the power above the baseline that lies in the QRS band; a slow sine has none
 STILL_MAX = 0.7  # of the samples that repeat the one before; a square wave has 0.9
-LEVEL_MAX = 0.04  # median deviation from the nearer of two levels, over their distance
+LEVEL_MAX = 0.08  # mean deviation from the nearer of two levels, over their distance; real leads have more
 COPY_MIN = 0.98  # correlation of leads of one size that are copies but for noise
 PURE_MAX = 0.9  # of the power at one frequency; of PTB-XL's single leads the highest have 0.6
 # Fibrillation and fast wide-complex rhythms have no complexes that stand out, but a band of their own.
 FIBRILLATION_HZ = (2.0, 9.0)
 FIBRILLATION_SHARE = 0.75
 HARMONICS = 8
-LARGE_MV = 9.0  # largest lead's complexes; of PTB-XL's records the largest have 6.2 mV
-LARGE_MEDIAN_MV = 3.0  # median over at least LARGE_LEADS leads; of PTB-XL's records the largest has 2.6 mV
-LARGE_LEADS = 6
+# Medians of PTB-XL's complexes by lead. A record's are at most LARGE times as high, in the median over its
+# leads, and those of fewer than LEADS_TOGETHER at most ALONE times.
+TYPICAL_MV = dict(
+    zip(STANDARD_LEADS, (0.85, 0.83, 0.63, 0.78, 0.62, 0.59, 0.99, 1.55, 1.65, 1.74, 1.48, 1.09), strict=True)
+)
+LARGE, ALONE, LEADS_TOGETHER = 2.9, 4.2, 3
 SMALL_MV = 0.1  # largest lead's complexes
 NOISY_MV = 0.05  # standard deviation of what is faster than the waves
 NOISY_DOUBTFUL = 3  # leads
@@ -106,7 +114,8 @@ def assess(signal_mv: np.ndarray, fs_hz: float, leads: Sequence[str], *, calibra
         raise EcgotError(f"fs_hz: expected a rate above 0 Hz, got {fs_hz}")
     remarks = [] if calibrated else [UNCALIBRATED]
     finite = np.isfinite(signal)
-    live_s = _live(signal, finite, fs_hz).sum(1) / fs_hz
+    live = _live(signal, finite, fs_hz)
+    live_s = live.sum(1) / fs_hz
     whole_s = signal.shape[1] / fs_hz
     if live_s.max() < max(LEAST_S, LEAST_SHARE * whole_s):
         return _verdict([_too_little(float(live_s.max()), whole_s), *remarks], ())
@@ -121,8 +130,9 @@ def assess(signal_mv: np.ndarray, fs_hz: float, leads: Sequence[str], *, calibra
         return _verdict([Remark("no_ecg", f"no ECG: {reason}"), *remarks], tuple(names[~usable]))
     noise = usable & (complexes.alike < NOISE_ALIKE) & (len(complexes.peaks) > BEATS_MIN)
     usable &= ~noise
-    remarks += _amplitude(complexes, usable)
-    remarks += _limbs(complexes, usable, leads)
+    remarks += _amplitude(complexes, usable, leads)
+    whole = _whole(live[usable], fs_hz, complexes.signal.shape[1])
+    remarks += _limbs(complexes, usable, leads, whole)
     remarks += _each("flat", "flat", names[flat])
     remarks += _each("no_signal", "without signal", names[missing])
     remarks += _each("noise_alone", "noise alone", names[noise])
@@ -210,14 +220,23 @@ def _stands_out(complexes: Complexes, usable: Mask) -> bool:
     peaked = float(np.median(complexes.peaked[usable]))
     least = STANDS_OUT_FEW if usable.sum() <= FEW_LEADS else STANDS_OUT_MIN
     clear = complexes.together - complexes.quiet + PEAKED_WEIGHT * (min(peaked, PEAKED_MOST) - 3)
-    return bool(
+    if not (
         len(complexes.peaks) >= BEATS_MIN
         and RATES_BPM[0] <= complexes.rate_bpm <= RATES_BPM[1]
         and clear >= least
-        and peaked >= PEAKED_MIN
-        and complexes.step <= STEP_MAX
         and np.median(complexes.sharp[usable]) >= SHARP_MIN
-    )
+    ):
+        return False
+    return (peaked >= PEAKED_MIN and complexes.step <= STEP_MAX) or _wide(complexes, usable)
+
+
+def _wide(complexes: Complexes, usable: Mask) -> bool:
+    """Whether wide complexes repeat faithfully in leads that differ, as in a bundle branch block."""
+    signal = complexes.signal[usable]
+    if len(signal) <= FEW_LEADS or complexes.together < WIDE_ALIKE_MIN or complexes.step > WIDE_STEP_MAX:
+        return False
+    values = np.linalg.eigvalsh(signal @ signal.T)
+    return values[-2] >= WIDE_RANK_MIN * values[-1] and _purity(signal, complexes.fs_hz, 1) <= PURE_MAX
 
 
 def _jumps(signal: Floats) -> bool:
@@ -228,10 +247,10 @@ def _jumps(signal: Floats) -> bool:
 
 
 def _deviation(row: Floats) -> float:
-    """Median deviation from the nearer of two levels, of the worse of the two, over their distance."""
+    """Mean deviation from the nearer of two levels, of the worse of the two, over their distance."""
     upper = row > (row.min() + row.max()) / 2
     high, low = np.median(row[upper]), np.median(row[~upper])
-    worse = max(np.median(np.abs(row[upper] - high)), np.median(np.abs(row[~upper] - low)))
+    worse = max(np.abs(row[upper] - high).mean(), np.abs(row[~upper] - low).mean())
     return float(worse / (high - low))
 
 
@@ -278,16 +297,18 @@ def _rows(usable: Mask, leads: Sequence[str]) -> dict[str, int]:
     return {lead: row for row, lead in enumerate(leads) if usable[row]}
 
 
-def _amplitude(complexes: Complexes, usable: Mask) -> list[Remark]:
+def _amplitude(complexes: Complexes, usable: Mask, leads: Sequence[str]) -> list[Remark]:
     """Whether a heart can make complexes of this height, and whether they stand out at all."""
     if not _stands_out(complexes, usable):
         text = "no QRS complexes, but a fast wave: a wide-complex tachycardia, fibrillation, or no ECG"
         return [Remark("no_complexes", text)]
     height_mv = complexes.height_mv[usable]
-    largest, middle = float(height_mv.max()), float(np.median(height_mv))
+    names = [lead for lead, good in zip(leads, usable, strict=True) if good]
+    typical_mv = [TYPICAL_MV.get(lead, max(TYPICAL_MV.values())) for lead in names]
+    largest, relative = float(height_mv.max()), float(np.median(height_mv / typical_mv))
     if largest < SMALL_MV:
         return [_implausible(f"the largest QRS complexes have {largest * 1000:.0f} µV")]
-    if largest > LARGE_MV or (len(height_mv) >= LARGE_LEADS and middle > LARGE_MEDIAN_MV):
+    if relative > (LARGE if len(names) >= LEADS_TOGETHER else ALONE):
         return [_implausible(f"QRS complexes have up to {largest:.3g} mV")]
     return []
 
@@ -298,10 +319,18 @@ def _implausible(what: str) -> Remark:
     )
 
 
-def _limbs(complexes: Complexes, usable: Mask, leads: Sequence[str]) -> list[Remark]:
+def _whole(live: Mask, fs_hz: float, samples: int) -> Mask:
+    """At which of ``samples`` of the work rate no lead of ``live`` [P, T] lacks anything."""
+    if live.all():
+        return np.ones(samples, bool)
+    return np.equal(at_work_rate(np.all(live, axis=0)[None].astype(np.float64), fs_hz)[0][0], 1)
+
+
+def _limbs(complexes: Complexes, usable: Mask, leads: Sequence[str], whole: Mask) -> list[Remark]:
     rows = _rows(usable, leads)
-    if any(size > EINTHOVEN_MAX for size in law_residuals(complexes.signal, rows).values()):
-        lead = inverted_lead(complexes.signal, rows)
+    there = complexes.signal[:, whole]
+    if there.shape[1] and any(size > EINTHOVEN_MAX for size in law_residuals(there, rows).values()):
+        lead = inverted_lead(there, rows)
         if lead is not None:
             return [
                 Remark("inverted", f"lead {lead} looks inverted: the other limb leads contradict it", (lead,))
