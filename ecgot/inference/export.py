@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from ecgot.choices import GROUPS
 from ecgot.errors import EcgotError
 from ecgot.files import atomic_folder, save_tensors, write_text
+from ecgot.inference.calibration import FILE as CALIBRATION
 from ecgot.inference.display import auroc_text, metric_text
 from ecgot.inference.zeroshot import embed_prompts, read_prompts, save_prompts
 from ecgot.models.text_encoder import TextEncoder
@@ -63,6 +64,8 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
             shutil.copytree(run.folder / "language_model", made.folder / "language_model")
             made.save_recorders(run.recorders)
         save_prompts(prompts, made.prompts)
+        if (run.folder / CALIBRATION).exists():  # it holds for the same weights and prompts
+            shutil.copy(run.folder / CALIBRATION, made.folder / CALIBRATION)
         write_text(made.folder / "README.md", model_card(run, trained_on))
 
 
