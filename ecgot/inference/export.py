@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from ecgot.choices import GROUPS
 from ecgot.errors import EcgotError
 from ecgot.files import atomic_folder, save_tensors, write_text
-from ecgot.inference import calibration as calibrations
+from ecgot.inference.calibration import FILE as CALIBRATION
 from ecgot.inference.display import auroc_text, metric_text
 from ecgot.inference.zeroshot import (
     EmbeddedPrompts,
@@ -58,7 +58,6 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
     model, prompts = _with_prompts(run)
     if run.done("report"):
         load_reporter(run, model.ecg_width)  # fails here if it is damaged
-    calibration = run.folder / calibrations.FILE
     with atomic_folder(out) as folder:
         made = Run(folder)
         write_text(made.folder / "config.json", _without_paths(run))
@@ -69,8 +68,8 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
             shutil.copytree(run.folder / "language_model", made.folder / "language_model")
             made.save_recorders(run.recorders)
         save_prompts(prompts, made.prompts)
-        if calibration.exists():
-            shutil.copyfile(calibration, made.folder / calibrations.FILE)
+        if (run.folder / CALIBRATION).exists():  # it holds for the same weights and prompts
+            shutil.copy(run.folder / CALIBRATION, made.folder / CALIBRATION)
         write_text(made.folder / "README.md", model_card(run, trained_on))
 
 

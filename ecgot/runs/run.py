@@ -4,6 +4,7 @@ config.json             the resolved configuration
 metrics.jsonl           one line per epoch
 align.safetensors       stage 1: encoder, projections, and the text encoder if it was trained
 prompts.safetensors     the built-in prompts, embedded; only in folders made by ``ecgot export``
+calibration.json        probabilities of findings, learned by ``ecgot calibrate``
 report.safetensors      stage 2: projector, recorders and language model
 language_model/         stage 2: its configuration and tokenizer
 recorders.json          stage 2: the recorders it can condition on, if any

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ecgot.errors import EcgotError
 from ecgot.inference.calibration import Calibration, ClassCalibration, class_name
-from ecgot.inference.zeroshot import read_prompts
+from ecgot.inference.zeroshot import load_prompts, read_prompts, scores_fingerprint
+from ecgot.runs.checkpoints import load_alignment
+from ecgot.runs.run import PRETRAINED, Run
 
 COVARIANCE = ((0.04, 0.0, 0.0), (0.0, 0.04, 0.0), (0.0, 0.0, 0.01))
 BLOCK = ClassCalibration(0.8, 1.3, -0.5, COVARIANCE, 0.4, 0.2, 0.6, 30)
@@ -79,6 +82,17 @@ def test_a_file_gives_back_what_was_saved(calibration, tmp_path: Path):
     calibration.save(path)
     assert Calibration.load(path, "abc") == calibration
     assert [each.name for each in tmp_path.iterdir()] == ["calibration.json"]
+
+
+def test_the_packaged_model_brings_its_own_calibration():
+    run = Run.open(PRETRAINED)
+    prompts = load_prompts(run.prompts, torch.device("cpu"))
+    fingerprint = scores_fingerprint(load_alignment(run, None), prompts)
+    calibration = Calibration.load(run.folder / "calibration.json", fingerprint)
+    assert {group: set(table) for group, table in calibration.classes.items()} == {
+        group: set(table) for group, table in prompts.rows.items()
+    }
+    assert calibration.folds == calibration.trained_on == (8,)
 
 
 def test_another_model_s_calibration_is_refused(calibration, tmp_path: Path):
