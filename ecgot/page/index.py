@@ -1,7 +1,9 @@
 """The index of a folder of readings: one row a record, which sorts and filters."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from ecgot.inference.display import NOTICE
@@ -63,12 +65,15 @@ class Entry:
 def index(entries: Iterable[Entry]) -> str:
     """The index page, as HTML."""
     rows = list(entries)
+    folder = _common_folder(rows)
     script = asset("theme.js") + asset("index.js")
     return (
         environment()
         .get_template("index.html")
         .render(
             rows=rows,
+            folder=folder,
+            names=[row.record.removeprefix(folder + os.sep) if folder else row.record for row in rows],
             kinds=_kinds(rows),
             failed=sum(not row.verdict for row in rows),
             notice=NOTICE,
@@ -79,6 +84,15 @@ def index(entries: Iterable[Entry]) -> str:
             normal=NORMAL,
         )
     )
+
+
+def _common_folder(rows: Sequence[Entry]) -> str:
+    """The folder that all records lie in, "" if there is none."""
+    try:
+        common = os.path.commonpath([PurePath(row.record).parent for row in rows])
+    except ValueError:  # no record, or absolute paths beside names
+        return ""
+    return "" if common == os.sep else common
 
 
 def _kinds(rows: Sequence[Entry]) -> list[tuple[str, int]]:

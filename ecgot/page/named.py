@@ -16,7 +16,8 @@ def named_findings(sentence: str, findings: Sequence[Any]) -> tuple[Any, ...]:
     """The findings that a sentence names, the one with the longest words first.
 
     A finding is named by its name or by a phrase by which its class is scored. Among equals the first is
-    the one with this very name, then what is more special than a superclass, stated, and more probable.
+    the one with this very name, then the more special class, which has fewer phrases and is no superclass,
+    then what is stated and more probable.
 
     Args:
         findings: each an :class:`ecgot.inference.calibration.Finding`.
@@ -24,11 +25,13 @@ def named_findings(sentence: str, findings: Sequence[Any]) -> tuple[Any, ...]:
     said = _plain(sentence)
     found = []
     for finding in findings:
-        words = [finding.name, *_phrases().get(finding.group, {}).get(finding.code, ())]
+        phrases = _phrases().get(finding.group, {}).get(finding.code, [])
+        words = [finding.name, *phrases]
         longest = max((len(each) for each in map(_plain, words) if _says(said, each)), default=0)
         if longest:
             special, stated = finding.group != "superclass", finding.stated is True
-            rank = (longest, _says(said, _plain(finding.name)), special, stated, finding.probability)
+            own = _says(said, _plain(finding.name))
+            rank = (longest, own, special, -len(phrases), stated, finding.probability)
             found.append((rank, finding))
     return tuple(finding for _, finding in sorted(found, key=lambda each: each[0], reverse=True))
 

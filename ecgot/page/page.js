@@ -50,7 +50,7 @@
     return describe(finding);
   }
   function describe(finding) {
-    const best = finding.time.indexOf(Math.max(...finding.time));
+    const best = finding.peak;
     const sums = Object.entries(finding.leads).map(([lead, shares]) => [lead, shares.reduce((sum, share) => sum + share, 0)]);
     const leads = sums.filter(([, sum]) => sum > 0).sort((a, b) => b[1] - a[1]).slice(0, 3).map(([lead]) => lead);
     const where = leads.length ? ` and from ${leads.join(", ")}` : "";

@@ -161,7 +161,7 @@ def facts(measured: Any) -> list[Fact]:
         Fact("Heart rate", number(measured.heart_rate_bpm), "/min"),
         Fact("PR", number(measured.pr_ms), "ms"),
         Fact("QRS", number(measured.qrs_ms), "ms"),
-        Fact("QT / QTc", qt, "ms"),
+        Fact("QT / QTc (Fridericia)", qt, "ms"),
         Fact("Axis", None if axis is None else axis.replace("-", "−"), "°"),
     ]
     if measured.pacing_spikes:
@@ -278,7 +278,8 @@ def _data(trace: Trace | None, shown: Mapping[str, tuple[Any, Any]], first: str)
         findings[name] = {
             "name": finding.name,
             "code": finding.code,
-            "edges": np.round(edges - edges[0], 4).tolist(),  # of the window, wherever in the record it is
+            "edges": np.round(edges, 4).tolist(),
+            "peak": int(np.searchsorted(edges, evidence.peak_s, side="right")) - 1,
             "leads": dict(zip(evidence.leads, _shares(grid).tolist(), strict=True)),
             "time": _shares(by_time).tolist(),
         }

@@ -1,14 +1,18 @@
 """Readings for the tests of the page: a synthetic signal, with findings as a model would give them."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from ecgot.data.leads import STANDARD_LEADS
+from ecgot.data.measurements import Measurements
+from ecgot.data.quality import Quality, Remark, Verdict
+from ecgot.data.record import Record
+from ecgot.inference.calibration import Finding
+from ecgot.inference.evidence import Evidence
+from ecgot.inference.reading import Reading, Sentence, Window
 
 FS_HZ, CELLS = 100.0, 32
-NORMAL = ("NORM", "SR")
 PREMATURE = 13  # the cell in which the premature beat lies
 # group, code, name, probability, low, high, threshold, stated
 CLASSES = (
@@ -44,7 +48,7 @@ def signal(seconds: float = 10.0, fs_hz: float = FS_HZ) -> np.ndarray:
     return made.astype(np.float32)
 
 
-def record(**changes: Any) -> SimpleNamespace:
+def record(**changes: Any) -> Record:
     values = {
         "name": "made",
         "signal_mv": signal(),
@@ -52,73 +56,47 @@ def record(**changes: Any) -> SimpleNamespace:
         "leads": STANDARD_LEADS,
         "repaired_samples": {},
         "flat_leads": (),
-        "derived_leads": (),
-        "estimated_leads": (),
-        "start_s": 0.0,
-        "source_leads": STANDARD_LEADS,
-        "notes": (),
     }
-    return SimpleNamespace(**(values | changes))
-
-
-def finding(*values: Any) -> SimpleNamespace:
-    names = ("group", "code", "name", "probability", "low", "high", "threshold", "stated")
-    return SimpleNamespace(**dict(zip(names, values, strict=True)))
-
-
-def remark(code: str, text: str, leads: tuple[str, ...] = ()) -> SimpleNamespace:
-    return SimpleNamespace(code=code, text=text, leads=leads)
+    return Record(**(values | changes))
 
 
 def window(
-    start_s: float = 0.0, verdict: str = "good", remarks: tuple[Any, ...] = (), classes: Any = CLASSES
-) -> SimpleNamespace:
-    findings = tuple(finding(*each) for each in classes)
-    stated = sorted((f for f in findings if f.stated), key=lambda f: (f.code in NORMAL, -f.probability))
-    quality = SimpleNamespace(verdict=verdict, remarks=remarks, unusable_leads=())
-    return SimpleNamespace(
-        start_s=start_s, stop_s=start_s + 10.0, quality=quality, findings=findings, stated=tuple(stated)
-    )
+    start_s: float = 0.0,
+    verdict: Verdict = "good",
+    remarks: tuple[Remark, ...] = (),
+    classes: Any = CLASSES,
+    unusable: tuple[str, ...] = (),
+) -> Window:
+    findings = tuple(Finding(code, name, group, *rest) for group, code, name, *rest in classes)
+    return Window(start_s, start_s + 10.0, Quality(verdict, remarks, unusable), findings)
 
 
-def evidence(each: Any, start_s: float = 0.0) -> SimpleNamespace:
+def evidence(finding: Finding) -> Evidence:
     """Of the premature beat where it is, in the chest leads most; of everything else spread over the time."""
-    grid = np.random.default_rng(len(each.name)).normal(0.2, 0.1, (12, CELLS))
-    if each.code == "PVC":
+    grid = np.random.default_rng(len(finding.name)).normal(0.2, 0.1, (12, CELLS))
+    if finding.code == "PVC":
         grid = np.full((12, CELLS), 0.01)
         grid[:, PREMATURE] = np.linspace(0.2, 1.0, 12)
         grid[:, PREMATURE + 3] = -0.3
-    times_s = start_s + np.linspace(0, 10.0, CELLS + 1)
-    return SimpleNamespace(
-        finding=each, leads=STANDARD_LEADS, times_s=times_s, grid=grid, by_time=grid.sum(0)
-    )
+    return Evidence(finding, STANDARD_LEADS, np.linspace(0, 10.0, CELLS + 1), grid, grid.sum(0))
 
 
-def sentence(text: str, probability: float, says: str | None = None) -> SimpleNamespace:
-    return SimpleNamespace(text=text, probability=probability, remark=says)
-
-
-def reading(**changes: Any) -> SimpleNamespace:
+def reading(**changes: Any) -> Reading:
     """Left bundle branch block with a premature beat, unless changed."""
-    windows = changes.pop("windows", (window(),))
-    shown = changes.pop("shown", 0)
-    values = {
+    windows = changes.get("windows", (window(),))
+    values: dict[str, Any] = {
         "record": "ward 7/made.hea",
         "duration_s": 10.0 * len(windows),
         "windows": windows,
-        "shown": shown,
-        "window": windows[shown],
-        "findings": windows[shown].findings,
-        "quality": windows[shown].quality,
-        "refused": not windows[shown].findings,
+        "shown": 0,
         "report": "",
         "sentences": (
-            sentence("sinus rhythm", 0.93),
-            sentence("left bundle branch block", 0.71),
-            sentence("premature ventricular contractions", 0.64),
-            sentence("bradycardia", 0.31, "measured 71/min"),
+            Sentence("sinus rhythm", 0.93),
+            Sentence("left bundle branch block", 0.71),
+            Sentence("premature ventricular contractions", 0.64),
+            Sentence("bradycardia", 0.31, "measured 71/min"),
         ),
-        "measurements": SimpleNamespace(
+        "measurements": Measurements(
             r_peaks_s=(0.4, 1.25, 2.1, 2.95, 3.8),
             heart_rate_bpm=71.0,
             rr_variation=0.12,
@@ -133,6 +111,6 @@ def reading(**changes: Any) -> SimpleNamespace:
         "recorder": "CS-12",
         "calibrated": True,
         "signal": record(),
-        "evidence": lambda each: evidence(each, windows[shown].start_s),
+        "explain": evidence,
     }
-    return SimpleNamespace(**(values | changes))
+    return Reading(**(values | changes))

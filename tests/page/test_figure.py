@@ -44,7 +44,7 @@ def test_the_figure_says_what_the_reading_says(tmp_path: Path) -> None:
 
 
 def test_a_refused_record_says_why() -> None:
-    window = made.window(verdict="refused", remarks=(made.remark("noise", "no ECG: noise"),), classes=())
+    window = made.window(verdict="refused", remarks=(made.Remark("noise", "no ECG: noise"),), classes=())
     said = texts(made.reading(windows=(window,), sentences=(), measurements=None))
     assert "no ECG: noise" in said
     with pytest.raises(EcgotError, match="with its signal"):

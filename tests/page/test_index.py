@@ -58,3 +58,13 @@ def test_names_stay_text(hostile: str) -> None:
     html = index([Entry(hostile, hostile, "good", ((hostile, hostile, 0.5),), problem="")])
     assert html.count("<script") == 1
     assert 'href="javascript:' not in html
+
+
+def test_names_stand_below_their_common_folder() -> None:
+    html = index([Entry("/data/ward/a/1.hea", "1.html", "good"), Entry("/data/ward/2.edf", "2.html", "good")])
+    assert "2 records in /data/ward" in html
+    assert '<a href="1.html">a/1.hea</a>' in html
+    assert '<a href="2.html">2.edf</a>' in html
+    for names in (("/data/1", "made"), ("/1", "/2"), ("1", "2"), ()):
+        apart = index([Entry(name, "x.html", "good") for name in names])
+        assert all(f">{name}</a>" in apart for name in names)
