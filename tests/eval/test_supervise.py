@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from ecgot.choices import GROUPS
 from ecgot.cli.main import cli
 from ecgot.data.baseline import HIGHPASS_HZ
 from ecgot.data.dataset import load_dataset
-from ecgot.data.ptbxl import SUPERCLASSES
+from ecgot.data.ptbxl import SUPERCLASSES, Labels
+from ecgot.data.yes_no import read_yes_no
 from ecgot.errors import EcgotError
 from ecgot.eval.auroc import macro_auroc
 from ecgot.eval.supervise import supervise
@@ -417,3 +419,150 @@ def test_a_run_that_is_not_aligned_is_refused_before_anything_is_made(few, tmp_p
     with pytest.raises(EcgotError, match=r"from: expected a run with a trained stage align, got .*start"):
         supervise(few, tmp_path / "out", start=start)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def own(few, records, tmp_path) -> Path:
+    """Labels of two codes: every fifth cell of the second is unknown, and three records are not named."""
+    table = records.table
+    codes = [code for code in ("CLBBB", "AFIB", "NORM") if sum(code in each for each in table.codes) > 9][:2]
+    lines = [f"ecg_id,{','.join(codes)}"]
+    for row, (ecg_id, stated) in enumerate(zip(table.ecg_id, table.codes, strict=True)):
+        if row >= 3:
+            cells = [str(int(code in stated)) for code in codes]
+            lines.append(f"{ecg_id},{cells[0]},{'' if row % 5 == 0 else cells[1]}")
+    path = tmp_path / "labels.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_own_labels_are_learned_from_yes_and_no_alike(few, records, aligned, own, tmp_path, cache_dir):
+    out, notes = tmp_path / "run", []
+    progress = Progress(note=notes.append)
+    options = {"start": aligned, "labels_csv": own, "epochs": 1, "resamples": 20, "cache_dir": cache_dir}
+    found = supervise(few, out, progress=progress, **options)
+    labels = read_yes_no(own)
+    held_out = records.folds((9,))
+    answers = labels.of(held_out.table)
+    result = found.results["labels"]
+    assert found.group == "labels"
+    assert result.records == int((answers >= 0).any(1).sum())
+    for column, name in enumerate(labels.classes):
+        assert result.positives[name] == int((answers[:, column] == 1).sum())
+        assert result.negatives[name] == int((answers[:, column] == 0).sum())
+        assert result.intervals[name][0] <= result.auroc[name] <= result.intervals[name][1]
+    classifier = load_classifier(Run.open(out))
+    assert classifier.classes == {"labels": labels.classes}
+    signal = torch.from_numpy(held_out.waveforms_mv(range(len(held_out))))
+    logits = classifier.class_logits(signal)["labels"].numpy()
+    again = macro_auroc(
+        logits,
+        Labels(labels.classes, answers == 1),
+        held_out.table.patient_id,
+        known=answers >= 0,
+        resamples=20,
+    )
+    assert result.auroc == pytest.approx(again.auroc)
+    training = records.folds(range(1, 9))
+    left_out = int((labels.of(training.table) < 0).all(1).sum())
+    assert any(f"{left_out} of {len(training)} training records" in line for line in notes)
+    again = supervise(few, out, labels_csv=own, resume=True, resamples=20, cache_dir=cache_dir)
+    assert again.results == found.results
+
+
+def test_a_no_counts_and_what_is_unknown_does_not(records, own):
+    labels = read_yes_no(own)
+    kept, targets = labelled(records, Targets.of_own(records, labels))
+    assert len(kept) == len(records) - 3
+    answers = labels.of(kept.table)
+    np.testing.assert_array_equal(targets.counted, answers != -1)
+    np.testing.assert_array_equal(targets.matrix, answers == 1)
+    assert (~targets.matrix.any(1)).sum() > 20  # records with nothing but no
+
+
+def test_labels_that_cannot_be_learned_are_refused(few, records, own, tmp_path, cache_dir):
+    options = QUICK | {"cache_dir": cache_dir}
+    with pytest.raises(EcgotError, match="group: expected a group or a CSV of labels"):
+        supervise(few, tmp_path / "run", group="form", labels_csv=own, **options)
+    ids = records.table.ecg_id
+    always = tmp_path / "always.csv"
+    always.write_text("ecg_id,there\n" + "".join(f"{number},1\n" for number in ids))
+    with pytest.raises(
+        EcgotError, match=r"labels: expected a 1 and a 0 .* got \d+ times 1 and 0 times 0 of 'there'"
+    ):
+        supervise(few, tmp_path / "run", labels_csv=always, **options)
+    other = tmp_path / "other.csv"
+    other.write_text("ecg_id,there\n900001,1\n900002,0\n")
+    with pytest.raises(EcgotError, match="2 or more training records labelled in labels, got 0"):
+        supervise(few, tmp_path / "run", labels_csv=other, **options)
+    assert not (tmp_path / "run").exists()
+    supervise(few, tmp_path / "run", labels_csv=own, **options)
+    with pytest.raises(EcgotError, match="another configuration"):
+        supervise(few, tmp_path / "run", labels_csv=always, resume=True, **options)
+    own.write_text(own.read_text().replace(",", ",new ", 1))
+    with pytest.raises(EcgotError, match=r"out: expected the classes that .* was trained on"):
+        supervise(few, tmp_path / "run", labels_csv=own, resume=True, **options)
+
+
+def test_records_that_a_group_leaves_out_are_counted_aloud(few, records, tmp_path, cache_dir):
+    notes: list[str] = []
+    supervise(
+        few,
+        tmp_path / "run",
+        group="form",
+        cache_dir=cache_dir,
+        progress=Progress(note=notes.append),
+        **QUICK,
+    )
+    training = records.folds(range(1, 9))
+    without = int((~training.labels("form").matrix.any(1)).sum())
+    assert without > 0
+    said = [line for line in notes if "have no label in form and are left out" in line]
+    assert len(said) == 1
+    assert f"data: {without} of {len(training)} training records" in said[0]
+
+
+@pytest.mark.parametrize("length", [1000, 630, 100])
+def test_logits_to_read_with_are_those_of_the_evaluation(records, classifier, length):
+    mixed = with_length(records.select(range(6)), 3, length)
+    crop, starts = classifier.crops(1000)
+    assert (crop, starts) == (250, [0, 125, 250, 375, 500, 625, 750])
+    expected = class_probabilities(classifier, mixed, starts, crop, progress=Progress())
+    signal, lengths = torch.from_numpy(mixed.waveforms_mv(range(6))), torch.from_numpy(mixed.lengths)
+    for reading in (classifier, classifier.fused()):
+        found = reading.class_logits(signal, lengths)
+        assert found.keys() == {"superclass"}
+        np.testing.assert_allclose(found["superclass"].sigmoid().numpy(), expected, atol=1e-5)
+
+
+def test_logits_are_given_by_group():
+    torch.manual_seed(0)
+    made = Classifier(encoder("resnet1d_tiny"), {"a": ("x", "y"), "b": ("z",)}, benchmark=False).eval()
+    signal = torch.randn(2, 12, 300)
+    found = made.class_logits(signal)
+    whole = made(signal).detach()
+    torch.testing.assert_close(found["a"], whole[:, :2])
+    torch.testing.assert_close(found["b"], whole[:, 2:])
+
+
+def test_few_records_are_seen_more_often_until_the_head_has_learned(aligned):
+    settings = supervised.fine_tuning_config(aligned)
+    assert supervised.for_few(settings, 17_000) == settings
+    few = supervised.for_few(settings, 40)
+    assert (few.batch_size, few.epochs) == (16, 200)
+    some = supervised.for_few(settings, 1000)
+    assert (some.batch_size, some.epochs) == (62, 25)
+
+
+def test_settings_that_are_damaged_or_absent_are_named(few, aligned, tmp_path, cache_dir):
+    with pytest.raises(
+        EcgotError, match=r"run: expected a folder of ecgot supervise, got .*supervised\.json"
+    ):
+        load_classifier(aligned)
+    out = tmp_path / "run"
+    supervise(few, out, cache_dir=cache_dir, **QUICK)
+    for text in ("{", "[]", '{"classes": 3}', '{"classes": {}, "colour": 1}'):
+        (out / "supervised.json").write_text(text)
+        with pytest.raises(EcgotError, match="run: expected the settings of a supervised run") as caught:
+            load_classifier(Run.open(out))
+        assert "\n" not in str(caught.value)
