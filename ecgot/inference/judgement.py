@@ -46,16 +46,31 @@ def agreed(
     window: Window,
     measurements: Measurements | None,
     lacks: frozenset[str],
-) -> tuple[Sentence, ...]:
-    """The sentences that may be said of a window, with remarks where something speaks against one.
+) -> tuple[tuple[Sentence, ...], tuple[str, ...]]:
+    """The sentences that may be said of a window, and a note on each that may not.
 
-    Left out are sentences that name a finding for which leads are lacking.
+    What is contradicted is said anew from what was measured, with a remark, or left out; see
+    :func:`ecgot.inference.verify.resolve`. Left out are also findings for which leads are lacking.
     """
-    kept = [(text, probability) for text, probability in written if not (lacks and _needs_leads(text))]
+    kept = [each for each in written if not (lacks and _needs_leads(each[0]))]
     probabilities: dict[str, dict[str, float]] = {}
     for finding in window.findings:
         probabilities.setdefault(finding.group, {})[finding.code] = finding.probability
-    return resolve(kept, measurements, probabilities)
+    sentences: list[Sentence] = []
+    notes = [
+        f'left out of the report: "{text}" (leads are lacking)'
+        for text, _ in written
+        if (text, _) not in kept
+    ]
+    resolved = resolve([text for text, _ in kept], measurements, probabilities)
+    for (text, probability), each in zip(kept, resolved, strict=True):
+        if each.sentence is None:
+            notes.append(f'left out of the report: "{text}" ({each.reason})')
+        elif each.sentence == text:
+            sentences.append(Sentence(text, probability, each.reason))
+        else:
+            sentences.append(Sentence(each.sentence, probability, f'in place of "{text}": {each.reason}'))
+    return tuple(sentences), tuple(notes)
 
 
 def _needs_leads(sentence: str) -> bool:

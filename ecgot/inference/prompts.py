@@ -24,7 +24,7 @@ from ecgot.errors import EcgotError
 from ecgot.inference.calibration import NAMES
 from ecgot.inference.zeroshot import class_scores, embed_prompts, noisy_or, read_prompts
 from ecgot.models.alignment import AlignmentModel, Embedding
-from ecgot.models.losses import Transport
+from ecgot.models.scores import Transport
 from ecgot.models.text_encoder import TextEncoder
 from ecgot.text.cleaning import clean_report
 from ecgot.text.glossary import plain_english

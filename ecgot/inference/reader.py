@@ -18,6 +18,7 @@ from ecgot.data.measurements import Measurements, measure
 from ecgot.data.record import Record, prepare
 from ecgot.errors import EcgotError, first_line
 from ecgot.inference.judgement import agreed, lacking, notes_on, without
+from ecgot.inference.prompts import prompt_scores
 from ecgot.inference.reading import Reading, ReadingError, Sentence, Window
 from ecgot.inference.scorers import Scored, Supervised, ZeroShot
 from ecgot.inference.stretches import Stretch, is_source, load, source_of, starts
@@ -296,7 +297,8 @@ class EcgReader:
             if asked.measurements:
                 measured = self._measured(opened, window)
             if written is not None:
-                sentences = agreed(written.sentences, window, measured, lacks)
+                sentences, left_out = agreed(written.sentences, window, measured, lacks)
+                notes += left_out
         return Reading(
             record=opened.name,
             duration_s=opened.source.samples / opened.source.fs_hz,
@@ -347,9 +349,9 @@ class EcgReader:
         scorer = self._zero_shot()
         model, text = scorer.model_with_text()
         reading = self(record, report=False, measurements=False, **asked)
-        encoded = scorer.encode([_signal(reading)])
-        scored = score_texts(model, text, encoded, prompts, score=scorer.score)
-        return dict(zip(prompts, scored, strict=True))
+        ecg = model.project_tokens(scorer.encode([_signal(reading)]))
+        scores = prompt_scores(model, text, ecg, prompts, score=scorer.score)
+        return {prompt: float(score[0]) for prompt, score in scores.items()}
 
     @torch.no_grad()
     def embed(self, records: Any, **asked: Any) -> Tensor:
