@@ -39,7 +39,8 @@ def train_reporter(
         run.save_recorders(_recorders(run, train.table.recorders))
     if settings.by_recorder and any(train.table.recorders):
         names = ", ".join(run.recorders) or "none"
-        progress.note(f"report: recorders with at least {RECORDER_MIN_COUNT} reports: {names}")
+        before = ", or known before" if config.start else ""
+        progress.note(f"report: recorders with at least {RECORDER_MIN_COUNT} reports{before}: {names}")
     reporter = _first_reporter(run, model.ecg_width, train.reports).to(device)
     if not settings.lora_rank:
         save_language_model_shape(reporter, run.folder / "language_model")
