@@ -70,6 +70,7 @@ class _Opened:
     Attributes:
         shown: the strongest window so far.
         origin: what it was read from; None if no window can be read.
+        refused: the signal of the first window that cannot.
         failure: why reading ended before the record did.
     """
 
@@ -79,13 +80,18 @@ class _Opened:
     windows: list[Window] = field(default_factory=list)
     shown: int = 0
     origin: Origin | None = None
+    refused: Record | None = None
     failure: str | None = None
 
-    def add(self, window: Window, origin: Origin | None) -> None:
+    def add_refused(self, stretch: Stretch) -> None:
+        """Add a window of which nothing is said. The first one's signal is shown if nothing else is."""
+        self.windows.append(Window(stretch.start_s, stretch.stop_s, stretch.quality))
+        if self.refused is None:
+            self.refused = stretch.record
+
+    def add(self, window: Window, origin: Origin) -> None:
         """Add a window, and what it was read from, which is kept if it is the strongest so far."""
         self.windows.append(window)
-        if origin is None:
-            return
         if self.origin is None or window.weight > self.windows[self.shown].weight:
             self.shown, self.origin = len(self.windows) - 1, origin
 
@@ -241,14 +247,14 @@ class EcgReader:
         jobs = ((each, start_s) for each in opened for start_s in each.starts)
         for some in _batches(jobs):
             stretches = list(pool.map(lambda job: self._load(job[0], job[1], asked), some))
-            read = [each.record for each in stretches if each is not None and each.record is not None]
+            read = [each.record for each in stretches if each is not None and each.readable and each.record]
             scored = self.scorer.scored(read) if read else Scored([])
             rows = iter(range(len(read)))
             for (each, _), stretch in zip(some, stretches, strict=True):
                 if stretch is None:
                     continue
-                if stretch.record is None:
-                    each.add(Window(stretch.start_s, stretch.stop_s, stretch.quality), None)
+                if stretch.record is None or not stretch.readable:
+                    each.add_refused(stretch)
                     continue
                 row = next(rows)
                 lacks = lacking(stretch.record, stretch.quality)
@@ -287,12 +293,13 @@ class EcgReader:
 
     def _reading(self, opened: _Opened, written: WrittenReport | None, asked: Asked) -> Reading:
         """Everything that is said of a record whose windows were scored."""
-        window, signal = opened.windows[opened.shown], None
-        notes, measured = [*opened.source.notes, *filter(None, [self.scorer.calibration.note])], None
+        window, signal = opened.windows[opened.shown], opened.refused
+        notes, measured = list(opened.source.notes), None
         sentences: tuple[Sentence, ...] = ()
         if opened.origin is not None:
             signal = opened.origin.record
             lacks = lacking(signal, window.quality)
+            notes += filter(None, [self.scorer.calibration.note])
             notes += notes_on(signal, window, lacks, self.config.data.seconds)
             if asked.measurements:
                 measured = self._measured(opened, window)
@@ -312,7 +319,9 @@ class EcgReader:
             recorder=asked.recorder or None,
             calibrated=bool(self.scorer.calibration.classes),
             signal=signal,
-            explain=None if signal is None else functools.partial(self.scorer.explain, signal),
+            explain=None
+            if opened.origin is None
+            else functools.partial(self.scorer.explain, opened.origin.record),
         )
 
     def _measured(self, opened: _Opened, window: Window) -> Measurements | None:
@@ -431,7 +440,7 @@ def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
 def _signal(reading: Reading | ReadingError) -> Record:
     if isinstance(reading, ReadingError):
         raise EcgotError(reading.reason)
-    if reading.signal is None:
+    if reading.signal is None or reading.refused:
         reasons = "; ".join(remark.text for remark in reading.quality.remarks)
         raise EcgotError(f"record {reading.record}: expected an ECG that can be read, got {reasons}")
     return reading.signal

@@ -190,7 +190,9 @@ class Reading:
         return drawn
 
     def _repr_html_(self) -> str:
-        return self.to_html()
+        from ecgot.page.page import frame
+
+        return frame(self)
 
     def __repr__(self) -> str:
         if self.refused:

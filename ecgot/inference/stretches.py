@@ -24,13 +24,15 @@ class Stretch:
     Attributes:
         start_s, stop_s: in the record.
         quality: of its raw signal.
-        record: the signal as a model takes it; None if nothing can be said of it.
+        record: the signal as a model takes it; None if there is none, as where all leads are flat.
+        readable: whether something may be said of it.
     """
 
     start_s: float
     stop_s: float
     quality: Quality
     record: Record | None
+    readable: bool
 
 
 def source_of(item: Any, *, fs_hz: float | None = None, leads: Sequence[str] | None = None) -> RecordSource:
@@ -87,12 +89,13 @@ def starts(
 
 
 def load(source: RecordSource, start_s: float, length_s: float, data: DataConfig, *, force: bool) -> Stretch:
-    """One stretch of at most ``length_s``: judged, and prepared unless it is refused (and not forced)."""
+    """One stretch of at most ``length_s``, judged and prepared; readable unless refused and not forced."""
     first = round(start_s * source.fs_hz)
     last = min(source.samples, round((start_s + length_s) * source.fs_hz))
     quality = assess(source.read(first, last), source.fs_hz, source.leads, calibrated=source.calibrated)
+    refused = quality.verdict == "refused"
     record = None
-    if force or quality.verdict != "refused":
+    try:
         record = prepare(
             source,
             start_s,
@@ -102,4 +105,7 @@ def load(source: RecordSource, start_s: float, length_s: float, data: DataConfig
             highpass_hz=data.highpass_hz,
             missing_leads="estimate",
         )
-    return Stretch(start_s, last / source.fs_hz, quality, record)
+    except EcgotError:
+        if not refused or force:
+            raise
+    return Stretch(start_s, last / source.fs_hz, quality, record, force or not refused)

@@ -82,12 +82,8 @@ def train_alignment(
     """
     config = run.config()
     settings, device = config.align, choose_device(config.device)
-    store = None
-    if not config.text.train:
-        texts = sorted({*train.reports, *validation.reports})
-        store = embed_texts(
-            text, texts, cache_dir=cache_dir, progress=lambda done, total: progress.bar("texts", done, total)
-        )
+    reports = {*train.reports, *validation.reports}
+    store = None if config.text.train else _token_store(text, reports, cache_dir, progress)
     model = _first_model(run, text, phrases).to(device)
     loss = _loss(settings)
     source = ReportSource(train.reports, text, store)
@@ -161,6 +157,16 @@ def _new_model(config: Config, text: TextEncoder) -> AlignmentModel:
     else:
         model.text_fingerprint.copy_(text_fingerprint(text))
     return model
+
+
+def _token_store(text: TextEncoder, reports: set[str], cache_dir: Path, progress: Progress) -> TokenStore:
+    """The tokens of a frozen text encoder, of each report once."""
+    return embed_texts(
+        text,
+        sorted(reports),
+        cache_dir=cache_dir,
+        progress=lambda done, total: progress.bar("texts", done, total),
+    )
 
 
 def _loss(settings: AlignConfig) -> AlignmentLoss:
