@@ -17,6 +17,7 @@ from ecgot.data.formats import RecordSource
 from ecgot.data.measurements import Measurements, measure
 from ecgot.data.record import Record, prepare
 from ecgot.errors import EcgotError, first_line
+from ecgot.inference.calibration import UNCALIBRATED
 from ecgot.inference.judgement import agreed, lacking, notes_on, without
 from ecgot.inference.prompts import prompt_scores
 from ecgot.inference.reading import Reading, ReadingError, Sentence, Window
@@ -299,7 +300,7 @@ class EcgReader:
         if opened.origin is not None:
             signal = opened.origin.record
             lacks = lacking(signal, window.quality)
-            notes += filter(None, [self.scorer.calibration.note])
+            notes += [] if self.scorer.calibration.classes else [UNCALIBRATED]
             notes += notes_on(signal, window, lacks, self.config.data.seconds)
             if asked.measurements:
                 measured = self._measured(opened, window)
@@ -311,7 +312,7 @@ class EcgReader:
             duration_s=opened.source.samples / opened.source.fs_hz,
             windows=tuple(opened.windows),
             shown=opened.shown,
-            report=None if written is None else "".join(f"{each.text}. " for each in sentences).strip(),
+            report=None if written is None else ". ".join(each.text for each in sentences),
             sentences=sentences,
             written=None if written is None else written.text,
             measurements=measured,
