@@ -318,6 +318,7 @@ def supervise(
 @resamples_option
 @intervals_option
 @click.option("--examples", type=click.IntRange(min=0), default=0, help="Print this many generated reports.")
+@click.option("--grounding", is_flag=True, help="Also whether evidence points at premature beats.")
 @click.option("--out", type=PATH, help="Folder for evaluation.json and generated_reports.csv.")
 @cache_option
 @json_option
@@ -332,6 +333,7 @@ def evaluate(
     resamples: int,
     intervals: bool,
     examples: int,
+    grounding: bool,
     out: Path | None,
     cache: Path | None,
     as_json: bool,
@@ -363,7 +365,13 @@ def evaluate(
             cache_dir=cache,
             progress=shown,
         )
-    result = evaluation.to_dict()
+        result = evaluation.to_dict()
+        if grounding:
+            from ecgot.eval.grounding import grounding as measure_grounding
+
+            result |= measure_grounding(
+                Run.open(run or PRETRAINED), data, folds=parse_folds(folds), cache_dir=cache, progress=shown
+            )
     result["examples"] = result["examples"][:examples]
     if as_json:
         _print_json(result | {"notice": NOTICE})

@@ -93,10 +93,20 @@ def print_evaluation(console: Console, result: Mapping[str, Any], *, intervals: 
         _print(console, f"\nrecall: {shown}")
     if result["reports"]:
         _print_reports(console, result, intervals=intervals)
+    if "evidence" in result:
+        _print_grounding(console, result["evidence"])
     for example in result["examples"]:
         lines = (f"record {example['ecg_id']}", f"reference: {example['reference']}")
         _print(console, "\n" + "\n  ".join((*lines, f"generated: {example['generated']}")))
     console.print(f"\n{NOTICE}")
+
+
+def _print_grounding(console: Console, evidence: Mapping[str, Any]) -> None:
+    """How often evidence for a premature beat points at one, see :mod:`ecgot.eval.grounding`."""
+    _print(console, "\nEvidence within 0.4 s of a premature beat (by chance):")
+    for name, found in evidence.items():
+        shares = "-" if not found["records"] else f"{found['hits']:.3f} ({found['chance']:.3f})"
+        _print(console, f"  {name}: {shares} in {found['records']} records")
 
 
 def print_supervised(console: Console, result: Mapping[str, Any], *, intervals: bool) -> None:

@@ -65,8 +65,9 @@ def test_the_whole_way(ecgot, tmp_path, tiny_bert):
     code, _, err = ecgot("train", "--data", data, "--out", run, *settings)
     assert code == 0
     assert "align: epoch 2/2" in err
-    code, out, _ = ecgot("evaluate", run, "--data", data, "--resamples", 20, "--examples", 2)
+    code, out, _ = ecgot("evaluate", run, "--data", data, "--resamples", 20, "--examples", 2, "--grounding")
     assert code == 0
+    assert "of a premature beat (by chance)" in " ".join(out.split())
     for part in ("zero-shot", "superclass", "BLEU-4", "METEOR", "ROUGE-L", "sacrebleu", "reference:"):
         assert part in out
     assert out.count("generated:") == 2
