@@ -32,6 +32,8 @@ from ecgot.files import write_text
 FILE = "calibration.json"  # in a run's folder
 FORMAT = 1
 NAMES = Path(__file__).with_name("class_names.toml")
+UNKNOWN = ((0.0,) * 3,) * 3  # a covariance
+STATED = {1: True, 0: False, -1: None}
 NORMAL_95 = 1.959964  # half the width of a 95 % interval, in standard deviations
 UNCALIBRATED = (
     "probabilities are not calibrated: they are the model's own, of a report saying the finding, and every "
@@ -91,25 +93,25 @@ class ClassCalibration:
 
     def probability(self, score: np.ndarray) -> np.ndarray:
         """Probabilities of scores of any shape."""
-        return sigmoid(curve_features(score) @ self._parameters)
+        return sigmoid(curve_features(score) @ np.array(self.parameters))
 
     def interval(self, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The lower and upper end of the 95 % interval of the probabilities of scores of any shape."""
         if self.covariance is None:
             return np.zeros_like(score), np.ones_like(score)
         features = curve_features(score)
-        middle = features @ self._parameters
-        covariance = np.array(self.covariance)
-        spread = NORMAL_95 * np.sqrt(np.einsum("...i,ij,...j->...", features, covariance, features))
+        middle, spread = features @ np.array(self.parameters), _spread(features, np.array(self.covariance))
         return sigmoid(middle - spread), sigmoid(middle + spread)
 
-    def stated(self, probability: np.ndarray) -> np.ndarray:
+    def stated(self, probability: Any) -> Any:
         """Of probabilities of any shape: 1 where the finding is stated, 0 where not, -1 where undecided."""
-        return np.where(probability >= self.present_from, 1, np.where(probability < self.absent_below, 0, -1))
+        present, absent = probability >= self.present_from, probability < self.absent_below
+        return present * 1 - (1 - present) * (1 - absent)
 
     @property
-    def _parameters(self) -> np.ndarray:
-        return np.array([self.slope_low, self.slope_high, self.bias])
+    def parameters(self) -> tuple[float, float, float]:
+        """The slopes and the bias of the curve."""
+        return self.slope_low, self.slope_high, self.bias
 
 
 @dataclass(frozen=True)
@@ -183,26 +185,24 @@ class Calibration:
         Args:
             scores: group -> class -> "phrase" score, see :func:`ecgot.inference.zeroshot.class_scores`.
         """
+        keys = [(group, code) for group, table in scores.items() for code in table]
+        each = [self.of(*key) for key in keys]
+        features = curve_features(np.array([scores[group][code] for group, code in keys]))
+        middle = (features * np.array([one.parameters for one in each])).sum(-1)
+        spread = _spread(features, np.array([one.covariance or UNKNOWN for one in each]))
+        probability, low, high = sigmoid(np.stack([middle, middle - spread, middle + spread])).tolist()
         return tuple(
-            self._finding(group, code, score)
-            for group, table in scores.items()
-            for code, score in table.items()
-        )
-
-    def _finding(self, group: str, code: str, score: float) -> Finding:
-        calibration, value = self.of(group, code), np.array(score)
-        probability = calibration.probability(value)
-        low, high = calibration.interval(value)
-        decided = int(calibration.stated(probability))
-        return Finding(
-            code=code,
-            name=class_name(group, code),
-            group=group,
-            probability=float(probability),
-            low=float(low),
-            high=float(high),
-            threshold=calibration.threshold,
-            stated=None if decided < 0 else bool(decided),
+            Finding(
+                code=code,
+                name=class_name(group, code),
+                group=group,
+                probability=probability[k],
+                low=0.0 if each[k].covariance is None else low[k],
+                high=1.0 if each[k].covariance is None else high[k],
+                threshold=each[k].threshold,
+                stated=STATED[int(each[k].stated(probability[k]))],
+            )
+            for k, (group, code) in enumerate(keys)
         )
 
 
@@ -219,6 +219,11 @@ def curve_features(score: np.ndarray) -> np.ndarray:
     """[..., 3] of scores [...]: log p, -log(1 - p) and 1, whose weighted sum is the calibrated log-odds."""
     value = np.asarray(score, np.float64)
     return np.stack([-np.logaddexp(0, -value), np.logaddexp(0, value), np.ones_like(value)], axis=-1)
+
+
+def _spread(features: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """Half the width [...] of the curve's 95 % interval in log-odds, of features [..., 3]."""
+    return NORMAL_95 * np.sqrt(np.einsum("...i,...ij,...j->...", features, covariance, features))
 
 
 def sigmoid(log_odds: np.ndarray) -> np.ndarray:
