@@ -237,16 +237,11 @@ def _print_findings(console: Console, reading: "Reading") -> None:
     stated = reading.window.stated
     undecided = [each for each in reading.findings if each.stated is None]
     undecided.sort(key=lambda each: -each.probability)
-    shown = [*stated, *undecided[:BEST_CLASSES]]
-    columns = [Column("probability", [f"{each.probability:.0%}" for each in shown])]
-    if reading.calibrated:
-        columns.append(Column("interval", [f"{each.low:.0%} to {each.high:.0%}" for each in shown]))
-    columns += [
-        Column("", ["found" if each.stated else "undecided" for each in shown], right=False),
-        Column("code", [each.code for each in shown], right=False),
-    ]
-    title = "Findings" if shown else "Findings: none"
-    _print_tables(console, title, Column("finding", [each.name for each in shown], right=False), columns)
+    for title, findings in (("Found", stated), ("Undecided", undecided[:BEST_CLASSES])):
+        _print(console, title if findings else f"{title}: nothing")
+        for each in findings:
+            interval = f"  {each.low:4.0%} to {each.high:4.0%}" if reading.calibrated else ""
+            _print(console, f"  {each.probability:4.0%}{interval}  {each.name} ({each.code})")
     console.print()
 
 
@@ -275,9 +270,10 @@ def _print_report(console: Console, reading: "Reading") -> None:
     wording = f" in the wording of {reading.recorder}" if reading.recorder else ""
     _print(console, f"report{wording}: {reading.report or '(nothing that agrees with the findings)'}")
     for sentence in reading.sentences:
-        unsure = "" if sentence.probability >= SURE else "  (unsure)"
+        sure = "     " if sentence.probability is None else f"{sentence.probability:5.0%}"
+        unsure = "  (unsure)" if sentence.probability is not None and sentence.probability < SURE else ""
         remark = f"  ({sentence.remark})" if sentence.remark else ""
-        _print(console, f"  {sentence.probability:.2f}  {sentence.text}{unsure}{remark}")
+        _print(console, f"  {sure}  {sentence.text}{unsure}{remark}")
 
 
 def print_scores(console: Console, scores: Mapping[str, float]) -> None:

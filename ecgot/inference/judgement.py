@@ -69,7 +69,7 @@ def agreed(
         elif each.sentence == text:
             sentences.append(Sentence(text, probability, each.reason))
         else:
-            sentences.append(Sentence(each.sentence, probability, f'in place of "{text}": {each.reason}'))
+            sentences.append(Sentence(each.sentence, None, f'the model wrote "{text}": {each.reason}'))
     return tuple(sentences), tuple(notes)
 
 

@@ -25,13 +25,12 @@ class Sentence:
 
     Attributes:
         text: without its full stop.
-        probability: that the model gives to these very words.
-        remark: why it is to be doubted, such as "says bradycardia; measured 72/min"; None if nothing speaks
-            against it.
+        probability: that the model gives to these very words; None where they are not the model's.
+        remark: what the model wrote in their place, and what speaks against that; None if nothing does.
     """
 
     text: str
-    probability: float
+    probability: float | None
     remark: str | None = None
 
 

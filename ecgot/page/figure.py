@@ -111,8 +111,9 @@ def _draw_report(axes: Any, reading: Any, x: float, top: float) -> None:
     )
     for row, sentence in enumerate(reading.sentences[:LINES]):
         y = top + LINE_MM * (row + 1.3)
-        doubt = "" if sentence.remark is None else f" – contradicted: {sentence.remark}"
-        axes.text(x + 10, y, percent(sentence.probability), size=10, color=MUTED, va="center", ha="right")
+        doubt = "" if sentence.remark is None else f" – changed: {sentence.remark}"
+        sure = "" if sentence.probability is None else percent(sentence.probability)
+        axes.text(x + 10, y, sure, size=10, color=MUTED, va="center", ha="right")
         axes.text(x + 13, y, sentence.text + doubt, size=10, color=MARKED if doubt else INK, va="center")
     _draw_rest(axes, len(reading.sentences), x + 13, top)
 

@@ -46,7 +46,7 @@ class Said:
     """A sentence of the report, with the finding it names and whose evidence can be shown (or "")."""
 
     text: str
-    probability: float
+    probability: float | None
     remark: str | None
     finding: str
 

@@ -144,7 +144,11 @@ def reading(**changed) -> Reading:
         "windows": (replace(window, start_s=0.0, stop_s=10.0, findings=()), window),
         "shown": 1,
         "report": "sinus rhythm. normal ecg. " * 9,
-        "sentences": (Sentence("sinus rhythm [1]", 0.91), Sentence("normal ecg", 0.3, "measured 40/min")),
+        "sentences": (
+            Sentence("sinus rhythm [1]", 0.91),
+            Sentence("normal ecg", 0.3),
+            Sentence("sinus bradycardia", None, "measured 40/min"),
+        ),
         "written": "sinus rhythm. normal ecg.",
         "measurements": replace(NOTHING, heart_rate_bpm=71.6, qrs_ms=148.0),
         "notes": ("III derived from other leads",),
@@ -161,18 +165,17 @@ def test_a_reading():
     assert "note: III derived from other leads" in text
     assert "shown is the strongest, from 10 to" in text
     assert "      10.0 s  left bundle branch block\n" in text
-    (row,) = [line for line in text.splitlines() if line.startswith("left bundle branch block")]
-    assert row.split()[-6:] == ["87%", "80%", "to", "92%", "found", "CLBBB"]
-    (row,) = [line for line in text.splitlines() if line.startswith("premature atrial complexes [2]")]
-    assert "undecided" in row
+    assert "Found\n   87%   80% to  92%  left bundle branch block (CLBBB)\nUndecided\n" in text
+    assert "   30%   80% to  92%  premature atrial complexes [2] (PAC)\n" in text
     assert "measured: heart rate 72 /min, QRS 148 ms" in text
     assert "report in the wording of AT-6 C 5.5: sinus rhythm." in text
-    assert "  0.91  sinus rhythm [1]\n" in text
-    assert "  0.30  normal ecg  (unsure)  (measured 40/min)\n" in text
+    assert "    91%  sinus rhythm [1]\n" in text
+    assert "         sinus bradycardia  (measured 40/min)\n" in text
+    assert "    30%  normal ecg  (unsure)\n" in text
     assert "not a medical device" in " ".join(text.split())
     untrained = printed(print_reading, reading(report=None, sentences=(), recorder=None, calibrated=False))
     assert "report" not in untrained
-    assert "interval" not in untrained
+    assert "80% to  92%" not in untrained
 
 
 def test_a_refused_reading_says_why_and_nothing_else():

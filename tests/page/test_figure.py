@@ -38,7 +38,7 @@ def test_leads_lie_on_their_lines() -> None:
 def test_the_figure_says_what_the_reading_says(tmp_path: Path) -> None:
     said = texts(made.reading())
     assert "left bundle branch block (CLBBB)" in said
-    assert "bradycardia – contradicted: measured 71/min" in said
+    assert "bradycardia – changed: measured 71/min" in said
     assert any("not a medical device" in each for each in said)
     figure(made.reading()).savefig(tmp_path / "drawn.png")
 

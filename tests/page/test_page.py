@@ -57,7 +57,7 @@ def test_the_page_says_what_the_reading_says() -> None:
         "Undecided 2 myocardial infarction MI 41 %",
         "Not found 5",
         "right bundle branch block CRBBB < 1 %",
-        "bradycardia 31 % Contradicted: measured 71/min",
+        "bradycardia 31 % Changed: measured 71/min",
         "Heart rate 71 /min",
         "PR not measurable",
         "QT / QTc (Fridericia) 404 / 428 ms",
