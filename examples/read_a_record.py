@@ -27,7 +27,7 @@ def show(path: Path) -> None:
     reading = reader(path)
     print(f"{path.name}: {reading.report}")
     for sentence in reading.sentences:
-        print(f"  {sentence.probability:.2f}  {sentence.text}")
+        print(f"  {sentence.text}", "" if sentence.probability is None else f"({sentence.probability:.0%})")
     for finding in reading.window.stated:
         where = reading.evidence(finding)
         print(f"found: {finding}, most plainly at {where.peak_s:.1f} s")

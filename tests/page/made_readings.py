@@ -90,6 +90,7 @@ def reading(**changes: Any) -> Reading:
         "windows": windows,
         "shown": 0,
         "report": "",
+        "written": "",
         "sentences": (
             Sentence("sinus rhythm", 0.93),
             Sentence("left bundle branch block", 0.71),
