@@ -7,6 +7,7 @@ This module imports nothing, so that ``ecgot COMMAND --help`` reads them without
 STAGES = ("align", "report")
 
 GROUPS = ("superclass", "subclass", "form", "rhythm")  # of PTB-XL's labels
+NORMAL_CODES = ("NORM", "SR")  # the classes that name nothing abnormal
 ALL = "all"  # in place of one group
 OWN_LABELS = "labels"  # the group of one's own yes/no labels
 

@@ -452,13 +452,13 @@ def _report_folder(
 ) -> None:
     from ecgot.inference.folder import read_folder
 
-    asked = reader.asked(recorder=recorder, **settings)
+    options = reader.options(recorder=recorder, **settings)
     with progress(quiet=False) as shown:
         count, failed = read_folder(
             reader,
             folder,
             out,
-            asked,
+            options,
             resume=resume,
             progress=lambda done, total: shown.bar("report", done, total),
             on_error=lambda reason: shown.note(f"not read: {reason}"),

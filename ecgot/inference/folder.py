@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ecgot.data.formats import FORMATS
 from ecgot.errors import EcgotError
 from ecgot.files import write_text
-from ecgot.inference.reader import Asked, EcgReader
+from ecgot.inference.reader import EcgReader, ReadOptions
 from ecgot.inference.reading import Reading, ReadingError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def read_folder(
     reader: EcgReader,
     folder: Path,
     out: Path,
-    asked: Asked,
+    options: ReadOptions,
     *,
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -65,7 +65,7 @@ def read_folder(
     with _output(out, reader, resume) as output:
         left = [path for path in paths if str(path) not in output.done]
         failed = 0
-        for number, found in enumerate(reader.stream(left, asked), start=len(paths) - len(left) + 1):
+        for number, found in enumerate(reader.stream(left, options), start=len(paths) - len(left) + 1):
             output.add(found)
             if isinstance(found, ReadingError):
                 failed += 1

@@ -17,7 +17,6 @@ from ecgot.data.formats import RecordSource
 from ecgot.data.measurements import Measurements, measure
 from ecgot.data.record import Record, prepare
 from ecgot.errors import EcgotError, first_line
-from ecgot.inference.calibration import UNCALIBRATED
 from ecgot.inference.judgement import agreed, lacking, notes_on, without
 from ecgot.inference.prompts import prompt_scores
 from ecgot.inference.reading import Reading, ReadingError, Sentence, Window
@@ -35,7 +34,7 @@ _Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReadOptions:
     """How records are to be read, see :meth:`EcgReader.__call__`."""
 
     recorder: str = ""
@@ -48,30 +47,15 @@ class Asked:
     window_s: float | None = None
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What a window was read from: its signal, and its tokens [N, D] with their mask [N], empty if none."""
-
-    record: Record
-    tokens: Tensor
-    mask: Tensor
-
-    @classmethod
-    def of(cls, record: Record, scored: Scored, row: int) -> "Origin":
-        """Of one of the stretches that were scored."""
-        if scored.tokens is None or scored.mask is None:
-            return cls(record, torch.empty(0), torch.empty(0))
-        return cls(record, scored.tokens[row], scored.mask[row])
-
-
 @dataclass
 class _Opened:
     """A record on its way through the model.
 
     Attributes:
-        shown: the strongest window so far.
-        origin: what it was read from; None if no window can be read.
-        refused: the signal of the first window that cannot.
+        shown: number of the strongest window so far.
+        best: what that window was read from; None while no window could be read.
+        refused: signal of the first window that could not be read.
+        written: the report of the strongest window; None if none is to be written.
         failure: why reading ended before the record did.
     """
 
@@ -80,8 +64,9 @@ class _Opened:
     starts: list[float]
     windows: list[Window] = field(default_factory=list)
     shown: int = 0
-    origin: Origin | None = None
+    best: Scored | None = None
     refused: Record | None = None
+    written: WrittenReport | None = None
     failure: str | None = None
 
     def add_refused(self, stretch: Stretch) -> None:
@@ -90,11 +75,11 @@ class _Opened:
         if self.refused is None:
             self.refused = stretch.record
 
-    def add(self, window: Window, origin: Origin) -> None:
+    def add(self, window: Window, scored: Scored) -> None:
         """Add a window, and what it was read from, which is kept if it is the strongest so far."""
         self.windows.append(window)
-        if self.origin is None or window.weight > self.windows[self.shown].weight:
-            self.shown, self.origin = len(self.windows) - 1, origin
+        if self.best is None or window.weight > self.windows[self.shown].weight:
+            self.shown, self.best = len(self.windows) - 1, scored
 
 
 class EcgReader:
@@ -201,7 +186,7 @@ class EcgReader:
             EcgotError: a single record cannot be read, or the model does not know the recorder.
         """
         single = not _is_list(records)
-        asked = self.asked(
+        options = self.options(
             recorder=recorder,
             fs_hz=fs_hz,
             leads=leads,
@@ -211,98 +196,103 @@ class EcgReader:
             start_s=start_s,
             window_s=window_s,
         )
-        found = list(self.stream([records] if single else records, asked))
+        found = list(self.stream([records] if single else records, options))
         if not single:
             return found
         if isinstance(found[0], ReadingError):
             raise EcgotError(found[0].reason)
         return found[0]
 
-    def asked(self, *, recorder: str | None = None, **settings: Any) -> Asked:
+    def options(self, *, recorder: str | None = None, **settings: Any) -> ReadOptions:
         """How to read, checked: the keywords of :meth:`__call__`.
 
         Raises:
             EcgotError: the model does not know the recorder.
         """
-        return Asked(recorder=self._known_recorder(recorder), **settings)
+        return ReadOptions(recorder=self._known_recorder(recorder), **settings)
 
     @torch.no_grad()
-    def stream(self, records: Iterable[Any], asked: Asked) -> Iterator[Reading | ReadingError]:
+    def stream(self, records: Iterable[Any], options: ReadOptions) -> Iterator[Reading | ReadingError]:
         """The readings of any number of records, in order, holding no more than a batch of them."""
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             for some in _batches(records):
-                opened = list(pool.map(functools.partial(_open, asked, self.config.data.seconds), some))
+                opened = list(pool.map(functools.partial(_open, options, self.config.data.seconds), some))
                 good = [each for each in opened if isinstance(each, _Opened)]
-                self._score(good, asked, pool)
-                written = self._write(good, asked)
+                self._score(good, options, pool)
+                self._write(good, options)
                 for each in opened:
                     if isinstance(each, ReadingError):
                         yield each
                     elif each.failure is not None:
                         yield ReadingError(each.name, each.failure)
                     else:
-                        yield self._reading(each, written.get(id(each)), asked)
+                        yield self._reading(each, options)
 
-    def _score(self, opened: Sequence[_Opened], asked: Asked, pool: ThreadPoolExecutor) -> None:
+    def _score(self, opened: Sequence[_Opened], options: ReadOptions, pool: ThreadPoolExecutor) -> None:
         """Read, encode and score every stretch of the records."""
         jobs = ((each, start_s) for each in opened for start_s in each.starts)
         for some in _batches(jobs):
-            stretches = list(pool.map(lambda job: self._load(job[0], job[1], asked), some))
+            stretches = list(pool.map(lambda job: self._load(job[0], job[1], options), some))
             read = [each.record for each in stretches if each is not None and each.readable and each.record]
-            scored = self.scorer.scored(read) if read else Scored([])
-            rows = iter(range(len(read)))
+            scored = iter(self.scorer.scored(read) if read else ())
             for (each, _), stretch in zip(some, stretches, strict=True):
                 if stretch is None:
                     continue
                 if stretch.record is None or not stretch.readable:
                     each.add_refused(stretch)
                     continue
-                row = next(rows)
-                lacks = lacking(stretch.record, stretch.quality)
-                findings = without(self.scorer.calibration.findings(scored.scores[row]), lacks)
-                window = Window(
-                    stretch.start_s, stretch.stop_s, stretch.quality, findings, scored.scores[row]
-                )
-                each.add(window, Origin.of(stretch.record, scored, row))
+                found = next(scored)
+                each.add(self._window(stretch, found), found)
 
-    def _load(self, opened: _Opened, start_s: float, asked: Asked) -> Stretch | None:
+    def _window(self, stretch: Stretch, scored: Scored) -> Window:
+        """What is found in a stretch."""
+        lacks = lacking(scored.record, stretch.quality)
+        findings = without(self.scorer.calibration.findings(scored.scores), lacks)
+        return Window(stretch.start_s, stretch.stop_s, stretch.quality, findings, scored.scores)
+
+    def _load(self, opened: _Opened, start_s: float, options: ReadOptions) -> Stretch | None:
         """A stretch; None if it cannot be read, which ends the reading of its record."""
         if opened.failure is not None:
             return None
         data = self.config.data
-        length_s = data.seconds if asked.window_s is None else min(data.seconds, asked.window_s)
-        found = attempt(opened.name, lambda: load(opened.source, start_s, length_s, data, force=asked.force))
+        length_s = data.seconds if options.window_s is None else min(data.seconds, options.window_s)
+        found = attempt(
+            opened.name, lambda: load(opened.source, start_s, length_s, data, force=options.force)
+        )
         if isinstance(found, ReadingError):
             opened.failure = found.reason
             return None
         return found
 
-    def _write(self, opened: Sequence[_Opened], asked: Asked) -> dict[int, WrittenReport]:
-        """The reports of the records of which something can be said, by the id of each."""
-        if not asked.report or self.reporter is None:
-            return {}
-        said = [(each, each.origin) for each in opened if each.origin is not None and each.failure is None]
+    def _write(self, opened: Sequence[_Opened], options: ReadOptions) -> None:
+        """Write the reports of those records of which a window could be read."""
+        if not options.report or self.reporter is None:
+            return
+        said = [(each, each.best) for each in opened if each.best is not None and each.failure is None]
         if not said:
-            return {}
+            return
         written = self.reporter.write(
-            torch.stack([origin.tokens for _, origin in said]),
-            torch.stack([origin.mask for _, origin in said]),
-            recorders=[asked.recorder] * len(said),
+            torch.stack([best.tokens for _, best in said]),
+            torch.stack([best.mask for _, best in said]),
+            recorders=[options.recorder] * len(said),
             num_beams=self.num_beams,
         )
-        return {id(each): text for (each, _), text in zip(said, written, strict=True)}
+        for (each, _), report in zip(said, written, strict=True):
+            each.written = report
 
-    def _reading(self, opened: _Opened, written: WrittenReport | None, asked: Asked) -> Reading:
+    def _reading(self, opened: _Opened, options: ReadOptions) -> Reading:
         """Everything that is said of a record whose windows were scored."""
+        best, written = opened.best, opened.written
         window, signal = opened.windows[opened.shown], opened.refused
         notes, measured = list(opened.source.notes), None
         sentences: tuple[Sentence, ...] = ()
-        if opened.origin is not None:
-            signal = opened.origin.record
+        if best is not None:
+            signal = best.record
             lacks = lacking(signal, window.quality)
-            notes += [] if self.scorer.calibration.classes else [UNCALIBRATED]
+            note = self.scorer.calibration.note
+            notes += [] if note is None else [note]
             notes += notes_on(signal, window, lacks, self.config.data.seconds)
-            if asked.measurements:
+            if options.measurements:
                 measured = self._measured(opened, window)
             if written is not None:
                 sentences, left_out = agreed(written.sentences, window, measured, lacks)
@@ -317,12 +307,10 @@ class EcgReader:
             written=None if written is None else written.text,
             measurements=measured,
             notes=tuple(notes),
-            recorder=asked.recorder or None,
+            recorder=options.recorder or None,
             calibrated=bool(self.scorer.calibration.classes),
             signal=signal,
-            explain=None
-            if opened.origin is None
-            else functools.partial(self.scorer.explain, opened.origin.record),
+            explain=None if best is None else functools.partial(self.scorer.explain, best.record),
         )
 
     def _measured(self, opened: _Opened, window: Window) -> Measurements | None:
@@ -344,7 +332,7 @@ class EcgReader:
     # --- other uses -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def classify(self, record: Any, prompts: Sequence[str], **asked: Any) -> dict[str, float]:
+    def classify(self, record: Any, prompts: Sequence[str], **options: Any) -> dict[str, float]:
         """The score of each text for a record's strongest window; needs the run's text encoder.
 
         Args:
@@ -358,13 +346,13 @@ class EcgReader:
         """
         scorer = self._zero_shot()
         model, text = scorer.model_with_text()
-        reading = self(record, report=False, measurements=False, **asked)
+        reading = self(record, report=False, measurements=False, **options)
         ecg = model.project_tokens(scorer.encode([_signal(reading)]))
         scores = prompt_scores(model, text, ecg, prompts, score=scorer.score)
         return {prompt: float(score[0]) for prompt, score in scores.items()}
 
     @torch.no_grad()
-    def embed(self, records: Any, **asked: Any) -> Tensor:
+    def embed(self, records: Any, **options: Any) -> Tensor:
         """Unit-length embeddings [n, E] of a list of records, or [E] of one: of each one's strongest window.
 
         Args:
@@ -376,7 +364,7 @@ class EcgReader:
         """
         scorer = self._zero_shot()
         single = not _is_list(records)
-        readings = self([records] if single else records, report=False, measurements=False, **asked)
+        readings = self([records] if single else records, report=False, measurements=False, **options)
         signals = [_signal(reading) for reading in readings]
         parts = [scorer.model.project_tokens(scorer.encode(some)).pooled for some in _batches(signals)]
         pooled = torch.cat(parts) if parts else torch.zeros(0, self.config.align.width)
@@ -412,10 +400,10 @@ def _name(item: Any) -> str:
     return str(item) if isinstance(item, str | Path) else str(getattr(item, "name", "array"))
 
 
-def _open(asked: Asked, seconds: float, item: Any) -> _Opened | ReadingError:
+def _open(options: ReadOptions, seconds: float, item: Any) -> _Opened | ReadingError:
     def opened() -> _Opened:
-        source = source_of(item, fs_hz=asked.fs_hz, leads=asked.leads)
-        where = starts(source, seconds, start_s=asked.start_s, window_s=asked.window_s)
+        source = source_of(item, fs_hz=options.fs_hz, leads=options.leads)
+        where = starts(source, seconds, start_s=options.start_s, window_s=options.window_s)
         name = str(item) if isinstance(item, str | Path) else source.name
         return _Opened(name, source, where)
 

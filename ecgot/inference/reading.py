@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ecgot.choices import NORMAL_CODES
 from ecgot.data.measurements import Measurements
 from ecgot.data.quality import Quality
 from ecgot.data.record import Record
@@ -15,8 +16,6 @@ from ecgot.inference.display import NOTICE
 
 if TYPE_CHECKING:
     from ecgot.inference.evidence import Evidence
-
-NORMAL = ("NORM", "SR")  # what is said where nothing is found
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,13 @@ class Window:
     def stated(self) -> tuple[Finding, ...]:
         """What is found, abnormal findings first, then the surest first; once, if in several groups."""
         found = [finding for finding in self.findings if finding.stated]
-        found.sort(key=lambda each: (each.code in NORMAL, -each.probability))
+        found.sort(key=lambda each: (each.code in NORMAL_CODES, -each.probability))
         return tuple({each.name: each for each in reversed(found)}.values())[::-1]
 
     @property
     def weight(self) -> float:
         """How far its strongest abnormal finding is above its threshold; -1 if there is none."""
-        above = (each.probability - each.threshold for each in self.stated if each.code not in NORMAL)
+        above = (each.probability - each.threshold for each in self.stated if each.code not in NORMAL_CODES)
         return max(above, default=-1.0)
 
 

@@ -1,7 +1,7 @@
 """What gives classes their scores: prompts beside an aligned encoder, or a classifier's labels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,18 @@ from ecgot.runs.run import Run
 
 @dataclass(frozen=True)
 class Scored:
-    """What is made of B stretches of signal.
+    """What a model makes of one stretch of a record.
 
     Attributes:
-        scores: of each, group -> class -> score, in log-odds where they are probabilities.
-        tokens, mask: [B, N, D] and [B, N], from which a report is written; None if there are none.
+        record: the stretch, as the model takes it.
+        scores: group -> class -> score, in log-odds where they are probabilities.
+        tokens, mask: [N, D] and [N], from which a report is written; empty if a classifier gave the scores.
     """
 
-    scores: list[dict[str, dict[str, float]]]
-    tokens: Tensor | None = None
-    mask: Tensor | None = None
+    record: Record
+    scores: Mapping[str, Mapping[str, float]]
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0))
+    mask: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class ZeroShot:
@@ -96,12 +98,13 @@ class ZeroShot:
         return self._fused_encoder(waveform, lengths)
 
     @torch.no_grad()
-    def scored(self, records: Sequence[Record]) -> Scored:
-        """Scores and tokens of prepared stretches."""
+    def scored(self, records: Sequence[Record]) -> list[Scored]:
+        """Scores and tokens of prepared stretches, encoded as one batch."""
         encoded = self.encode(records)
         ecg = self.model.project_tokens(encoded)
         values = class_scores(ecg, self.prompts, score=self.score, transport=self._transport)
-        return Scored(by_record(values, self.classes), encoded.tokens, encoded.mask)
+        scores = by_record(values, self.classes)
+        return [Scored(*each) for each in zip(records, scores, encoded.tokens, encoded.mask, strict=True)]
 
     def explain(self, record: Record, finding: Finding) -> Evidence:
         """See :func:`ecgot.inference.evidence.explain`.
@@ -135,10 +138,11 @@ class Supervised:
         self.calibration = Calibration()
 
     @torch.no_grad()
-    def scored(self, records: Sequence[Record]) -> Scored:
-        """Scores of prepared stretches."""
+    def scored(self, records: Sequence[Record]) -> list[Scored]:
+        """Scores of prepared stretches, as one batch."""
         waveform, lengths = stacked(records, self.config.data, self.device)
-        return Scored(by_record(self.classifier.class_logits(waveform, lengths), self.classes))
+        scores = by_record(self.classifier.class_logits(waveform, lengths), self.classes)
+        return [Scored(*each) for each in zip(records, scores, strict=True)]
 
     def explain(self, record: Record, finding: Finding) -> Evidence:
         """There is none: a classifier is no sum over time."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from ecgot.choices import NORMAL_CODES
 from ecgot.inference.display import NOTICE
-from ecgot.page.page import NORMAL, asset, environment, script_hash
+from ecgot.page.page import asset, environment, script_hash
 from ecgot.version import __version__
 
 
@@ -42,7 +43,7 @@ class Entry:
     def from_dict(cls, values: Mapping[str, Any], link: str | None = None) -> "Entry":
         """The row of a reading's ``to_dict``."""
         stated = [each for each in values["findings"] if each["stated"]]
-        stated.sort(key=lambda each: (each["code"] in NORMAL, -each["probability"]))
+        stated.sort(key=lambda each: (each["code"] in NORMAL_CODES, -each["probability"]))
         found: dict[str, tuple[str, str, float]] = {}  # by name: groups share classes
         for each in stated:
             found.setdefault(each["name"], (each["name"], each["code"], each["probability"]))
@@ -59,7 +60,7 @@ class Entry:
     @property
     def probability(self) -> float | None:
         """Of the strongest abnormal finding; None if there is none."""
-        return next((probability for _, code, probability in self.found if code not in NORMAL), None)
+        return next((probability for _, code, probability in self.found if code not in NORMAL_CODES), None)
 
 
 def index(entries: Iterable[Entry]) -> str:
@@ -81,7 +82,7 @@ def index(entries: Iterable[Entry]) -> str:
             script=script,
             script_hash=script_hash(script),
             style=asset("shared.css") + asset("index.css"),
-            normal=NORMAL,
+            normal=NORMAL_CODES,
         )
     )
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ecgot.choices import NORMAL_CODES
 from ecgot.errors import EcgotError
-from ecgot.inference.display import NOTICE
+from ecgot.inference.display import NOTICE, SURE
 from ecgot.page.named import named_findings
 from ecgot.page.trace import MM_PER_S, PULSE_MM, STEP_MM, Trace, grid_path, lay_out
 from ecgot.version import __version__
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 ALSO = 3  # findings that are not stated, whose evidence is shown too: the most probable ones
 FULL = 100  # the strongest share of a finding's evidence, as the page holds it
-UNSURE = 0.5  # a sentence less probable than this is written paler
-NORMAL = ("NORM", "SR")
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def page(reading: Any) -> str:
             script_hash=script_hash(script),
             style=asset("shared.css") + asset("page.css"),
             r_peaks_s=() if reading.measurements is None else reading.measurements.r_peaks_s,
-            unsure=UNSURE,
+            unsure=SURE,
             notice=NOTICE,
             version=__version__,
             pulse_mm=PULSE_MM,
@@ -181,7 +180,7 @@ def spans(reading: Any) -> list[Span]:
             window.quality.verdict,
             tuple((each.name, each.probability) for each in once(window.stated)),
             number == reading.shown,
-            any(each.code not in NORMAL for each in window.stated),
+            any(each.code not in NORMAL_CODES for each in window.stated),
         )
         if found and not span.shown and not found[-1].shown and _same(found[-1], span):
             strongest = dict(found[-1].found)
@@ -240,7 +239,7 @@ def _first(stated: Sequence[Any], shown: Mapping[str, tuple[Any, Any]]) -> str:
         shares = np.clip(np.asarray(shown[name][1].by_time, float), 0.0, None)
         return float(shares.max() / shares.sum()) if shares.any() else 0.0
 
-    abnormal = [key(each) for each in stated if each.code not in NORMAL and key(each) in shown]
+    abnormal = [key(each) for each in stated if each.code not in NORMAL_CODES and key(each) in shown]
     return max(abnormal, key=concentration, default="")
 
 

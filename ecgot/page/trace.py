@@ -15,7 +15,6 @@ RHYTHM = "II"
 PULSE_MM = 13.0  # left of the leads, for the calibration pulse
 ROW_MM, LEAD_ROW_MM = 25.0, 12.0
 FOOT_MM = 10.0  # below the last row
-LANE_MM = 2.0  # the lane of all leads together, see Sheet
 SMALLER = (10.0, 5.0, 2.5, 1.0)  # mm/mV; what is smaller than 10 is for signals that would leave the paper
 
 

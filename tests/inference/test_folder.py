@@ -11,9 +11,9 @@ from ecgot.data.ptbxl import read_table
 from ecgot.errors import EcgotError
 from ecgot.inference import reader as readers
 from ecgot.inference.folder import read_folder, records_in
-from ecgot.inference.reader import Asked, EcgReader
+from ecgot.inference.reader import EcgReader, ReadOptions
 
-ASKED = Asked(report=False, measurements=False)
+OPTIONS = ReadOptions(report=False, measurements=False)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_every_record_is_found_once(folder: Path, tmp_path: Path) -> None:
 
 def test_a_csv_has_a_row_for_each_and_goes_on_after_a_kill(reader, folder, tmp_path, monkeypatch) -> None:
     out, errors = tmp_path / "out.csv", []
-    assert read_folder(reader, folder, out, ASKED, on_error=errors.append) == (5, 1)
+    assert read_folder(reader, folder, out, OPTIONS, on_error=errors.append) == (5, 1)
     whole = out.read_text()
     rows = list(csv.DictReader(whole.splitlines()))
     assert [row["record"] for row in rows] == list(map(str, records_in(folder)))
@@ -51,25 +51,25 @@ def test_a_csv_has_a_row_for_each_and_goes_on_after_a_kill(reader, folder, tmp_p
     assert len(errors) == 1
     assert 0 <= float(rows[-1]["rhythm:SR"]) <= 1
     with pytest.raises(EcgotError, match="--resume"):
-        read_folder(reader, folder, out, ASKED)
+        read_folder(reader, folder, out, OPTIONS)
     out.write_text(whole[: whole.rindex("\n", 0, -1) - 20])  # killed within a line
     monkeypatch.setattr(readers, "BATCH", 1)
-    assert read_folder(reader, folder, out, ASKED, resume=True)[0] == 2
+    assert read_folder(reader, folder, out, OPTIONS, resume=True)[0] == 2
     assert [row["record"] for row in csv.DictReader(out.read_text().splitlines())] == [
         row["record"] for row in rows
     ]
     out.write_text("a,b\n1,2\n")
     with pytest.raises(EcgotError, match="got another file"):
-        read_folder(reader, folder, out, ASKED, resume=True)
+        read_folder(reader, folder, out, OPTIONS, resume=True)
 
 
 def test_json_lines(reader, folder, tmp_path) -> None:
     out = tmp_path / "out.jsonl"
-    read_folder(reader, folder, out, ASKED)
+    read_folder(reader, folder, out, OPTIONS)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert ["error" in line for line in lines] == ["bad" in line["record"] for line in lines]
     out.write_text(out.read_text()[:-50])
-    assert read_folder(reader, folder, out, ASKED, resume=True)[0] == 1
+    assert read_folder(reader, folder, out, OPTIONS, resume=True)[0] == 1
     assert [json.loads(line)["record"] for line in out.read_text().splitlines()] == [
         line["record"] for line in lines
     ]
@@ -77,11 +77,11 @@ def test_json_lines(reader, folder, tmp_path) -> None:
 
 def test_pages_have_an_index_that_names_every_record(reader, folder, tmp_path) -> None:
     out = tmp_path / "pages"
-    read_folder(reader, folder, out, ASKED)
+    read_folder(reader, folder, out, OPTIONS)
     assert len(list(out.glob("0*.html"))) == 4
     index = (out / "index.html").read_text(encoding="utf-8")
     for path in records_in(folder):
         assert path.stem in index
-    assert read_folder(reader, folder, out, ASKED, resume=True) == (0, 0)
+    assert read_folder(reader, folder, out, OPTIONS, resume=True) == (0, 0)
     with pytest.raises(EcgotError, match=r"\.csv or \.jsonl"):
-        read_folder(reader, folder, tmp_path / "out.xlsx", ASKED)
+        read_folder(reader, folder, tmp_path / "out.xlsx", OPTIONS)

@@ -16,7 +16,6 @@ __all__ = [
     "ArraySource",
     "Format",
     "RecordSource",
-    "installed_formats",
     "open_record",
     "record_files",
 ]
@@ -57,11 +56,6 @@ FORMATS = (
     Format("HL7 aECG", (".xml",), ("ecgdatakit",), "ecgdatakit"),
     Format("SCP-ECG", (".scp", ".ecg"), ("ecgdatakit",), "ecgdatakit"),
 )
-
-
-def installed_formats() -> list[tuple[str, tuple[str, ...], str, bool]]:
-    """Name, suffixes, library and whether it is installed, of every format."""
-    return [(each.name, each.suffixes, each.library, each.installed) for each in FORMATS]
 
 
 def open_record(

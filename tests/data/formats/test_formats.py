@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ecgot.data.formats import FORMATS, ArraySource, installed_formats, open_record, record_files
+from ecgot.data.formats import FORMATS, ArraySource, open_record, record_files
 from ecgot.data.leads import STANDARD_LEADS
 from ecgot.data.record import read_record
 from ecgot.errors import EcgotError
@@ -469,7 +469,7 @@ def test_a_format_without_its_library_names_the_extra(tmp_path, monkeypatch):
     for name in ("ecg.edf", "ecg.bdf", "ecg.dcm", "ecg.xml", "ecg.scp"):
         (tmp_path / name).write_bytes(b"anything")
         refuses(tmp_path / name, 'pip install "ecgot[formats]"')
-    assert [name for name, _, _, there in installed_formats() if there] == ["WFDB", "NumPy", "CSV"]
+    assert [each.name for each in FORMATS if each.installed] == ["WFDB", "NumPy", "CSV"]
 
 
 def test_wfdb_needs_no_library_of_another_format(tmp_path, monkeypatch):
