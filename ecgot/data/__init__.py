@@ -1,1 +1,1 @@
-"""From WFDB files to arrays: records, PTB-XL's tables, signal cache, synthetic data."""
+"""From files to arrays in mV: formats, leads, quality, measurements, PTB-XL, cache, synthetic data."""

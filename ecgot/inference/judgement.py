@@ -59,8 +59,8 @@ def agreed(
     sentences: list[Sentence] = []
     notes = [
         f'left out of the report: "{text}" (leads are lacking)'
-        for text, _ in written
-        if (text, _) not in kept
+        for text, probability in written
+        if (text, probability) not in kept
     ]
     resolved = resolve([text for text, _ in kept], measurements, probabilities)
     for (text, probability), each in zip(kept, resolved, strict=True):
