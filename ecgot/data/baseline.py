@@ -1,4 +1,4 @@
-"""Removing what is no heart's: electrode offset and slow wander."""
+"""Removing electrode offset and baseline wander, which do not come from the heart."""
 
 import functools
 
@@ -13,9 +13,8 @@ PADDED_CYCLES = 3.0  # of the cut-off, mirrored at both ends, where a filter wou
 def remove_baseline(signal: np.ndarray, fs_hz: float, highpass_hz: float) -> np.ndarray:
     """signal [..., T] without what is slower than ``highpass_hz``; 0 removes each lead's mean alone.
 
-    A Butterworth filter of order 2 runs forth and back, so that no wave moves. At the cut-off half of the
-    amplitude is left. Where the signal is too short for a filter, as below a quarter of a cycle, its mean
-    goes.
+    A Butterworth filter of order 2 runs forwards and backwards, so that no wave moves; at the cut-off half of
+    the amplitude is left. Only the mean is removed where the signal is shorter than a quarter of a cycle.
     """
     signal = signal - signal.mean(-1, keepdims=True)
     samples = signal.shape[-1]

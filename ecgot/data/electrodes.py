@@ -1,4 +1,4 @@
-"""Limb leads that cannot be: Einthoven broken, a lead inverted, electrodes exchanged."""
+"""Faults of limb leads: Einthoven's law broken, a lead inverted, electrodes reversed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Exchange:
     Attributes:
         code: of the remark.
         electrodes: in words.
-        lead: which the exchange turns over.
+        lead: which the exchange inverts.
         weights: of logistic regression, for the P wave, QRS and T wave of that lead in turn: its cosine with
             what the chest leads predict of it, and its mean over its largest value. The exchange changes the
             sign of all of them, so there is no intercept.
@@ -69,7 +69,7 @@ def law_residuals(signal_mv: Floats, rows: Mapping[str, int]) -> dict[int, float
 
 
 def inverted_lead(signal_mv: Floats, rows: Mapping[str, int]) -> str | None:
-    """The limb lead that mends every law when it is turned over; None if there is none."""
+    """The limb lead whose inversion restores every law; None if there is none."""
     known = [law for law in LAWS if law.keys() <= rows.keys()]
     for lead in LIMB_LEADS:
         if not any(lead in law for law in known):

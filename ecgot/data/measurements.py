@@ -43,10 +43,10 @@ class Measurements:
     Attributes:
         r_peaks_s: times of all QRS complexes.
         heart_rate_bpm: ventricular, over the whole signal.
-        rr_variation: standard deviation of the RR intervals over their mean.
-        pr_ms: from the begin of P to that of QRS; None without a P wave that comes back with every beat.
+        rr_variation: coefficient of variation of the RR intervals: standard deviation over mean.
+        pr_ms: from the onset of P to that of QRS; None without a P wave that recurs with every beat.
         qrs_ms: over all leads.
-        qt_ms: from the begin of QRS to the end of T.
+        qt_ms: from the onset of QRS to the end of T.
         qtc_ms: corrected by Fridericia, QT over the cube root of RR in s, which overcorrects less than
             Bazett's square root where the heart is fast or slow.
         axis_deg: of QRS in the frontal plane, from net areas in I and aVF: 0 to the left, 90 to the feet.
@@ -71,7 +71,7 @@ class _Beat:
     Attributes:
         median: [L, S] in mV at RATE_HZ, 0 before P.
         each: [L, B, S], the beats it is of.
-        qrs: samples where QRS begins and ends.
+        qrs: samples of QRS onset and offset.
     """
 
     median: Floats
@@ -83,7 +83,7 @@ def measure(signal_mv: np.ndarray, fs_hz: float, leads: Sequence[str]) -> Measur
     """Measure an ECG.
 
     Args:
-        signal_mv: [L, T] in mV, without NaN, at the file's rate where pacing spikes shall be seen.
+        signal_mv: [L, T] in mV, without NaN; at the file's own rate, or pacing spikes are lost.
         leads: L names.
     """
     signal = np.asarray(signal_mv, np.float64)
@@ -175,7 +175,7 @@ def _aligned(fine: Floats, peaks: Samples) -> tuple[Samples, np.ndarray]:
 
 
 def _qrs(median: Floats, at: int) -> tuple[int, int] | None:
-    """Begin and end of QRS: where the spatial velocity has come down and stays down."""
+    """QRS onset and offset: where the spatial velocity has come down and stays down."""
     speed = _speed(median)
     near = slice(at - round(0.12 * RATE_HZ), at + round(0.12 * RATE_HZ))
     top = near.start + int(speed[near].argmax())
@@ -280,7 +280,7 @@ def _spikes(signal: Floats, fs_hz: float) -> int:
 
 
 def _deviation(signal: Floats, near: int, steps: int) -> Floats:
-    """How far samples lie from the middle between those ``steps`` times ``near`` away: [L, T - 6 near]."""
+    """How far samples lie from the mean of those ``steps`` times ``near`` away: [L, T - 6 near]."""
     edge, away = 3 * near, steps * near
     around = signal[:, edge - away : -edge - away] + signal[:, edge + away : signal.shape[1] - edge + away]
     return np.abs(signal[:, edge:-edge] - around / 2)

@@ -108,8 +108,8 @@ def prepare(
 ) -> Record:
     """The record from an opened source; arguments and errors as of :func:`read_record`.
 
-    A window is what one cuts out of the whole record's result: what the filters need is read on either side.
-    Their tails beyond that are below 1e-5 of the signal.
+    A window equals the same piece of the whole record's result: a margin is read on either side, beyond which
+    the filters' tails are below 1e-5 of the signal.
     """
     rate = source.fs_hz if fs_hz is None else float(fs_hz)
     span = _span(source, rate, start_s, window_s, highpass_hz)
