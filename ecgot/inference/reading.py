@@ -82,7 +82,7 @@ class Reading:
         measurements: None if they were not asked for or nothing was to be said.
         notes: what was done to the signal, and what a reader should know.
         recorder: the recorder whose wording the report follows; None if unknown.
-        calibrated: whether probabilities were calibrated on held-out records.
+        calibrated: whether probabilities were calibrated; :attr:`notes` says if on records of the training.
         signal: the window as the model saw it.
     """
 
