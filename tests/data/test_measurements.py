@@ -19,7 +19,8 @@ EDGE = 2.3  # standard deviations from a wave's middle, at which 7 % of its heig
 
 def measured(heart: Heart, *, seed: int = 0, fs_hz: float = 500.0) -> Measurements:
     rng = np.random.default_rng(seed)
-    dipole = moving_dipole(heart, rng, fs_hz) @ draw_orientation(rng).T
+    moments, _ = moving_dipole(heart, rng, fs_hz)
+    dipole = moments @ draw_orientation(rng).T
     return measure(leads_mv(dipole) + noise_mv(rng, len(dipole), fs_hz), fs_hz, STANDARD_LEADS)
 
 
@@ -94,7 +95,7 @@ def test_fibrillation_has_no_pr_and_varies() -> None:
 def test_pacing_spikes_are_counted_where_the_rate_shows_them() -> None:
     heart = Heart(p=(), qrs=(Wave(0.0, 0.03, (-0.6, -1.0, 0.9)),), irregularity=0.0, breathing=0.0)
     rng = np.random.default_rng(0)
-    dipole = moving_dipole(heart, rng, 500.0)
+    dipole, _ = moving_dipole(heart, rng, 500.0)
     signal = leads_mv(dipole) + noise_mv(rng, len(dipole), 500.0)
     assert measure(signal, 500.0, STANDARD_LEADS).pacing_spikes == 0
     beats = np.round((np.array(measure(signal, 500.0, STANDARD_LEADS).r_peaks_s) - 0.09) * 500).astype(int)

@@ -25,7 +25,8 @@ ADC_PER_MV = 1000.0
 def ecg(heart: Heart | None = None, *, seed: int = 0, fs_hz: float = FS_HZ) -> np.ndarray:
     """Twelve leads of a synthetic heart, in whole µV as recorders store them."""
     rng = np.random.default_rng(seed)
-    dipole = moving_dipole(heart or Heart(), rng, fs_hz) @ draw_orientation(rng).T
+    moments, _ = moving_dipole(heart or Heart(), rng, fs_hz)
+    dipole = moments @ draw_orientation(rng).T
     signal = leads_mv(dipole) + _electrode_noise(rng, len(dipole), fs_hz)
     return np.rint(signal * ADC_PER_MV) / ADC_PER_MV
 
