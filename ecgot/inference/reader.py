@@ -17,7 +17,6 @@ from ecgot.data.formats import RecordSource
 from ecgot.data.measurements import Measurements, measure
 from ecgot.data.record import Record, prepare
 from ecgot.errors import EcgotError, first_line
-from ecgot.inference.calibration import UNCALIBRATED
 from ecgot.inference.judgement import agreed, lacking, notes_on, without
 from ecgot.inference.prompts import prompt_scores
 from ecgot.inference.reading import Reading, ReadingError, Sentence, Window
@@ -259,7 +258,7 @@ class EcgReader:
                     continue
                 row = next(rows)
                 lacks = lacking(stretch.record, stretch.quality)
-                findings = without(self.scorer.calibration.findings(scored.scores[row]), lacks)
+                findings = without(self.scorer.findings(scored.scores[row]), lacks)
                 window = Window(
                     stretch.start_s, stretch.stop_s, stretch.quality, findings, scored.scores[row]
                 )
@@ -295,12 +294,12 @@ class EcgReader:
     def _reading(self, opened: _Opened, written: WrittenReport | None, asked: Asked) -> Reading:
         """Everything that is said of a record whose windows were scored."""
         window, signal = opened.windows[opened.shown], opened.refused
-        notes, measured = list(opened.source.notes), None
+        notes, measured = [*opened.source.notes, *unread(opened.windows, opened.source, asked)], None
         sentences: tuple[Sentence, ...] = ()
         if opened.origin is not None:
             signal = opened.origin.record
             lacks = lacking(signal, window.quality)
-            notes += [] if self.scorer.calibration.classes else [UNCALIBRATED]
+            notes += [] if self.scorer.note is None else [self.scorer.note]
             notes += notes_on(signal, window, lacks, self.config.data.seconds)
             if asked.measurements:
                 measured = self._measured(opened, window)
@@ -357,6 +356,8 @@ class EcgReader:
             EcgotError: the record or the text encoder cannot be used, or a text is empty or no finding.
         """
         scorer = self._zero_shot()
+        if _is_list(record):
+            raise EcgotError("record: expected one record, got several")
         model, text = scorer.model_with_text()
         reading = self(record, report=False, measurements=False, **asked)
         ecg = model.project_tokens(scorer.encode([_signal(reading)]))
@@ -405,11 +406,24 @@ def _is_list(records: Any) -> bool:
     """Whether these are several records: a list, an iterator, or a batch [B, L, T]."""
     if isinstance(records, str | Path) or is_source(records) or hasattr(records, "sig_name"):
         return False
-    return getattr(records, "ndim", 3) != 2
+    if hasattr(records, "ndim"):
+        return bool(records.ndim > 2)
+    if not isinstance(records, Iterable):
+        raise EcgotError(f"records: expected a path, an array, or a list of them, got {records!r}")
+    return True
 
 
 def _name(item: Any) -> str:
-    return str(item) if isinstance(item, str | Path) else str(getattr(item, "name", "array"))
+    return str(item) if isinstance(item, str | Path) else str(getattr(item, "name", None) or "array")
+
+
+def unread(windows: Sequence[Window], source: RecordSource, asked: Asked) -> tuple[str, ...]:
+    """A note on the end of what was asked for, if it is too short to be read on its own."""
+    stop_s = source.samples / source.fs_hz
+    if asked.window_s is not None:
+        stop_s = min(stop_s, asked.start_s + asked.window_s)
+    rest_s = stop_s - windows[-1].stop_s
+    return (f"the last {rest_s:.3g} s are not read",) if rest_s >= 1.5 / source.fs_hz else ()
 
 
 def _open(asked: Asked, seconds: float, item: Any) -> _Opened | ReadingError:
