@@ -70,5 +70,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, in UTF-8, line endings as they are in ``text``."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
+    """Write a text file atomically, in UTF-8, line endings as they are in ``text``.
+
+    What is no character, as in the name of a file whose bytes are no UTF-8, is escaped.
+    """
+    content = text.encode("utf-8", errors="backslashreplace")
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))

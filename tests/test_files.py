@@ -64,7 +64,7 @@ def test_a_file_that_cannot_be_finished_keeps_what_was_there(
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match="no space"):
             write_text(path, "new\n")
     assert path.read_text() == "old\n"

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -61,9 +61,10 @@ def read_folder(
     Raises:
         EcgotError: there is no record, or ``out`` cannot be used.
     """
-    paths = records_in(folder)
+    results = out.resolve()  # may lie in the folder, and a CSV would pass for a record
+    paths = [path for path in records_in(folder) if path.resolve() != results]
     with _output(out, reader, resume) as output:
-        left = [path for path in paths if str(path) not in output.done]
+        left = [path for path in paths if output.name(str(path)) not in output.done]
         failed = 0
         for number, found in enumerate(reader.stream(left, options), start=len(paths) - len(left) + 1):
             output.add(found)
@@ -98,13 +99,17 @@ class _Lines:
         done: the records that it held when it was opened.
     """
 
+    _KIND = "JSON lines of readings"
+
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         held = path.read_bytes() if path.exists() else b""
         whole = held.rfind(b"\n") + 1
+        if not whole and not _begin(held, self._start()):
+            raise self._foreign()
         self.earlier = self._parsed(held[:whole].decode("utf-8", errors="replace"))
-        self.done = {each["record"] for each in self.earlier}
+        self.done = {self.name(each["record"]) for each in self.earlier}
         self._file = path.open("r+" if path.exists() else "w", encoding="utf-8", newline="")
         self._file.seek(whole)
         self._file.truncate()
@@ -114,14 +119,24 @@ class _Lines:
     def _parsed(self, text: str) -> list[dict[str, Any]]:
         try:
             found = [json.loads(line) for line in text.splitlines()]
-            return [each | {"record": each["record"]} for each in found]
+            return [each | {"record": str(each["record"])} for each in found]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise EcgotError(
-                f"out: expected JSON lines of readings in {self.path}, got another file"
-            ) from error
+            raise self._foreign() from error
+
+    def _foreign(self) -> EcgotError:
+        return EcgotError(f"out: expected {self._KIND} in {self.path}, got another file")
+
+    def _start(self) -> str:
+        """How a file of this kind begins."""
+        return '{"record": '
 
     def _header(self) -> str:
         return ""
+
+    @staticmethod
+    def name(record: str) -> str:
+        """A record's name as the file holds it."""
+        return record
 
     def add(self, found: Reading | ReadingError) -> None:
         """Write a reading, so that it is there whatever comes next."""
@@ -141,26 +156,39 @@ class _Lines:
 class _Csv(_Lines):
     """A row for each record, with a column for the probability of each class."""
 
+    _KIND = "a CSV of readings by this model"
+
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self._columns = columns
         super().__init__(path)
 
     def _parsed(self, text: str) -> list[dict[str, Any]]:
+        text = text.removeprefix("\ufeff").replace("\r\n", "\n")  # of a spreadsheet program
         rows = list(csv.DictReader(io.StringIO(text)))
         if text and not text.startswith(self._header()):
-            raise EcgotError(
-                f"out: expected a CSV of readings by this model in {self.path}, got another file"
-            )
+            raise self._foreign()
         return rows
 
+    def _start(self) -> str:
+        return self._header()
+
     def _header(self) -> str:
-        return ",".join(self._columns) + "\n"
+        return self._line({name: name for name in self._columns})
+
+    def _line(self, row: Mapping[str, Any]) -> str:
+        line = io.StringIO()
+        values = {name: self.name(str(value)) for name, value in row.items()}
+        csv.DictWriter(line, self._columns, restval="", lineterminator="\n").writerow(values)
+        return line.getvalue()
+
+    @staticmethod
+    def name(record: str) -> str:
+        """In one line, with bytes that are no UTF-8 escaped."""
+        return " ".join(record.encode(errors="backslashreplace").decode().split())
 
     def add(self, found: Reading | ReadingError) -> None:
-        line = io.StringIO()
-        row = {name: " ".join(str(value).split()) for name, value in _row(found).items()}  # one line each
-        csv.DictWriter(line, self._columns, restval="", lineterminator="\n").writerow(row)
-        self._write(line.getvalue())
+        """Write a row."""
+        self._write(self._line(_row(found)))
 
 
 class _Pages(_Lines):
@@ -171,11 +199,23 @@ class _Pages(_Lines):
         self._folder = folder
         super().__init__(folder / "readings.jsonl")
         self._entries = list(self.earlier)
+        numbers = [int(page.stem) for page in folder.glob("*.html") if page.stem.isdecimal()]
+        self._last = max(numbers, default=0)
+
+    def _parsed(self, text: str) -> list[dict[str, Any]]:
+        lines = super()._parsed(text)
+        try:
+            for each in lines:
+                _entry(each)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._foreign() from error
+        return lines
 
     def add(self, found: Reading | ReadingError) -> None:
         values = _values(found)
         if isinstance(found, Reading):
-            values["page"] = f"{len(self._entries) + 1:06d}.html"
+            self._last += 1  # never a page that is there: lines may have been taken out by hand
+            values["page"] = f"{self._last:06d}.html"
             write_text(self._folder / values["page"], found.to_html())
         self._write(json.dumps(values) + "\n")
         self._entries.append(values)
@@ -185,6 +225,12 @@ class _Pages(_Lines):
 
         super().__exit__()
         write_text(self._folder / "index.html", index(map(_entry, self._entries)))
+
+
+def _begin(held: bytes, start: str) -> bool:
+    """Whether what a file holds, and what it should begin with, begin alike."""
+    wanted = start.encode()
+    return held.startswith(wanted) or wanted.startswith(held)
 
 
 def _values(found: Reading | ReadingError) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What may be said: nothing of leads that are not there, and sentences that agree with what was measured."""
 
 import functools
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ecgot.text.labels import stated_labels
 
 NEEDED = Path(__file__).with_name("needed_leads.toml")
 CHEST_LEADS = STANDARD_LEADS[6:]
+OF_LIMBS = re.compile(r"\b(limb|axis|frontal)\b", re.IGNORECASE)  # no finding, but said of limb leads
 
 
 @functools.cache
@@ -52,7 +54,7 @@ def agreed(
     What is contradicted is said anew from what was measured, with a remark, or left out; see
     :func:`ecgot.inference.verify.resolve`. Left out are also findings for which leads are lacking.
     """
-    kept = [each for each in written if not (lacks and _needs_leads(each[0]))]
+    kept = [each for each in written if not (lacks and _needs_leads(each[0], lacks))]
     probabilities: dict[str, dict[str, float]] = {}
     for finding in window.findings:
         probabilities.setdefault(finding.group, {})[finding.code] = finding.probability
@@ -73,7 +75,9 @@ def agreed(
     return tuple(sentences), tuple(notes)
 
 
-def _needs_leads(sentence: str) -> bool:
+def _needs_leads(sentence: str, lacks: frozenset[str]) -> bool:
+    if "limb" in lacks and OF_LIMBS.search(sentence):
+        return True
     return bool(stated_labels([sentence], "superclass").any())
 
 

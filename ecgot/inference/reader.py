@@ -247,7 +247,7 @@ class EcgReader:
     def _window(self, stretch: Stretch, scored: Scored) -> Window:
         """What is found in a stretch."""
         lacks = lacking(scored.record, stretch.quality)
-        findings = without(self.scorer.calibration.findings(scored.scores), lacks)
+        findings = without(self.scorer.findings(scored.scores), lacks)
         return Window(stretch.start_s, stretch.stop_s, stretch.quality, findings, scored.scores)
 
     def _load(self, opened: _Opened, start_s: float, options: ReadOptions) -> Stretch | None:
@@ -284,13 +284,12 @@ class EcgReader:
         """Everything that is said of a record whose windows were scored."""
         best, written = opened.best, opened.written
         window, signal = opened.windows[opened.shown], opened.refused
-        notes, measured = list(opened.source.notes), None
+        notes, measured = [*opened.source.notes, *unread(opened.windows, opened.source, options)], None
         sentences: tuple[Sentence, ...] = ()
         if best is not None:
             signal = best.record
             lacks = lacking(signal, window.quality)
-            note = self.scorer.calibration.note
-            notes += [] if note is None else [note]
+            notes += [] if self.scorer.note is None else [self.scorer.note]
             notes += notes_on(signal, window, lacks, self.config.data.seconds)
             if options.measurements:
                 measured = self._measured(opened, window)
@@ -345,6 +344,8 @@ class EcgReader:
             EcgotError: the record or the text encoder cannot be used, or a text is empty or no finding.
         """
         scorer = self._zero_shot()
+        if _is_list(record):
+            raise EcgotError("record: expected one record, got several")
         model, text = scorer.model_with_text()
         reading = self(record, report=False, measurements=False, **options)
         ecg = model.project_tokens(scorer.encode([_signal(reading)]))
@@ -393,11 +394,24 @@ def _is_list(records: Any) -> bool:
     """Whether these are several records: a list, an iterator, or a batch [B, L, T]."""
     if isinstance(records, str | Path) or is_source(records) or hasattr(records, "sig_name"):
         return False
-    return getattr(records, "ndim", 3) != 2
+    if hasattr(records, "ndim"):
+        return bool(records.ndim > 2)
+    if not isinstance(records, Iterable):
+        raise EcgotError(f"records: expected a path, an array, or a list of them, got {records!r}")
+    return True
 
 
 def _name(item: Any) -> str:
-    return str(item) if isinstance(item, str | Path) else str(getattr(item, "name", "array"))
+    return str(item) if isinstance(item, str | Path) else str(getattr(item, "name", None) or "array")
+
+
+def unread(windows: Sequence[Window], source: RecordSource, options: ReadOptions) -> tuple[str, ...]:
+    """A note on the end of what was asked for, if it is too short to be read on its own."""
+    stop_s = source.samples / source.fs_hz
+    if options.window_s is not None:
+        stop_s = min(stop_s, options.start_s + options.window_s)
+    rest_s = stop_s - windows[-1].stop_s
+    return (f"the last {rest_s:.3g} s are not read",) if rest_s >= 1.5 / source.fs_hz else ()
 
 
 def _open(options: ReadOptions, seconds: float, item: Any) -> _Opened | ReadingError:

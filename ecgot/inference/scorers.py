@@ -1,7 +1,7 @@
 """What gives classes their scores: prompts beside an aligned encoder, or a classifier's labels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ from ecgot.runs.config import DataConfig
 from ecgot.runs.device import choose_device
 from ecgot.runs.run import Run
 
+SIMILARITIES = (
+    "similarities, no probabilities: what is shown as a percentage only ranks records by one finding, and "
+    "nothing is stated as found; the score 'phrase' has probabilities"
+)
+OWN_PROBABILITIES = (
+    "probabilities are not calibrated: they are the classifier's own, and every threshold is 50 %"
+)
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -54,6 +62,7 @@ class ZeroShot:
         prompts: embedded.
         classes: group -> its classes.
         calibration: from scores to probabilities.
+        note: what a reader of its probabilities should know; None if there is nothing.
 
     The text encoder is loaded only when it is needed, for prompts that the run does not hold as embeddings.
     """
@@ -76,6 +85,12 @@ class ZeroShot:
         file = run.folder / calibrations.FILE  # is one of "phrase" scores by the built-in prompts
         if self.score == "phrase" and prompts == BUILT_IN and file.exists():
             self.calibration = Calibration.load(file, scores_fingerprint(self.model, self.prompts))
+        self.note = self.calibration.note if self.score == "phrase" else SIMILARITIES
+
+    def findings(self, scores: Mapping[str, Mapping[str, float]]) -> tuple[Finding, ...]:
+        """Every class of one record as a finding; all undecided where scores are but similarities."""
+        found = self.calibration.findings(scores)
+        return found if self.score == "phrase" else tuple(replace(each, stated=None) for each in found)
 
     def model_with_text(self) -> tuple[Any, Any]:
         """The model and the text encoder that it was trained with.
@@ -135,7 +150,11 @@ class Supervised:
         self.classifier = load_classifier(run).fused()
         self.device = choose_device(self.config.device)
         self.classes = {group: tuple(names) for group, names in self.classifier.classes.items()}
-        self.calibration = Calibration()
+        self.calibration, self.note = Calibration(), OWN_PROBABILITIES
+
+    def findings(self, scores: Mapping[str, Mapping[str, float]]) -> tuple[Finding, ...]:
+        """Every class of one record as a finding."""
+        return self.calibration.findings(scores)
 
     @torch.no_grad()
     def scored(self, records: Sequence[Record]) -> list[Scored]:

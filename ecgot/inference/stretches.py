@@ -14,6 +14,7 @@ from ecgot.data.record import Record, prepare
 from ecgot.errors import EcgotError
 from ecgot.runs.config import DataConfig
 
+LARGEST_MV = 1e6  # models count in float32, which holds no squares of 1e20
 SHORTEST_S = 2.5  # a remainder that is shorter is not read on its own
 
 
@@ -52,7 +53,10 @@ def source_of(item: Any, *, fs_hz: float | None = None, leads: Sequence[str] | N
         return from_wfdb(item)
     if is_source(item):
         return item
-    array = np.asarray(item)  # a tensor too
+    if hasattr(item, "detach"):  # a tensor, wherever it is; numpy knows no bfloat16
+        item = item.detach().cpu()
+        item = item.double() if item.is_floating_point() else item
+    array = np.asarray(item)
     if fs_hz is None or leads is None:
         raise EcgotError("record: expected fs_hz and leads with an array, got none")
     return ArraySource(array, fs_hz=fs_hz, leads=leads)
@@ -108,4 +112,8 @@ def load(source: RecordSource, start_s: float, length_s: float, data: DataConfig
     except EcgotError:
         if not refused or force:
             raise
+    if record is not None and not np.abs(record.signal_mv).max() <= LARGEST_MV:  # a NaN fails it too
+        record = None
+        if force:
+            raise EcgotError(f"record {source.name}: expected voltages of an ECG in mV, got far larger ones")
     return Stretch(start_s, last / source.fs_hz, quality, record, force or not refused)

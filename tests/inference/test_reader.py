@@ -200,3 +200,53 @@ def test_bad_requests(reader, record) -> None:
     with pytest.raises(EcgotError, match="window: expected"):
         reader(record, window_s=0.0)
     assert ecgot.EcgReader is EcgReader
+
+
+@pytest.mark.parametrize("lead", [0, 6])
+def test_nothing_is_said_of_the_axis_by_one_lead(reader, records, lead) -> None:
+    for path in records[:4]:
+        signal = read_record(path).signal_mv[lead : lead + 1]
+        reading = reader(signal, fs_hz=FS_HZ, leads=[STANDARD_LEADS[lead]])
+        assert "axis" in reading.written
+        assert "axis" not in reading.report
+        assert "limb" not in reading.report
+
+
+def test_a_tensor_of_any_kind_and_an_array_of_one_lead_are_one_record(reader, record) -> None:
+    signal = read_record(record).signal_mv
+    plain = reader(signal, fs_hz=FS_HZ, leads=STANDARD_LEADS, report=False)
+    learnt = torch.tensor(signal, requires_grad=True)
+    assert reader(learnt, fs_hz=FS_HZ, leads=STANDARD_LEADS, report=False).scores == plain.scores
+    assert reader(learnt.bfloat16(), fs_hz=FS_HZ, leads=STANDARD_LEADS, report=False).findings
+    one = reader(signal[1], fs_hz=FS_HZ, leads=["II"], report=False)
+    assert one.scores == reader(signal[1:2], fs_hz=FS_HZ, leads=["II"], report=False).scores
+    for nothing in (None, 5):
+        with pytest.raises(EcgotError, match="records: expected"):
+            reader(nothing)
+
+
+def test_voltages_beyond_all_bounds_are_refused_and_make_no_nan(reader, record) -> None:
+    signal = read_record(record).signal_mv.astype(np.float64) * 1e30
+    assert reader(signal, fs_hz=FS_HZ, leads=STANDARD_LEADS).refused
+    with pytest.raises(EcgotError, match="far larger"):
+        reader(signal, fs_hz=FS_HZ, leads=STANDARD_LEADS, force=True)
+
+
+@pytest.mark.parametrize(("seconds", "rest"), [(9.99, None), (10.01, None), (12.4, "2.4"), (12.6, None)])
+def test_an_end_that_is_not_read_is_named(reader, record, seconds, rest) -> None:
+    signal = np.tile(read_record(record).signal_mv, 2)[:, : round(seconds * FS_HZ)]
+    notes = reader(signal, fs_hz=FS_HZ, leads=STANDARD_LEADS, report=False).notes
+    assert [note for note in notes if "not read" in note] == (
+        [f"the last {rest} s are not read"] if rest else []
+    )
+
+
+def test_similarities_are_no_probabilities_and_state_nothing(record) -> None:
+    reading = EcgReader.from_pretrained(score="cosine")(record, report=False)
+    assert {finding.stated for finding in reading.findings} == {None}
+    assert any("no probabilities" in note for note in reading.notes)
+
+
+def test_only_one_record_is_classified(reader, record) -> None:
+    with pytest.raises(EcgotError, match="expected one record"):
+        reader.classify([record], ["sinus rhythm"])
