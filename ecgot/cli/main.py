@@ -463,7 +463,7 @@ def _report_folder(
             progress=lambda done, total: shown.bar("report", done, total),
             on_error=lambda reason: shown.note(f"not read: {reason}"),
         )
-    click.echo(f"{count} records read into {out}, of which {failed} could not be")
+    click.echo(f"{out}: {count - failed} records read, {failed} could not be read")
     click.echo(NOTICE)
 
 

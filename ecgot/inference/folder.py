@@ -203,7 +203,7 @@ def _row(found: Reading | ReadingError) -> dict[str, Any]:
         **{name: values[name] for name in COLUMNS if name in values and values[name] is not None},
         "remarks": "; ".join(remark.text for remark in found.quality.remarks),
         "found": "; ".join(f"{each.name} ({each.probability:.0%})" for each in found.window.stated),
-        "undecided": "; ".join(each.name for each in found.findings if each.stated is None),
+        "undecided": "; ".join(each.name for each in found.window.undecided),
         **{name: f"{measured[name]:.0f}" for name in MEASURED if measured.get(name) is not None},
         "notes": "; ".join(found.notes),
         **{f"{each.group}:{each.code}": f"{each.probability:.4f}" for each in found.findings},
