@@ -405,7 +405,7 @@ def _is_list(records: Any) -> bool:
     """Whether these are several records: a list, an iterator, or a batch [B, L, T]."""
     if isinstance(records, str | Path) or is_source(records) or hasattr(records, "sig_name"):
         return False
-    return getattr(records, "ndim", 3) != 2
+    return isinstance(records, Iterable) and getattr(records, "ndim", 3) != 2
 
 
 def _name(item: Any) -> str:
