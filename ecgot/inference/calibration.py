@@ -36,8 +36,8 @@ UNKNOWN = ((0.0,) * 3,) * 3  # a covariance
 STATED = {1: True, 0: False, -1: None}
 NORMAL_95 = 1.959964  # half the width of a 95 % interval, in standard deviations
 UNCALIBRATED = (
-    "probabilities are not calibrated: they are the model's own, and every threshold is 50 %; of a model that "
-    "writes reports, ecgot calibrate learns a calibration from labelled records"
+    "probabilities are not calibrated: they are the model's own, and every threshold is 50 %; of a model "
+    "that writes reports, ecgot calibrate learns a calibration from labelled records"
 )
 
 
