@@ -63,7 +63,7 @@ def read_folder(
     """
     paths = records_in(folder)
     with _output(out, reader, resume) as output:
-        left = [path for path in paths if str(path) not in output.done]
+        left = [path for path in paths if path.resolve() not in output.done]
         failed = 0
         for number, found in enumerate(reader.stream(left, asked), start=len(paths) - len(left) + 1):
             output.add(found)
@@ -104,7 +104,7 @@ class _Lines:
         held = path.read_bytes() if path.exists() else b""
         whole = held.rfind(b"\n") + 1
         self.earlier = self._parsed(held[:whole].decode("utf-8", errors="replace"))
-        self.done = {each["record"] for each in self.earlier}
+        self.done = {Path(each["record"]).resolve() for each in self.earlier}
         self._file = path.open("r+" if path.exists() else "w", encoding="utf-8", newline="")
         self._file.seek(whole)
         self._file.truncate()

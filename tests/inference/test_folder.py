@@ -52,6 +52,9 @@ def test_a_csv_has_a_row_for_each_and_goes_on_after_a_kill(reader, folder, tmp_p
     assert 0 <= float(rows[-1]["rhythm:SR"]) <= 1
     with pytest.raises(EcgotError, match="--resume"):
         read_folder(reader, folder, out, ASKED)
+    other = folder.parent / "other"  # the same folder by another path
+    other.symlink_to(folder)
+    assert read_folder(reader, other, out, ASKED, resume=True) == (0, 0)
     out.write_text(whole[: whole.rindex("\n", 0, -1) - 20])  # killed within a line
     monkeypatch.setattr(readers, "BATCH", 1)
     assert read_folder(reader, folder, out, ASKED, resume=True)[0] == 2
