@@ -463,7 +463,7 @@ def _report_folder(
             progress=lambda done, total: shown.bar("report", done, total),
             on_error=lambda reason: shown.note(f"not read: {reason}"),
         )
-    click.echo(f"{count} records read into {out}, of which {failed} could not be")
+    click.echo(f"{out}: {count - failed} records read, {failed} could not be read")
     click.echo(NOTICE)
 
 
@@ -502,7 +502,9 @@ def formats(as_json: bool) -> None:
 @cli.command()
 @click.argument("run", type=PATH)
 @click.option("--data", type=PATH, required=True, help="Data set in PTB-XL's layout.")
-@click.option("--folds", required=True, help="Folds to calibrate on, which the run has not trained on: 8.")
+@click.option(
+    "--folds", required=True, help="Folds to calibrate on, which the run has not trained on, such as 9."
+)
 @cache_option
 @json_option
 def calibrate(run: Path, data: Path, folds: str, cache: Path | None, as_json: bool) -> None:
@@ -514,9 +516,19 @@ def calibrate(run: Path, data: Path, folds: str, cache: Path | None, as_json: bo
     with progress(quiet=as_json) as shown:
         fitted = calibrate_run(Run.open(run), data, folds=parse_folds(folds), cache_dir=cache, progress=shown)
     if as_json:
-        _print_json({"run": str(run), "records": fitted.records, "folds": fitted.folds})
+        _print_json(
+            {
+                "run": str(run),
+                "records": fitted.records,
+                "folds": fitted.folds,
+                "trained_on": fitted.trained_on,
+            }
+        )
     else:
         click.echo(f"calibrated {run} on {fitted.records} records")
+        if fitted.trained_on:
+            trained = ", ".join(map(str, fitted.trained_on))
+            click.echo(f"note: the run was trained on folds {trained}, where it is surer than elsewhere")
 
 
 @cli.command()

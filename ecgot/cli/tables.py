@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -14,7 +15,7 @@ from ecgot.choices import OWN_LABELS
 from ecgot.inference.display import NOTICE, SURE, auroc_text, metric_text
 
 if TYPE_CHECKING:
-    from ecgot.inference.reading import Reading
+    from ecgot.inference.reading import Reading, Window
 
 BEST_CLASSES = 5  # of each group, that a reading lists
 
@@ -226,18 +227,21 @@ def _print_windows(console: Console, reading: "Reading") -> None:
         f"{len(reading.windows)} windows in {reading.duration_s:g} s; shown is the strongest, from "
         f"{reading.window.start_s:g} to {reading.window.stop_s:g} s. What was found where:",
     )
-    for window in reading.windows:
-        refused = window.quality.verdict == "refused"
-        found = ", ".join(each.name for each in window.stated[:BEST_CLASSES]) or "nothing"
-        _print(console, f"  {window.start_s:8.1f} s  {'not a usable ECG' if refused else found}")
+    for found, alike in groupby(reading.windows, _found_in):  # a line for each change, not for each window
+        together = list(alike)
+        _print(console, f"  {together[0].start_s:8.1f} to {together[-1].stop_s:8.1f} s  {found}")
+
+
+def _found_in(window: "Window") -> str:
+    if window.quality.verdict == "refused":
+        return "not a usable ECG"
+    return ", ".join(each.name for each in window.stated[:BEST_CLASSES]) or "nothing"
 
 
 def _print_findings(console: Console, reading: "Reading") -> None:
-    """What is found, what is undecided, and the most likely of the rest."""
-    stated = reading.window.stated
-    undecided = [each for each in reading.findings if each.stated is None]
-    undecided.sort(key=lambda each: -each.probability)
-    for title, findings in (("Found", stated), ("Undecided", undecided[:BEST_CLASSES])):
+    """What is found, and the most probable of what is undecided."""
+    window = reading.window
+    for title, findings in (("Found", window.stated), ("Undecided", window.undecided[:BEST_CLASSES])):
         _print(console, title if findings else f"{title}: nothing")
         for each in findings:
             interval = f"  {each.low:4.0%} to {each.high:4.0%}" if reading.calibrated else ""

@@ -249,7 +249,7 @@ def _qt_ms(beat: _Beat, rr_s: float) -> float | None:
     end_of_t = steepest + (height[steepest] - floor) / -fall[steepest - peak]
     if first + end_of_t > last:
         return None
-    return _plausible("qt", _ms(first + end_of_t - start))
+    return _plausible("qt", float(_ms(first + end_of_t - start)))
 
 
 def _axis_deg(beat: _Beat, names: Sequence[str]) -> float | None:

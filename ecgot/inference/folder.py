@@ -64,7 +64,7 @@ def read_folder(
     results = out.resolve()  # may lie in the folder, and a CSV would pass for a record
     paths = [path for path in records_in(folder) if path.resolve() != results]
     with _output(out, reader, resume) as output:
-        left = [path for path in paths if output.name(str(path)) not in output.done]
+        left = [path for path in paths if output.key(path) not in output.done]
         failed = 0
         for number, found in enumerate(reader.stream(left, options), start=len(paths) - len(left) + 1):
             output.add(found)
@@ -109,7 +109,7 @@ class _Lines:
         if not whole and not _begin(held, self._start()):
             raise self._foreign()
         self.earlier = self._parsed(held[:whole].decode("utf-8", errors="replace"))
-        self.done = {self.name(each["record"]) for each in self.earlier}
+        self.done = {self.key(each["record"]) for each in self.earlier}
         self._file = path.open("r+" if path.exists() else "w", encoding="utf-8", newline="")
         self._file.seek(whole)
         self._file.truncate()
@@ -132,6 +132,10 @@ class _Lines:
 
     def _header(self) -> str:
         return ""
+
+    def key(self, record: str | Path) -> str:
+        """What is equal for the same record by any path."""
+        return self.name(str(Path(record).resolve()))
 
     @staticmethod
     def name(record: str) -> str:
@@ -249,7 +253,7 @@ def _row(found: Reading | ReadingError) -> dict[str, Any]:
         **{name: values[name] for name in COLUMNS if name in values and values[name] is not None},
         "remarks": "; ".join(remark.text for remark in found.quality.remarks),
         "found": "; ".join(f"{each.name} ({each.probability:.0%})" for each in found.window.stated),
-        "undecided": "; ".join(each.name for each in found.findings if each.stated is None),
+        "undecided": "; ".join(each.name for each in found.window.undecided),
         **{name: f"{measured[name]:.0f}" for name in MEASURED if measured.get(name) is not None},
         "notes": "; ".join(found.notes),
         **{f"{each.group}:{each.code}": f"{each.probability:.4f}" for each in found.findings},

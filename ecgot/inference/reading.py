@@ -1,7 +1,7 @@
 """What the model says about one record, and what it says it from. Light: it imports no torch."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,13 +55,29 @@ class Window:
         """What is found, abnormal findings first, then the surest first; once, if in several groups."""
         found = [finding for finding in self.findings if finding.stated]
         found.sort(key=lambda each: (each.code in NORMAL_CODES, -each.probability))
-        return tuple({each.name: each for each in reversed(found)}.values())[::-1]
+        return _once(found)
+
+    @property
+    def undecided(self) -> tuple[Finding, ...]:
+        """What is neither found nor excluded, the most probable first; once, if in several groups."""
+        return _once(
+            sorted(
+                (each for each in self.findings if each.stated is None), key=lambda each: -each.probability
+            )
+        )
 
     @property
     def weight(self) -> float:
         """How far its strongest abnormal finding is above its threshold; -1 if there is none."""
         above = (each.probability - each.threshold for each in self.stated if each.code not in NORMAL_CODES)
         return max(above, default=-1.0)
+
+
+def _once(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    first: dict[str, Finding] = {}
+    for each in findings:
+        first.setdefault(each.name, each)
+    return tuple(first.values())
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,10 @@ def source_of(item: Any, *, fs_hz: float | None = None, leads: Sequence[str] | N
         item = item.detach().cpu()
         item = item.double() if item.is_floating_point() else item
     array = np.asarray(item)
+    if array.dtype.kind not in "iuf":
+        raise EcgotError(
+            f"record: expected a path, an array in mV or a wfdb.Record, got {type(item).__name__}"
+        )
     if fs_hz is None or leads is None:
         raise EcgotError("record: expected fs_hz and leads with an array, got none")
     return ArraySource(array, fs_hz=fs_hz, leads=leads)

@@ -164,7 +164,8 @@ def test_a_reading():
     assert "  lead III is flat\n" in text
     assert "note: III derived from other leads" in text
     assert "shown is the strongest, from 10 to" in text
-    assert "      10.0 s  left bundle branch block\n" in text
+    assert "       0.0 to     10.0 s  nothing\n" in text
+    assert "      10.0 to     20.0 s  left bundle branch block\n" in text
     assert "Found\n   87%   80% to  92%  left bundle branch block (CLBBB)\nUndecided\n" in text
     assert "   30%   80% to  92%  premature atrial complexes [2] (PAC)\n" in text
     assert "measured: heart rate 72 /min, QRS 148 ms" in text
@@ -176,6 +177,26 @@ def test_a_reading():
     untrained = printed(print_reading, reading(report=None, sentences=(), recorder=None, calibrated=False))
     assert "report" not in untrained
     assert "80% to  92%" not in untrained
+
+
+def test_windows_that_say_the_same_share_a_line():
+    shown = reading().window
+    nothing = [replace(shown, start_s=at, stop_s=at + 10.0, findings=()) for at in (0.0, 10.0, 30.0)]
+    windows = (*nothing[:2], replace(shown, start_s=20.0, stop_s=30.0), nothing[2])
+    text = printed(print_reading, reading(windows=windows, shown=2, duration_s=40.0))
+    found = ["0.0 to 20.0 s nothing", "20.0 to 30.0 s left bundle branch block", "30.0 to 40.0 s nothing"]
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert [
+        line for line in lines if " s nothing" in line or line.endswith("s left bundle branch block")
+    ] == found
+
+
+def test_a_finding_of_several_groups_is_listed_once():
+    window = reading().window
+    same = Finding("NORM", "normal ECG", "superclass", 0.2, 0.1, 0.3, 0.4, None)
+    window = replace(window, findings=(same, replace(same, group="subclass")))
+    text = printed(print_reading, reading(windows=(window,), shown=0))
+    assert text.count("normal ECG (NORM)") == 1
 
 
 def test_a_refused_reading_says_why_and_nothing_else():

@@ -52,6 +52,9 @@ def test_a_csv_has_a_row_for_each_and_goes_on_after_a_kill(reader, folder, tmp_p
     assert 0 <= float(rows[-1]["rhythm:SR"]) <= 1
     with pytest.raises(EcgotError, match="--resume"):
         read_folder(reader, folder, out, OPTIONS)
+    other = folder.parent / "other"  # the same folder by another path
+    other.symlink_to(folder)
+    assert read_folder(reader, other, out, OPTIONS, resume=True) == (0, 0)
     out.write_text(whole[: whole.rindex("\n", 0, -1) - 20])  # killed within a line
     monkeypatch.setattr(readers, "BATCH", 1)
     assert read_folder(reader, folder, out, OPTIONS, resume=True)[0] == 2
@@ -68,17 +71,17 @@ def test_odd_names_are_read_once_whatever_the_result_is_written_to(reader, folde
         shutil.copy(folder / "bad.hea", folder / f"{name}.hea")
     for name in ("out.csv", "out.jsonl", "pages"):
         out = folder / name  # within what is read, where a CSV looks like a record
-        assert read_folder(reader, folder, out, ASKED)[0] == 11
-        assert read_folder(reader, folder, out, ASKED, resume=True) == (0, 0)
+        assert read_folder(reader, folder, out, OPTIONS)[0] == 11
+        assert read_folder(reader, folder, out, OPTIONS, resume=True) == (0, 0)
         shutil.move(out, tmp_path)
 
 
 def test_a_csv_from_a_spreadsheet_program_is_continued(reader, folder, tmp_path) -> None:
     out = tmp_path / "out.csv"
-    read_folder(reader, folder, out, ASKED)
+    read_folder(reader, folder, out, OPTIONS)
     rows = out.read_text().splitlines()
     out.write_bytes(b"\xef\xbb\xbf" + "".join(f"{row}\r\n" for row in rows[:-1]).encode())
-    assert read_folder(reader, folder, out, ASKED, resume=True)[0] == 1
+    assert read_folder(reader, folder, out, OPTIONS, resume=True)[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -97,18 +100,18 @@ def test_another_file_is_refused_and_stays_as_it_is(reader, folder, tmp_path, na
     file.write_text(content)
     out = file.parent if file.parent != tmp_path else file
     with pytest.raises(EcgotError, match="got another file"):
-        read_folder(reader, folder, out, ASKED, resume=True)
+        read_folder(reader, folder, out, OPTIONS, resume=True)
     assert file.read_text() == content
 
 
 def test_no_page_is_overwritten_after_a_line_was_taken_out(reader, folder, tmp_path) -> None:
     out = tmp_path / "pages"
-    read_folder(reader, folder, out, ASKED)
+    read_folder(reader, folder, out, OPTIONS)
     lines = (out / "readings.jsonl").read_text().splitlines(keepends=True)
     pages = {page.name: page.read_text() for page in out.glob("0*.html")}
     assert "page" in json.loads(lines[1])
     (out / "readings.jsonl").write_text("".join([lines[0], *lines[2:]]))
-    assert read_folder(reader, folder, out, ASKED, resume=True)[0] == 1
+    assert read_folder(reader, folder, out, OPTIONS, resume=True)[0] == 1
     assert {name: (out / name).read_text() for name in pages} == pages
     links = [json.loads(line).get("page") for line in (out / "readings.jsonl").read_text().splitlines()]
     assert len(set(links)) == len(links) == 5

@@ -195,6 +195,8 @@ def test_bad_requests(reader, record) -> None:
     signal = _with_codes("NORM")
     with pytest.raises(EcgotError, match="expected fs_hz and leads"):
         reader(signal)
+    with pytest.raises(EcgotError, match="expected a path, an array in mV or a wfdb"):
+        reader(None)
     with pytest.raises(EcgotError, match="start: expected"):
         reader(record, start_s=11.0)
     with pytest.raises(EcgotError, match="window: expected"):
