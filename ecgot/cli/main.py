@@ -479,7 +479,7 @@ def _write_pages(reading: Any, pages: dict[str, Path | None]) -> None:
         write_text(pages["html"], text)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "page.html"
-        page.write_text(text, encoding="utf-8")
+        write_text(page, text)
         if pages["pdf"] is not None:
             write_pdf(page, pages["pdf"])
         if pages["png"] is not None:

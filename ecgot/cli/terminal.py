@@ -1,6 +1,7 @@
 """How commands run in a terminal: progress bars, errors of one line, and memory."""
 
 import ctypes
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 def run_command(command: Callable[..., Any]) -> None:
     """Run a command of click and exit; an error is one line on stderr and exit code 2."""
     _keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names hold any bytes, a terminal not any character
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(command(standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:
