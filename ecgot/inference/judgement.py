@@ -29,12 +29,15 @@ def _needed() -> dict[str, frozenset[str]]:
 
 
 def lacking(record: Record, quality: Quality) -> frozenset[str]:
-    """ "chest" if no chest lead was recorded, "limb" if fewer than two limb leads were."""
+    """ "chest" if too few chest leads were recorded, "limb" if fewer than two limb leads were.
+
+    One chest lead is enough beside the limb leads, from which the others are estimated; without these three.
+    """
     gone = {*record.estimated_leads, *record.derived_leads, *record.flat_leads, *quality.unusable_leads}
     recorded = [lead for lead in STANDARD_LEADS if lead not in gone]
-    chest = any(lead in CHEST_LEADS for lead in recorded)
-    limbs = sum(lead in LIMB_LEADS for lead in recorded)
-    return frozenset(name for name, is_there in (("chest", chest), ("limb", limbs >= 2)) if not is_there)
+    chest, limbs = (sum(lead in leads for lead in recorded) for leads in (CHEST_LEADS, LIMB_LEADS))
+    enough = {"chest": chest >= 3 or (chest and limbs >= 2), "limb": limbs >= 2}
+    return frozenset(name for name, is_enough in enough.items() if not is_enough)
 
 
 def without(findings: Sequence[Finding], lacks: frozenset[str]) -> tuple[Finding, ...]:
@@ -93,7 +96,7 @@ def notes_on(record: Record, window: Window, lacks: frozenset[str], seconds: flo
         if leads:
             notes.append(f"{_listed(leads)} {verb}")
     if lacks:
-        names = {"chest": "a chest lead", "limb": "two limb leads"}
+        names = {"chest": "enough chest leads", "limb": "two limb leads"}
         what = " and ".join(names[name] for name in sorted(lacks))
         notes.append(f"not judged without {what}: what shows there")
     if window.stop_s - window.start_s < seconds - 1 / record.fs_hz:
