@@ -76,6 +76,10 @@ start_option = click.option(
 window_option = click.option(
     "--window", "window_s", type=float, help="Read this many seconds (default: all)."
 )
+fs_option = click.option(
+    "--fs-hz", type=float, help="Sampling rate, of a file that does not say (.npy, .csv)."
+)
+leads_option = click.option("--leads", help="Names such as I,II,V1, of a file that does not say (.npy).")
 force_option = click.option("--force", is_flag=True, help="Say something even of what is no usable ECG.")
 intervals_option = click.option("--intervals", is_flag=True, help="Print 95 % intervals too.")
 
@@ -387,6 +391,8 @@ def evaluate(
 @click.option("--recorder", metavar="NAME", help="Write the report in the wording of this ECG recorder.")
 @start_option
 @window_option
+@fs_option
+@leads_option
 @force_option
 @click.option("--html", type=PATH, help="Write a page with the trace and what is said of it.")
 @click.option("--pdf", type=PATH, help="The page as PDF; needs Chromium.")
@@ -404,6 +410,8 @@ def report(
     recorder: str | None,
     start_s: float,
     window_s: float | None,
+    fs_hz: float | None,
+    leads: str | None,
     force: bool,
     html: Path | None,
     pdf: Path | None,
@@ -435,6 +443,8 @@ def report(
         "force": force,
         "start_s": start_s,
         "window_s": window_s,
+        "fs_hz": fs_hz,
+        "leads": _names(leads),
     }
     if out is not None:
         _report_folder(reader, record, out, resume, recorder, settings)
@@ -537,6 +547,8 @@ def calibrate(run: Path, data: Path, folds: str, cache: Path | None, as_json: bo
 @score_option
 @start_option
 @window_option
+@fs_option
+@leads_option
 @force_option
 @json_option
 def classify(
@@ -545,6 +557,8 @@ def classify(
     score: str | None,
     start_s: float,
     window_s: float | None,
+    fs_hz: float | None,
+    leads: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -556,12 +570,17 @@ def classify(
 
     run, record = _run_and_record(paths)
     scores = EcgReader.from_pretrained(run, score=score).classify(
-        record, prompts, start_s=start_s, window_s=window_s, force=force
+        record, prompts, start_s=start_s, window_s=window_s, fs_hz=fs_hz, leads=_names(leads), force=force
     )
     if as_json:
         _print_json({"record": str(record), "scores": scores, "notice": NOTICE})
     else:
         print_scores(Console(), scores)
+
+
+def _names(text: str | None) -> list[str] | None:
+    """The parts of "I,II,V1"."""
+    return None if text is None else [part.strip() for part in text.split(",")]
 
 
 def _run_and_record(paths: tuple[Path, ...]) -> tuple[Path | None, Path]:

@@ -168,12 +168,7 @@ class Calibration:
     @property
     def note(self) -> str | None:
         """What a reader of its probabilities should know beforehand; None if there is nothing."""
-        if not self.classes:
-            return UNCALIBRATED
-        if self.trained_on:
-            folds = ", ".join(map(str, self.trained_on))
-            return f"probabilities were calibrated on records that the model was trained on (fold {folds})"
-        return None
+        return None if self.classes else UNCALIBRATED
 
     def of(self, group: str, code: str) -> ClassCalibration:
         """The calibration of one class; the identity if there is none."""

@@ -18,6 +18,7 @@ from ecgot.text.labels import stated_labels
 
 NEEDED = Path(__file__).with_name("needed_leads.toml")
 CHEST_LEADS = STANDARD_LEADS[6:]
+NORM = "NORM"
 OF_LIMBS = re.compile(r"\b(limb|axis|frontal)\b", re.IGNORECASE)  # no finding, but said of limb leads
 
 
@@ -44,6 +45,18 @@ def without(findings: Sequence[Finding], lacks: frozenset[str]) -> tuple[Finding
     """The findings, undecided where a class needs leads that were not recorded."""
     unknown = {code for name in lacks for code in _needed()[name]}
     return tuple(replace(each, stated=None) if each.code in unknown else each for each in findings)
+
+
+def consistent(findings: Sequence[Finding], quality: Quality) -> tuple[Finding, ...]:
+    """The findings, without what their calibration cannot know.
+
+    A normal ECG is undecided beside a superclass that is stated. Where the signal was refused, a calibration
+    says nothing: everything is undecided, and its interval is all of [0, 1].
+    """
+    if quality.verdict == "refused":
+        return tuple(replace(each, stated=None, low=0.0, high=1.0) for each in findings)
+    abnormal = any(each.stated and each.group == "superclass" and each.code != NORM for each in findings)
+    return tuple(replace(each, stated=None) if abnormal and each.code == NORM else each for each in findings)
 
 
 def agreed(

@@ -17,7 +17,7 @@ from ecgot.data.formats import RecordSource
 from ecgot.data.measurements import Measurements, measure
 from ecgot.data.record import Record, prepare
 from ecgot.errors import EcgotError, first_line
-from ecgot.inference.judgement import agreed, lacking, notes_on, without
+from ecgot.inference.judgement import agreed, consistent, lacking, notes_on, without
 from ecgot.inference.prompts import prompt_scores
 from ecgot.inference.reading import Reading, ReadingError, Sentence, Window
 from ecgot.inference.scorers import Scored, Supervised, ZeroShot
@@ -247,7 +247,8 @@ class EcgReader:
     def _window(self, stretch: Stretch, scored: Scored) -> Window:
         """What is found in a stretch."""
         lacks = lacking(scored.record, stretch.quality)
-        findings = without(self.scorer.findings(scored.scores), lacks)
+        findings = consistent(self.scorer.findings(scored.scores), stretch.quality)
+        findings = without(findings, lacks)
         return Window(stretch.start_s, stretch.stop_s, stretch.quality, findings, scored.scores)
 
     def _load(self, opened: _Opened, start_s: float, options: ReadOptions) -> Stretch | None:

@@ -17,6 +17,8 @@ from ecgot.inference.display import NOTICE
 if TYPE_CHECKING:
     from ecgot.inference.evidence import Evidence
 
+WORTH_NAMING = 0.05  # the least probability of an undecided finding that is listed
+
 
 @dataclass(frozen=True)
 class Sentence:
@@ -59,12 +61,11 @@ class Window:
 
     @property
     def undecided(self) -> tuple[Finding, ...]:
-        """What is neither found nor excluded, the most probable first; once, if in several groups."""
-        return _once(
-            sorted(
-                (each for each in self.findings if each.stated is None), key=lambda each: -each.probability
-            )
-        )
+        """What is neither found nor excluded, from ``WORTH_NAMING`` on, the most probable first; once."""
+        open_ones = [
+            each for each in self.findings if each.stated is None and each.probability >= WORTH_NAMING
+        ]
+        return _once(sorted(open_ones, key=lambda each: -each.probability))
 
     @property
     def weight(self) -> float:

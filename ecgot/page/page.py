@@ -86,8 +86,12 @@ def page(reading: Any) -> str:
             grids=[] if trace is None else _grids(trace),
             facts=facts(reading.measurements),
             stated=once(stated),
-            undecided=once(_by_probability(each for each in reading.findings if each.stated is None)),
-            absent=once(_by_probability(each for each in reading.findings if each.stated is False)),
+            undecided=(undecided := once(reading.window.undecided)),
+            absent=once(
+                _by_probability(
+                    each for each in reading.findings if not each.stated and each not in undecided
+                )
+            ),
             said=[_said(sentence, names, shown) for sentence, names in sentences],
             spans=spans(reading),
             has_evidence=frozenset(shown),

@@ -252,3 +252,18 @@ def test_similarities_are_no_probabilities_and_state_nothing(record) -> None:
 def test_only_one_record_is_classified(reader, record) -> None:
     with pytest.raises(EcgotError, match="expected one record"):
         reader.classify([record], ["sinus rhythm"])
+
+
+def test_a_normal_ecg_is_undecided_beside_a_disease_and_everything_is_where_forced(reader) -> None:
+    reading = reader(_with_codes("CLBBB"), fs_hz=FS_HZ, leads=STANDARD_LEADS)
+    assert reading.finding("CD").stated
+    assert reading.finding("NORM").stated is None
+    noise = np.random.default_rng(0).normal(0, 0.3, (12, 1000))
+    forced = reader(noise, fs_hz=FS_HZ, leads=STANDARD_LEADS, force=True)
+    assert {(each.stated, each.low, each.high) for each in forced.findings} == {(None, 0.0, 1.0)}
+
+
+def test_one_chest_lead_alone_says_nothing_of_an_infarct(reader) -> None:
+    signal = _with_codes("CLBBB")[6:7]
+    reading = reader(signal, fs_hz=FS_HZ, leads=["V1"], force=True)
+    assert reading.finding("MI").stated is None
