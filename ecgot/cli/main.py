@@ -399,6 +399,9 @@ def evaluate(
 @click.option("--png", type=PATH, help="The page as picture; needs Chromium.")
 @click.option("--out", type=PATH, help="With a FOLDER: FILE.csv, FILE.jsonl or a folder for pages.")
 @click.option("--resume", is_flag=True, help="With a FOLDER: go on where an earlier call ended.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="With a FOLDER: processes (default: by its size)."
+)
 @click.option("--no-report", is_flag=True, help="Findings and measurements alone: faster.")
 @click.option("--no-measurements", is_flag=True, help="No rate, intervals and axis: faster.")
 @json_option
@@ -418,6 +421,7 @@ def report(
     png: Path | None,
     out: Path | None,
     resume: bool,
+    workers: int | None,
     no_report: bool,
     no_measurements: bool,
     as_json: bool,
@@ -447,7 +451,8 @@ def report(
         "leads": _names(leads),
     }
     if out is not None:
-        _report_folder(reader, record, out, resume, recorder, settings)
+        options = reader.options(recorder=recorder, **settings)
+        _report_folder(reader, record, out, options, resume=resume, workers=workers)
         return
     reading = reader(record, recorder=recorder, **settings)
     _write_pages(reading, pages)
@@ -458,11 +463,10 @@ def report(
 
 
 def _report_folder(
-    reader: Any, folder: Path, out: Path, resume: bool, recorder: str | None, settings: dict[str, Any]
+    reader: Any, folder: Path, out: Path, options: Any, *, resume: bool, workers: int | None
 ) -> None:
     from ecgot.inference.folder import read_folder
 
-    options = reader.options(recorder=recorder, **settings)
     with progress(quiet=False) as shown:
         count, failed = read_folder(
             reader,
@@ -470,6 +474,7 @@ def _report_folder(
             out,
             options,
             resume=resume,
+            workers=workers,
             progress=lambda done, total: shown.bar("report", done, total),
             on_error=lambda reason: shown.note(f"not read: {reason}"),
         )

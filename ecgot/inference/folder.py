@@ -3,20 +3,29 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+import torch
 
 from ecgot.data.formats import FORMATS
 from ecgot.errors import EcgotError
 from ecgot.files import write_text
 from ecgot.inference.reader import EcgReader, ReadOptions
 from ecgot.inference.reading import Reading, ReadingError
+from ecgot.runs.run import Run
 
 if TYPE_CHECKING:
     from ecgot.page.index import Entry
 
 SIGNAL_SUFFIXES = {".dat", ".mat"}  # of WFDB records, which their headers name
+FEWEST_RECORDS = 200  # for each further process, which takes seconds to start
+CHUNK = 32  # records that a process reads at once
 MEASURED = ("heart_rate_bpm", "pr_ms", "qrs_ms", "qt_ms", "qtc_ms", "axis_deg")
 COLUMNS = (
     *("record", "error", "verdict", "remarks", "start_s", "stop_s", "duration_s", "found", "undecided"),
@@ -44,6 +53,7 @@ def read_folder(
     options: ReadOptions,
     *,
     resume: bool = False,
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_error: Callable[[str], None] | None = None,
 ) -> tuple[int, int]:
@@ -52,6 +62,8 @@ def read_folder(
     Args:
         out: a file ``.csv`` or ``.jsonl``, or a folder for pages and their index.
         resume: go on where an earlier call ended; without it ``out`` must not exist.
+        workers: processes that read, each with the model; by default one for each core, but not for few
+            records. More than one needs a script that can be imported, as ``multiprocessing`` does.
         progress: called with (records done, records).
         on_error: called with one line for each record that cannot be read.
 
@@ -66,8 +78,11 @@ def read_folder(
     with _output(out, reader, resume) as output:
         left = [path for path in paths if output.key(path) not in output.done]
         failed = 0
-        for number, found in enumerate(reader.stream(left, options), start=len(paths) - len(left) + 1):
-            output.add(found)
+        several = min(os.cpu_count() or 1, len(left) // FEWEST_RECORDS) if workers is None else workers
+        pages = isinstance(output, _Pages)
+        readings = _stream(reader, left, options, pages=pages, workers=several)
+        for number, (found, page) in enumerate(readings, start=len(paths) - len(left) + 1):
+            output.add(found, page)
             if isinstance(found, ReadingError):
                 failed += 1
                 if on_error is not None:
@@ -75,6 +90,49 @@ def read_folder(
             if progress is not None:
                 progress(number, len(paths))
     return len(left), failed
+
+
+def _stream(
+    reader: EcgReader, paths: Sequence[Path], options: ReadOptions, *, pages: bool, workers: int
+) -> Iterator[tuple[Reading | ReadingError, str | None]]:
+    """The readings in order, each with its page if pages are wanted.
+
+    Most of a reading is Python between small arrays, which threads do not share out; processes do.
+    """
+    if workers <= 1:
+        yield from ((found, _page(found, pages)) for found in reader.stream(paths, options))
+        return
+    model = (reader.run.folder, reader.settings, options, pages)
+    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, model)
+    try:
+        for chunk in executor.map(_read_chunk, chunks):
+            yield from chunk
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+_WORKER: dict[str, Any] = {}  # what a worker reads with
+
+
+def _start(folder: Path, settings: dict[str, Any], options: ReadOptions, pages: bool) -> None:
+    torch.set_num_threads(1)
+    reader = EcgReader(Run.open(folder), **settings)
+    reader.threads = 1
+    _WORKER.update(reader=reader, options=options, pages=pages)
+
+
+def _read_chunk(paths: Sequence[Path]) -> list[tuple[Reading | ReadingError, str | None]]:
+    """Readings without what stays in this process: their signal and model."""
+    found = []
+    for each in _WORKER["reader"].stream(paths, _WORKER["options"]):
+        page = _page(each, _WORKER["pages"])
+        found.append((replace(each, signal=None, explain=None) if isinstance(each, Reading) else each, page))
+    return found
+
+
+def _page(found: Reading | ReadingError, wanted: bool) -> str | None:
+    return found.to_html() if wanted and isinstance(found, Reading) else None
 
 
 def _output(out: Path, reader: EcgReader, resume: bool) -> "_Lines":
@@ -142,7 +200,7 @@ class _Lines:
         """A record's name as the file holds it."""
         return record
 
-    def add(self, found: Reading | ReadingError) -> None:
+    def add(self, found: Reading | ReadingError, page: str | None) -> None:
         """Write a reading, so that it is there whatever comes next."""
         self._write(json.dumps(_values(found)) + "\n")
 
@@ -190,7 +248,7 @@ class _Csv(_Lines):
         """In one line, with bytes that are no UTF-8 escaped."""
         return " ".join(record.encode(errors="backslashreplace").decode().split())
 
-    def add(self, found: Reading | ReadingError) -> None:
+    def add(self, found: Reading | ReadingError, page: str | None) -> None:
         """Write a row."""
         self._write(self._line(_row(found)))
 
@@ -215,12 +273,12 @@ class _Pages(_Lines):
             raise self._foreign() from error
         return lines
 
-    def add(self, found: Reading | ReadingError) -> None:
+    def add(self, found: Reading | ReadingError, page: str | None) -> None:
         values = _values(found)
-        if isinstance(found, Reading):
+        if page is not None:
             self._last += 1  # never a page that is there: lines may have been taken out by hand
             values["page"] = f"{self._last:06d}.html"
-            write_text(self._folder / values["page"], found.to_html())
+            write_text(self._folder / values["page"], page)
         self._write(json.dumps(values) + "\n")
         self._entries.append(values)
 

@@ -96,6 +96,8 @@ class EcgReader:
         scorer: what gives classes their scores, see :mod:`ecgot.inference.scorers`.
         reporter: what writes reports; None if stage 2 has not been trained.
         recorders: the recorders whose wording a report can follow.
+        threads: that read files.
+        settings: the arguments but ``run``.
 
     Raises:
         EcgotError: the run cannot be used.
@@ -110,7 +112,8 @@ class EcgReader:
         num_beams: int = BEAMS,
     ) -> None:
         self.run = Run.open(PRETRAINED) if run is None else run
-        self.config, self.num_beams = self.run.config(), num_beams
+        self.config, self.num_beams, self.threads = self.run.config(), num_beams, os.cpu_count()
+        self.settings = {"prompts": prompts, "score": score, "num_beams": num_beams}
         self.scorer: ZeroShot | Supervised
         self.reporter: Writer | None = None
         if self.run.done(STAGE):
@@ -214,7 +217,7 @@ class EcgReader:
     @torch.no_grad()
     def stream(self, records: Iterable[Any], options: ReadOptions) -> Iterator[Reading | ReadingError]:
         """The readings of any number of records, in order, holding no more than a batch of them."""
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        with ThreadPoolExecutor(max_workers=self.threads) as pool:
             for some in _batches(records):
                 opened = list(pool.map(functools.partial(_open, options, self.config.data.seconds), some))
                 good = [each for each in opened if isinstance(each, _Opened)]

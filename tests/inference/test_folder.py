@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -139,3 +140,18 @@ def test_pages_have_an_index_that_names_every_record(reader, folder, tmp_path) -
     assert read_folder(reader, folder, out, OPTIONS, resume=True) == (0, 0)
     with pytest.raises(EcgotError, match=r"\.csv or \.jsonl"):
         read_folder(reader, folder, tmp_path / "out.xlsx", OPTIONS)
+
+
+def test_two_processes_write_what_one_writes(reader, folder, tmp_path) -> None:
+    for name in ("out.csv", "out.jsonl", "pages"):
+        one, two = tmp_path / "one" / name, tmp_path / "two" / name
+        assert read_folder(reader, folder, one, OPTIONS, workers=1) == (5, 1)
+        assert read_folder(reader, folder, two, OPTIONS, workers=2) == (5, 1)
+        pairs = [(one, two)] if one.is_file() else [(each, two / each.name) for each in one.iterdir()]
+        for first, second in pairs:
+            assert _numbers_rounded(first) == _numbers_rounded(second)
+
+
+def _numbers_rounded(path: Path) -> str:
+    """A file's text; a batch of another size may change a number's last digits."""
+    return re.sub(r"-?\d+\.\d+(?:e-?\d+)?", lambda number: f"{float(number[0]):.2f}", path.read_text("utf-8"))
