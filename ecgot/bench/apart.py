@@ -4,7 +4,9 @@ What a library leaves behind in a process, such as threads that wait by spinning
 so they share none. They still take turns, so that a busy machine slows all of them alike.
 """
 
+import importlib.util
 import multiprocessing
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
@@ -101,6 +103,15 @@ class _Seat:
             self.row.peak_mb = found
 
 
+def _limit_memory() -> None:
+    """Let this process fail at three quarters of the machine's memory, before the system ends others."""
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return
+    resource = importlib.import_module("resource")
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    resource.setrlimit(resource.RLIMIT_AS, (whole * 3 // 4,) * 2)
+
+
 def _serve(
     connection: Connection,
     name: str,
@@ -114,6 +125,8 @@ def _serve(
     provider = PAIRS[name] if pairs else providers(device)[name]
     if provider.hidden:
         sys.modules[provider.hidden] = None  # type: ignore[assignment]  # an import then fails
+    if device_type == "cpu":
+        _limit_memory()
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     row, call = measure.checked(name, case, device, tuple(map(torch.as_tensor, exact)))
