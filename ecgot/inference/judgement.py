@@ -84,6 +84,8 @@ def agreed(
     for (text, probability), each in zip(kept, resolved, strict=True):
         if each.sentence is None:
             notes.append(f'left out of the report: "{text}" ({each.reason})')
+        elif any(each.sentence == said.text for said in sentences):
+            continue  # some decoders repeat themselves
         elif each.sentence == text:
             sentences.append(Sentence(text, probability, each.reason))
         else:

@@ -30,7 +30,7 @@ from ecgot.text.cleaning import clean_report
 from ecgot.text.glossary import plain_english
 
 TEXTS = Path(__file__).with_name("finding_texts.toml")
-LEAST_SIMILARITY = 0.3  # cosine to the nearest finding; error rates are in docs/results.md
+LEAST_SIMILARITY = 0.3  # cosine to the nearest finding
 PROMPTS = "prompts"  # the group of a user's prompts
 
 _OF_WHAT = r"(?:(?:any|a|an|the|definite)\s+)*(?:(?:evidence|signs?|indications?)\s+(?:of|for)\s+)?"

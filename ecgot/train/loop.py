@@ -159,18 +159,30 @@ class _Training:
         if self.schedule.average:
             self.kept.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._check_moments()
         self.rates.load_state_dict(state["schedule"])
         self.done = state["epochs"] * self.schedule.steps
         return state["epochs"]
+
+    def _check_moments(self) -> None:
+        """Raise EcgotError if the optimizer's state is of other parameters, which no fused step would see."""
+        for parameter, moments in self.optimizer.state.items():
+            shapes = {value.shape for value in moments.values() if value.dim()}
+            if shapes - {parameter.shape}:
+                raise EcgotError(
+                    f"run: expected a state of stage {self.stage} in {self.run.folder} that fits the "
+                    f"configured model, got an optimizer of other parameters ({tuple(parameter.shape)})"
+                )
 
 
 def parameter_groups(model: nn.Module, rate: Callable[[str], float]) -> list[dict[str, Any]]:
     """Trainable parameters grouped by learning rate, which ``rate`` gives by name.
 
-    Weight decay applies only to matrices and kernels.
+    Weight decay applies only to matrices and kernels. The order is that of the names: a saved optimizer
+    knows its parameters by number alone, and a model built another way may list them in another order.
     """
     groups: dict[tuple[float, bool], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in sorted(model.named_parameters(), key=lambda each: each[0]):
         if parameter.requires_grad:
             groups.setdefault((rate(name), parameter.dim() > 1), []).append(parameter)
     return [
