@@ -276,8 +276,10 @@ def _print_report(console: Console, reading: "Reading") -> None:
     for sentence in reading.sentences:
         sure = "     " if sentence.probability is None else f"{sentence.probability:5.0%}"
         unsure = "  (unsure)" if sentence.probability is not None and sentence.probability < SURE else ""
+        named = sentence.finding_probability
+        finding = "" if named is None else f"  [finding {named:.0%}]"
         remark = f"  ({sentence.remark})" if sentence.remark else ""
-        _print(console, f"  {sure}  {sentence.text}{unsure}{remark}")
+        _print(console, f"  {sure}  {sentence.text}{finding}{unsure}{remark}")
 
 
 def print_scores(console: Console, scores: Mapping[str, float]) -> None:

@@ -13,7 +13,8 @@ from ecgot.data.quality import Quality
 from ecgot.data.record import Record
 from ecgot.inference.calibration import Finding
 from ecgot.inference.reading import Sentence, Window
-from ecgot.inference.verify import resolve
+from ecgot.inference.verify import Resolved, resolve
+from ecgot.page.named import named_findings
 from ecgot.text.labels import stated_labels
 
 NEEDED = Path(__file__).with_name("needed_leads.toml")
@@ -86,11 +87,18 @@ def agreed(
             notes.append(f'left out of the report: "{text}" ({each.reason})')
         elif any(each.sentence == said.text for said in sentences):
             continue  # some decoders repeat themselves
-        elif each.sentence == text:
-            sentences.append(Sentence(text, probability, each.reason))
         else:
-            sentences.append(Sentence(each.sentence, None, f'the model wrote "{text}": {each.reason}'))
+            sentences.append(_sentence(text, probability, each, window.findings))
     return tuple(sentences), tuple(notes)
+
+
+def _sentence(text: str, probability: float, resolved: Resolved, findings: Sequence[Finding]) -> Sentence:
+    """A sentence of the model's, or what is said in its place, of which measurements alone are sure."""
+    assert resolved.sentence is not None
+    if resolved.sentence != text:
+        return Sentence(resolved.sentence, None, f'the model wrote "{text}": {resolved.reason}')
+    named = named_findings(text, findings)
+    return Sentence(text, probability, None, named[0].probability if named else None)
 
 
 def _needs_leads(sentence: str, lacks: frozenset[str]) -> bool:

@@ -28,11 +28,14 @@ class Sentence:
         text: without its full stop.
         probability: that the model gives to these very words; None where they are not the model's.
         remark: what the model wrote in their place, and what speaks against that; None if nothing does.
+        finding_probability: the calibrated probability of the finding that the sentence names; None if it
+            names none of the classes.
     """
 
     text: str
     probability: float | None
     remark: str | None = None
+    finding_probability: float | None = None
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,9 @@ def test_a_reading_is_plain_values_and_a_page(reader, record) -> None:
     values = json.loads(json.dumps(reading.to_dict()))
     assert values["report"] == reading.report
     assert len(values["findings"]) == len(reading.findings)
+    named = [each for each in reading.sentences if each.finding_probability is not None]
+    assert named
+    assert {each.finding_probability for each in named} <= {each.probability for each in reading.findings}
     assert "not a medical device" in values["notice"]
     assert reading.to_html().startswith("<!DOCTYPE html>")
 
