@@ -214,7 +214,8 @@ def test_wrong_arguments(signal: np.ndarray, fs_hz: float, message: str) -> None
 
 
 def test_at_most_two_percent_of_real_records_are_doubted(ptbxl: Path) -> None:
-    names = sorted((ptbxl / "records100").glob("*/*.hea"))[:: 19601 // 200][:200]
+    names = sorted((ptbxl / "records100").glob("*/*.hea"))
+    names = names[:: max(1, len(names) // 200)][:200]
     found = []
     for name in names:
         signal = wfdb.rdrecord(str(name.with_suffix(""))).p_signal.T
