@@ -21,18 +21,9 @@ from ecgot.data.baseline import remove_baseline
 from ecgot.data.dataset import EcgDataset, load_dataset
 from ecgot.data.leads import INDEPENDENT_LEADS, LIMB_LEADS, STANDARD_LEADS, complete
 from ecgot.eval.auroc import macro_auroc
-from ecgot.inference.zeroshot import (
-    BUILT_IN,
-    EmbeddedPrompts,
-    class_scores,
-    embed_prompts,
-    load_prompts,
-    read_prompts,
-)
+from ecgot.inference.zeroshot import EmbeddedPrompts, class_scores, model_and_prompts
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import fuse_norms
-from ecgot.models.text_encoder import TextEncoder
-from ecgot.runs.checkpoints import load_alignment
 from ecgot.runs.config import parse_folds
 from ecgot.runs.run import PRETRAINED, Run
 
@@ -122,13 +113,7 @@ def main() -> None:
     config = run.config()
     highpass_hz = config.data.highpass_hz if options.highpass is None else options.highpass
     data = load_dataset(options.data, folds=parse_folds(options.folds), fs_hz=config.data.fs_hz)
-    if run.prompts.exists():
-        model = load_alignment(run, None)
-        prompts = load_prompts(run.prompts, torch.device("cpu"))
-    else:
-        text = TextEncoder(config.text.name, max_tokens=config.text.max_tokens)
-        model = load_alignment(run, text)
-        prompts = embed_prompts(model, text, read_prompts(BUILT_IN))
+    model, prompts = model_and_prompts(run)
     prompts = prompts.select({group: data.labels(group).classes for group in GROUPS})
     rows = {}
     print("| signal | " + " | ".join(GROUPS) + " |", "| --- |" + " --- |" * len(GROUPS), sep="\n")

@@ -25,10 +25,15 @@ from torch import Tensor
 from ecgot.data.dataset import EcgDataset
 from ecgot.errors import EcgotError
 from ecgot.eval.auroc import weighted_auroc
-from ecgot.eval.inputs import model_and_prompts
 from ecgot.files import default_cache_dir
 from ecgot.inference.calibration import FILE, Calibration, ClassCalibration, curve_features, sigmoid
-from ecgot.inference.zeroshot import EmbeddedPrompts, check_score, class_scores, scores_fingerprint
+from ecgot.inference.zeroshot import (
+    EmbeddedPrompts,
+    check_score,
+    class_scores,
+    model_and_prompts,
+    scores_fingerprint,
+)
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import EncoderOutput, masked_mean
 from ecgot.runs.progress import Progress

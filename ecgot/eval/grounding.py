@@ -26,10 +26,9 @@ from ecgot.data.heart import Heart, draw_orientation
 from ecgot.data.leads import STANDARD_LEADS
 from ecgot.data.synth import signal_of
 from ecgot.errors import EcgotError
-from ecgot.eval.inputs import model_and_prompts
 from ecgot.files import default_cache_dir
 from ecgot.inference.evidence import class_shares, peaks_s, token_edges_s
-from ecgot.inference.zeroshot import EmbeddedPrompts
+from ecgot.inference.zeroshot import EmbeddedPrompts, model_and_prompts
 from ecgot.models.alignment import AlignmentModel
 from ecgot.models.encoders import fuse_norms
 from ecgot.runs.config import DataConfig

@@ -9,10 +9,6 @@ import torch
 from torch import Tensor
 
 from ecgot.data.dataset import EcgDataset
-from ecgot.inference.zeroshot import EmbeddedPrompts, embed_prompts, load_prompts, read_prompts
-from ecgot.models.alignment import AlignmentModel
-from ecgot.models.text_encoder import TextEncoder
-from ecgot.runs.checkpoints import load_alignment
 from ecgot.runs.config import Config
 from ecgot.runs.progress import Progress
 from ecgot.runs.run import Run
@@ -63,14 +59,3 @@ class EvalSet:
 def rows_with_text(reports: Sequence[str]) -> Tensor:
     """Indices of the reports that are not empty."""
     return torch.tensor([row for row, report in enumerate(reports) if report], dtype=torch.long)
-
-
-def model_and_prompts(run: Run) -> tuple[AlignmentModel, EmbeddedPrompts]:
-    """A run's model, and the built-in prompts as the run keeps them or as its text encoder embeds them."""
-    if run.prompts.exists():
-        model = load_alignment(run, None)
-        return model, load_prompts(run.prompts, next(model.parameters()).device)
-    settings = run.config().text
-    text = TextEncoder(settings.name, max_tokens=settings.max_tokens)
-    model = load_alignment(run, text)
-    return model, embed_prompts(model, text, read_prompts())

@@ -12,15 +12,8 @@ from ecgot.errors import EcgotError
 from ecgot.files import atomic_folder, save_tensors, write_text
 from ecgot.inference.calibration import FILE as CALIBRATION
 from ecgot.inference.display import auroc_text, metric_text
-from ecgot.inference.zeroshot import (
-    EmbeddedPrompts,
-    embed_prompts,
-    load_prompts,
-    read_prompts,
-    save_prompts,
-)
-from ecgot.models.alignment import AlignmentModel
-from ecgot.runs.checkpoints import load_alignment, load_reporter
+from ecgot.inference.zeroshot import model_and_prompts, save_prompts
+from ecgot.runs.checkpoints import load_reporter
 from ecgot.runs.config import DataConfig
 from ecgot.runs.run import Run
 from ecgot.version import __version__
@@ -55,7 +48,7 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
         )
     if out.exists():
         raise EcgotError(f"out: expected a new folder, got {out}, which exists")
-    model, prompts = _with_prompts(run)
+    model, prompts = model_and_prompts(run)
     if run.done("report"):
         load_reporter(run, model.ecg_width)  # fails here if it is damaged
     with atomic_folder(out) as folder:
@@ -71,19 +64,6 @@ def export(run: Run, out: Path, *, trained_on: str = UNKNOWN) -> None:
         if (run.folder / CALIBRATION).exists():  # it holds for the same weights and prompts
             shutil.copy(run.folder / CALIBRATION, made.folder / CALIBRATION)
         write_text(made.folder / "README.md", model_card(run, trained_on))
-
-
-def _with_prompts(run: Run) -> tuple[AlignmentModel, EmbeddedPrompts]:
-    """The aligned model and the built-in prompts, embedded anew unless the run was exported itself."""
-    if run.prompts.exists():
-        model = load_alignment(run, None)
-        return model, load_prompts(run.prompts, next(model.parameters()).device)
-    from ecgot.models.text_encoder import TextEncoder
-
-    settings = run.config().text
-    text = TextEncoder(settings.name, max_tokens=settings.max_tokens)
-    model = load_alignment(run, text)
-    return model, embed_prompts(model, text, read_prompts())
 
 
 def model_card(run: Run, trained_on: str = UNKNOWN) -> str:

@@ -20,7 +20,9 @@ from ecgot.models.alignment import AlignmentModel, Embedding
 from ecgot.models.hugging_face import fingerprint
 from ecgot.models.scores import Transport, phrase_logits, token_similarity
 from ecgot.models.text_encoder import TextEncoder
+from ecgot.runs.checkpoints import load_alignment
 from ecgot.runs.config import AlignConfig
+from ecgot.runs.run import Run
 
 BUILT_IN = Path(__file__).with_name("prompts.toml")
 
@@ -116,6 +118,17 @@ def embed_prompts(
     }
     embedded = model.embed_text(text.eval()(texts))
     return EmbeddedPrompts(embedded, rows, tuple(texts), model.phrase_scale)
+
+
+def model_and_prompts(run: Run) -> tuple[AlignmentModel, EmbeddedPrompts]:
+    """A run's model, and the built-in prompts as the run keeps them or as its text encoder embeds them."""
+    if run.prompts.exists():
+        model = load_alignment(run, None)
+        return model, load_prompts(run.prompts, next(model.parameters()).device)
+    settings = run.config().text
+    text = TextEncoder(settings.name, max_tokens=settings.max_tokens)
+    model = load_alignment(run, text)
+    return model, embed_prompts(model, text, read_prompts())
 
 
 def save_prompts(prompts: EmbeddedPrompts, path: Path) -> None:
