@@ -391,3 +391,24 @@ def test_the_rate_rises_and_falls_within_any_number_of_steps(total):
     if total == 100:
         assert (top, max(factors)) == (20, 1.0)
         assert factors[-1] < 0.01
+
+
+def test_an_optimizer_of_other_parameters_is_refused_and_not_stepped(tmp_path):
+    config = resolve(None, ["data.root=x"])
+    run = Run.create(tmp_path / "run", config, resume=False)
+    schedule = loop.Schedule(epochs=2, steps=1, weight_decay=0.0)
+
+    def training(model: torch.nn.Module) -> loop._Training:
+        return loop._Training(run, "align", model, loop.parameter_groups(model, lambda _name: 1e-3), schedule)
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+    first = training(model)
+    first.step(model(torch.ones(4, 3)).square().mean())
+    first.save_state(1)
+    assert training(model).resume() == 1
+    state = run.load_state("align")
+    moments = state["optimizer"]["state"]
+    moments[0], moments[1] = moments[1], moments[0]  # as of modules in another order
+    run.save_state("align", state)
+    with pytest.raises(EcgotError, match="got an optimizer of other parameters"):
+        training(model).resume()
