@@ -9,12 +9,14 @@ import torch
 import wfdb
 
 import ecgot
+from ecgot.data.formats import ArraySource
 from ecgot.data.leads import STANDARD_LEADS
 from ecgot.data.ptbxl import read_table
-from ecgot.data.quality import assess
-from ecgot.data.record import read_record
+from ecgot.data.quality import Quality, assess
+from ecgot.data.record import prepare, read_record
 from ecgot.data.synth import simulate
 from ecgot.errors import EcgotError
+from ecgot.inference.judgement import lacking
 from ecgot.inference.reader import EcgReader
 from ecgot.inference.reading import Reading, ReadingError
 from ecgot.inference.zeroshot import class_scores
@@ -266,7 +268,20 @@ def test_a_normal_ecg_is_undecided_beside_a_disease_and_everything_is_where_forc
     assert {(each.stated, each.low, each.high) for each in forced.findings} == {(None, 0.0, 1.0)}
 
 
-def test_one_chest_lead_alone_says_nothing_of_an_infarct(reader) -> None:
-    signal = _with_codes("CLBBB")[6:7]
-    reading = reader(signal, fs_hz=FS_HZ, leads=["V1"], force=True)
-    assert reading.finding("MI").stated is None
+@pytest.mark.parametrize(
+    ("leads", "expected"),
+    [
+        (("V1",), {"chest", "limb"}),
+        (("V1", "V2"), {"chest", "limb"}),
+        (("V1", "V2", "V5"), {"limb"}),
+        (("I", "V1"), {"chest", "limb"}),
+        (("I", "II", "V1"), set()),
+        (("I", "II"), {"chest"}),
+        (STANDARD_LEADS, set()),
+    ],
+)
+def test_one_chest_lead_is_enough_beside_the_limb_leads_alone(leads, expected) -> None:
+    rows = [STANDARD_LEADS.index(lead) for lead in leads]
+    source = ArraySource(_with_codes("CLBBB")[rows], fs_hz=FS_HZ, leads=leads)
+    record = prepare(source, missing_leads="estimate")
+    assert lacking(record, Quality("good", (), ())) == expected

@@ -340,3 +340,19 @@ def test_second_derivatives_of_small_problems(small):
         lambda *xy: sinkhorn(*xy, eps=0.5, tol=1e-13, max_iter=5000).value, leaves, fast_mode=True
     )
     assert small[0]
+
+
+@needs_numba
+@pytest.mark.parametrize("rho", [{}, {"rho": 1.0}], ids=str)
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_small_problem_goes_on_from_given_potentials(cost, rho, small_only):
+    """Also where clouds are moved apart: the potentials are those of the points' own costs."""
+    tensors = problem((2, 9, 7, 4), dtype=torch.float64)
+    tensors["x"] = tensors["x"] + (0 if cost == "dot" else 3)
+    settings = {"eps": 0.05, "cost": cost, "tol": 0.0, **rho}
+    half = sinkhorn(**tensors, **settings, max_iter=3)
+    rest = sinkhorn(**tensors, **settings, max_iter=3, init=half.g)
+    whole = sinkhorn(**tensors, **settings, max_iter=6)
+    close(rest.value, whole.value, 1e-10)
+    close(rest.f, whole.f, 1e-10)
+    assert (half.f - whole.f).abs().max() > 1e-6  # three iterations are not six
