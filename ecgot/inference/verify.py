@@ -15,8 +15,8 @@ from ecgot.text.labels import label_groups, stated_labels
 Probabilities = Mapping[str, Mapping[str, float]]  # group -> class
 
 BRADYCARDIA_BPM, TACHYCARDIA_BPM = 60.0, 100.0
-UNLIKELY = 0.05  # a sentence whose class is less probable is contradicted, where no threshold is given
-LIKELY = 0.5  # a class that is more probable contradicts, where no threshold is given
+UNLIKELY = 0.05  # a sentence whose class is less probable is contradicted
+LIKELY = 0.5  # a class that is more probable contradicts
 SPIKES_MIN = 3  # pacing spikes
 
 
@@ -146,23 +146,20 @@ def contradictions(
     sentences: Sequence[str],
     measurements: Measurements | None,
     probabilities: Probabilities,
-    *,
-    thresholds: Probabilities | None = None,
 ) -> tuple[Contradiction, ...]:
     """Sentences that something contradicts, each once, with the first reason.
 
     Args:
         sentences: of one report, in plain English (:func:`ecgot.text.glossary.plain_english`).
         measurements: None where nothing was measured.
-        probabilities: calibrated, by group and class; those that are missing contradict nothing.
-        thresholds: by group and class, from which on a class counts as found. A sentence is contradicted
-            where its class is below, and where a class that excludes it is above. Without them it takes less
-            than UNLIKELY and more than LIKELY.
+        probabilities: calibrated, by group and class; those that are missing contradict nothing. A
+            sentence is contradicted where its class is below ``UNLIKELY``, and where a class that excludes it
+            is ``LIKELY``.
     """
     found = []
     for row, sentence in enumerate(sentences):
         others = [text for number, text in enumerate(sentences) if number != row]
-        reason = next(_reasons(sentence, others, measurements, probabilities, thresholds or {}), None)
+        reason = next(_reasons(sentence, others, measurements, probabilities), None)
         if reason is not None:
             found.append(Contradiction(sentence, reason))
     return tuple(found)
@@ -172,26 +169,23 @@ def resolve(
     sentences: Sequence[str],
     measurements: Measurements | None,
     probabilities: Probabilities,
-    *,
-    thresholds: Probabilities | None = None,
 ) -> tuple[Resolved, ...]:
     """A report without its contradictions: rhythm and axis are said anew, from what was measured and what is
     probable; other sentences are left out.
 
     Args: as of :func:`contradictions`.
     """
-    limits = thresholds or {}
     resolved: list[Resolved] = []
     for row, said in enumerate(sentences):
         # What was left out before no longer contradicts what follows.
         before = [each.sentence for each in resolved if each.sentence is not None]
         others = [*before, *sentences[row + 1 :]]
-        reason = next(_reasons(said, others, measurements, probabilities, limits), None)
+        reason = next(_reasons(said, others, measurements, probabilities), None)
         text: str | None = said
         if reason is not None:
-            text = _instead(said, measurements, probabilities, limits)
+            text = _instead(said, measurements, probabilities)
         if text is not None and reason is not None:
-            again = next(_reasons(text, before, measurements, probabilities, limits), None)
+            again = next(_reasons(text, before, measurements, probabilities), None)
             text = None if again is not None or text in before else text
         resolved.append(Resolved(text, said, reason))
     return tuple(resolved)
@@ -202,11 +196,10 @@ def _reasons(
     others: Sequence[str],
     measurements: Measurements | None,
     probabilities: Probabilities,
-    thresholds: Probabilities,
 ) -> Iterator[str]:
     if measurements is not None:
         yield from _against_measurements(sentence, measurements)
-    yield from _against_probabilities(sentence, probabilities, thresholds)
+    yield from _against_probabilities(sentence, probabilities)
     yield from _against_others(sentence, others)
 
 
@@ -222,20 +215,18 @@ def _against_measurements(sentence: str, measurements: Measurements) -> Iterator
         yield f"says sinus rhythm; {measurements.pacing_spikes} pacing spikes"
 
 
-def _against_probabilities(
-    sentence: str, probabilities: Probabilities, thresholds: Probabilities
-) -> Iterator[str]:
+def _against_probabilities(sentence: str, probabilities: Probabilities) -> Iterator[str]:
     for group, name in _stated(sentence):
         probability = probabilities.get(group, {}).get(name)
         if name in MEASURED or probability is None:
             continue
-        if probability < thresholds.get(group, {}).get(name, UNLIKELY):
+        if probability < UNLIKELY:
             yield f"says {NAMES[name]}; its probability is {probability:.0%}"
     for pattern, says, group, names in EXCLUDED:
         if not re.search(pattern, sentence):
             continue
         for name in names:
-            if _likely(probabilities, thresholds, group, name):
+            if _likely(probabilities, group, name):
                 yield f"says {says}; {NAMES[name]} has a probability of {probabilities[group][name]:.0%}"
 
 
@@ -258,30 +249,26 @@ def _stated(sentence: str) -> list[tuple[str, str]]:
     ]
 
 
-def _likely(probabilities: Probabilities, thresholds: Probabilities, group: str, name: str) -> bool:
+def _likely(probabilities: Probabilities, group: str, name: str) -> bool:
     probability = probabilities.get(group, {}).get(name)
-    return probability is not None and probability >= thresholds.get(group, {}).get(name, LIKELY)
+    return probability is not None and probability >= LIKELY
 
 
-def _instead(
-    sentence: str, measurements: Measurements | None, probabilities: Probabilities, thresholds: Probabilities
-) -> str | None:
+def _instead(sentence: str, measurements: Measurements | None, probabilities: Probabilities) -> str | None:
     """What to say where ``sentence`` is contradicted; None: nothing."""
     if _RHYTHM.search(sentence):
-        return _rhythm(measurements, probabilities, thresholds)
+        return _rhythm(measurements, probabilities)
     if _AXIS.search(sentence) and measurements is not None and measurements.axis_deg is not None:
         return _axis(measurements.axis_deg)
     return None
 
 
-def _rhythm(
-    measurements: Measurements | None, probabilities: Probabilities, thresholds: Probabilities
-) -> str | None:
+def _rhythm(measurements: Measurements | None, probabilities: Probabilities) -> str | None:
     paced = measurements is not None and measurements.pacing_spikes >= SPIKES_MIN
-    if paced or _likely(probabilities, thresholds, "rhythm", "PACE"):
+    if paced or _likely(probabilities, "rhythm", "PACE"):
         return "pacemaker rhythm"
     for name, words in (("AFIB", "atrial fibrillation"), ("AFLT", "atrial flutter")):
-        if _likely(probabilities, thresholds, "rhythm", name):
+        if _likely(probabilities, "rhythm", name):
             return words
     rate = None if measurements is None else measurements.heart_rate_bpm
     if rate is not None and rate < BRADYCARDIA_BPM:

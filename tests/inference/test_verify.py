@@ -86,14 +86,6 @@ def test_probabilities_contradict() -> None:
     ]
 
 
-def test_thresholds_replace_the_general_limits() -> None:
-    probabilities = {"superclass": {"MI": 0.3}}
-    said = ["inferior myocardial infarction"]
-    assert reasons(said, None, probabilities) == []
-    found = reasons(said, None, probabilities, thresholds={"superclass": {"MI": 0.4}})
-    assert found == ["says myocardial infarction; its probability is 30%"]
-
-
 def test_sentences_contradict_each_other() -> None:
     assert reasons(["normal ecg", "left bundle branch block"], None) == [
         'says normal ECG beside "left bundle branch block"'
