@@ -49,9 +49,8 @@ class SamplesLoss(torch.nn.Module):
         max_iter, tol: most iterations of each of the loss's problems, 2000, and the marginal error to stop
             at, 1e-3; set them on the class or on an instance.
 
-    Where geomloss ends after a schedule, this goes on until it has converged: with a small blur it takes up
-    to several times as long as geomloss at its default ``scaling`` (docs/migration.md has measurements), and
-    may warn. It anneals already, so that of the warning's advice ``max_iter``, ``tol`` and a larger ``blur``
+    Where geomloss ends after a schedule, this goes on until it has converged: with a small blur it takes
+    longer than geomloss at its default ``scaling``, and may warn. It anneals already, so that of the warning's advice ``max_iter``, ``tol`` and a larger ``blur``
     are left: ``loss.tol = 1e-2`` saves most of the time and moves the value little, ``loss.max_iter = 100``
     bounds the time whatever the problem.
 
