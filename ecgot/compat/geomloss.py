@@ -50,9 +50,9 @@ class SamplesLoss(torch.nn.Module):
             at, 1e-3; set them on the class or on an instance.
 
     Where geomloss ends after a schedule, this goes on until it has converged: with a small blur it takes
-    longer than geomloss at its default ``scaling``, and may warn. It anneals already, so that of the warning's advice ``max_iter``, ``tol`` and a larger ``blur``
-    are left: ``loss.tol = 1e-2`` saves most of the time and moves the value little, ``loss.max_iter = 100``
-    bounds the time whatever the problem.
+    longer than geomloss at its default ``scaling``, and may warn. It anneals already, so that of the
+    warning's advice ``max_iter``, ``tol`` and a larger ``blur`` are left: ``loss.tol = 1e-2`` saves most of
+    the time and moves the value little, ``loss.max_iter = 100`` bounds the time whatever the problem.
 
     The gradient is that of the loss at its solution. (geomloss's own, unbalanced, is too small by a factor of
     (rho + eps / 2) / (rho + eps).) Potentials, and the gradients in weights, are determined up to a constant
