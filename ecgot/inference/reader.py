@@ -56,7 +56,7 @@ class _Opened:
         best: what that window was read from; None while no window could be read.
         refused: signal of the first window that could not be read.
         written: the report of the strongest window; None if none is to be written.
-        failure: why reading ended before the record did.
+        failure: why reading ended before the record did; what was read before stays.
     """
 
     name: str
@@ -226,7 +226,7 @@ class EcgReader:
                 for each in opened:
                     if isinstance(each, ReadingError):
                         yield each
-                    elif each.failure is not None:
+                    elif each.failure is not None and not each.windows:
                         yield ReadingError(each.name, each.failure)
                     else:
                         yield self._reading(each, options)
@@ -272,7 +272,7 @@ class EcgReader:
         """Write the reports of those records of which a window could be read."""
         if not options.report or self.reporter is None:
             return
-        said = [(each, each.best) for each in opened if each.best is not None and each.failure is None]
+        said = [(each, each.best) for each in opened if each.best is not None]
         if not said:
             return
         written = self.reporter.write(
@@ -288,7 +288,11 @@ class EcgReader:
         """Everything that is said of a record whose windows were scored."""
         best, written = opened.best, opened.written
         window, signal = opened.windows[opened.shown], opened.refused
-        notes, measured = [*opened.source.notes, *unread(opened.windows, opened.source, options)], None
+        unread_notes = [] if opened.failure is None else [f"not read to the end: {opened.failure}"]
+        notes, measured = (
+            [*unread_notes, *opened.source.notes, *unread(opened.windows, opened.source, options)],
+            None,
+        )
         sentences: tuple[Sentence, ...] = ()
         if best is not None:
             signal = best.record
@@ -320,17 +324,19 @@ class EcgReader:
         """Measured at the record's own rate, at which pacing spikes and the ends of waves show."""
         length_s = window.stop_s - window.start_s
         data = self.config.data
-        raw = attempt(
-            opened.name,
-            lambda: prepare(
+
+        def measured() -> Measurements:
+            raw = prepare(
                 opened.source,
                 window.start_s,
                 length_s,
                 highpass_hz=data.highpass_hz,
                 missing_leads="estimate",
-            ),
-        )
-        return None if isinstance(raw, ReadingError) else measure(raw.signal_mv, raw.fs_hz, raw.leads)
+            )
+            return measure(raw.signal_mv, raw.fs_hz, raw.leads)
+
+        found = attempt(opened.name, measured)
+        return None if isinstance(found, ReadingError) else found
 
     # --- other uses -----------------------------------------------------------------------------------------
 

@@ -285,3 +285,45 @@ def test_one_chest_lead_is_enough_beside_the_limb_leads_alone(leads, expected) -
     source = ArraySource(_with_codes("CLBBB")[rows], fs_hz=FS_HZ, leads=leads)
     record = prepare(source, missing_leads="estimate")
     assert lacking(record, Quality("good", (), ())) == expected
+
+
+class Torn:
+    """A source whose signal cannot be read from its 12th second on."""
+
+    name, fs_hz, leads, calibrated, notes = "torn", FS_HZ, STANDARD_LEADS, True, ()
+
+    def __init__(self, signal: np.ndarray) -> None:
+        self.signal, self.samples, self.damaged = signal, signal.shape[1], dict[str, str]()
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        if stop > 12 * FS_HZ:
+            raise EcgotError("record torn: its signals cannot be read")
+        return self.signal[:, start:stop].astype(np.float64)
+
+
+def test_what_was_read_before_a_record_breaks_off_is_kept(reader, monkeypatch) -> None:
+    monkeypatch.setattr("ecgot.inference.stretches.prepare", _without_margin)
+    monkeypatch.setattr("ecgot.inference.reader.prepare", _without_margin)
+    reading = reader(Torn(np.tile(_with_codes("CLBBB"), 3)))
+    assert [window.start_s for window in reading.windows] == [0.0]
+    assert reading.finding("CD").stated
+    assert any("not read to the end" in note and "cannot be read" in note for note in reading.notes)
+    with pytest.raises(EcgotError, match="cannot be read"):
+        reader(Torn(np.tile(_with_codes("CLBBB"), 3)), start_s=10.0)
+
+
+def _without_margin(source, start_s, window_s, **settings):
+    """A stretch read alone: the real one reads what lies around it too."""
+    first = round(start_s * FS_HZ)
+    signal = source.read(first, first + round(window_s * FS_HZ))
+    return prepare(ArraySource(signal, fs_hz=FS_HZ, leads=STANDARD_LEADS), **settings)
+
+
+def test_what_cannot_be_measured_does_not_end_a_reading(reader, record, monkeypatch) -> None:
+    def fail(*_arguments: object) -> None:
+        raise ValueError("no beat")
+
+    monkeypatch.setattr("ecgot.inference.reader.measure", fail)
+    (reading,) = reader([record])
+    assert reading.measurements is None
+    assert reading.report
