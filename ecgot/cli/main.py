@@ -436,8 +436,12 @@ def report(
 
     run, record = _run_and_record(paths)
     pages = {"html": html, "pdf": pdf, "png": png}
-    if record.is_dir() != (out is not None):
-        raise EcgotError(f"out: expected --out with a folder and with nothing else, got {record}")
+    if record.is_dir() and out is None:
+        raise EcgotError(
+            f"record: expected a file, or --out with a folder of records, got the folder {record}"
+        )
+    if out is not None and not record.is_dir():
+        raise EcgotError(f"out: expected a folder of records with --out, got {record}")
     if out is not None and (any(pages.values()) or as_json):
         raise EcgotError("out: expected no --html, --pdf, --png or --json with a folder, got one")
     reader = EcgReader.from_pretrained(run, prompts=prompts or BUILT_IN, score=score, num_beams=num_beams)

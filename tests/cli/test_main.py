@@ -330,3 +330,14 @@ def test_defaults_and_choices_are_those_of_python():
     for command in ("evaluate", "report", "classify"):
         assert options[command]["score"].type.choices == SCORES
     assert options["train"]["stage"].type.choices == ("all", *STAGES)
+
+
+def test_a_folder_needs_an_out_and_a_record_none(ecgot, tmp_path):
+    record = write(tmp_path / "one", heart())
+    refused(ecgot("report", tmp_path), "--out", "the folder")
+    refused(ecgot("report", record, "--out", tmp_path / "x.csv"), "expected a folder of records")
+    refused(ecgot("report", tmp_path, "--out", tmp_path / "x.csv", "--json"), "--json")
+    code, out, _ = ecgot("report", tmp_path, "--out", tmp_path / "x.csv", "--no-report")
+    assert code == 0
+    assert "1 records read" in out
+    assert "not a medical device" in out
